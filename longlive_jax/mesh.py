@@ -1,0 +1,75 @@
+"""The device mesh: its axes, which array axis goes to which mesh axis, multi-host start.
+
+Axis names of arrays are logical ("embed", "heads", "batch"); `RULES` below is the only place that
+maps them to mesh axes. A mesh of one device is the same code as a mesh of many.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax import config as config_lib
+from longlive_jax.errors import InputError
+
+AXES = ("data", "fsdp", "seq")
+SEQ = "seq"  # the axis that carries a chunk's frames, the cache's heads, the VAE's width
+
+# Logical axis -> mesh axes. An axis that is absent here is never sharded.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "chunk": "seq",  # training: whole chunks
+    "frame": "seq",  # sampling: the frames of the chunk being denoised
+    "heads": "seq",  # of the KV cache
+    "width": "seq",  # of the VAE's pictures
+    "embed": ("fsdp", "seq"),  # of parameters in training, with their optimiser state and EMA
+}
+# A sampler reads each weight five times a chunk and never writes it: a whole copy a device, unless
+# `fsdp` is there to save memory.
+SAMPLING_RULES = RULES | {"embed": "fsdp"}
+
+
+def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with axes `AXES` over the first `config.size` of `devices` (default: all of JAX's).
+
+    Raises:
+      InputError: fewer devices than the mesh has places.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) < config.size:
+        raise InputError(
+            f"config: mesh data={config.data} x fsdp={config.fsdp} x seq={config.seq} needs "
+            f"{config.size} devices, {len(devices)} found; lower one of them, or on a CPU set "
+            f"JAX_NUM_CPU_DEVICES={config.size}"
+        )
+    grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp, config.seq)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def spec(axes: Sequence[str | None], rules: dict = RULES) -> P:
+    """The PartitionSpec of an array whose axes have these logical names."""
+    return P(*(rules.get(name) for name in axes))
+
+
+def sharding(mesh: jax.sharding.Mesh, axes: Sequence[str | None], rules: dict = RULES) -> NamedSharding:
+    """The NamedSharding of an array whose axes have these logical names."""
+    return NamedSharding(mesh, spec(axes, rules))
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins this process to the others of a multi-host run; call it before any other JAX call.
+
+    With no arguments the cluster is found by itself (SLURM, Kubernetes, TPU, MPI); where there is
+    none, the process stays alone.
+    """
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+        return
+    if num_processes is not None or process_id is not None:
+        raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
+    try:
+        jax.distributed.initialize()
+    except ValueError:  # JAX found no cluster to ask for a coordinator
+        return

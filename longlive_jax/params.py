@@ -1,0 +1,134 @@
+"""One tree of ParamSpec says everything about a model's parameters.
+
+From it come shapes for `jax.eval_shape`, shardings, initial values and the checkpoint template.
+A parameter tree is a nested dict of arrays; paths follow the original's state-dict names, with the
+layers of a transformer stacked on a leading axis named "layer".
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from longlive_jax import mesh as mesh_lib
+
+Tree = Mapping[str, Any]
+Path = tuple[str, ...]
+
+
+def zeros(key, shape, dtype):
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def normal(std: float) -> Callable:
+    """Gaussian of this standard deviation."""
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def xavier(fan_in: int, fan_out: int) -> Callable:
+    """Glorot and Bengio (2010), equation 16: uniform within sqrt(6 / (fan_in + fan_out))."""
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Shape, logical axis names (None: never sharded) and initial value of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Callable[[jax.Array, tuple[int, ...], Any], jax.Array] = zeros
+
+    def __post_init__(self):
+        assert len(self.shape) == len(self.axes), (self.shape, self.axes)
+
+
+def stack(specs: Tree, num_layers: int) -> Tree:
+    """The specs of `num_layers` equal layers, with a leading axis named "layer"."""
+
+    def one(s: ParamSpec) -> ParamSpec:
+        # Layers draw from their own keys, so that a layer does not depend on how many there are.
+        def init(key, shape, dtype):
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+            return jax.vmap(lambda k: s.init(k, shape[1:], dtype))(keys)
+
+        return ParamSpec((num_layers, *s.shape), ("layer", *s.axes), init)
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
+def is_spec(x) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def flatten(tree: Tree) -> dict[Path, Any]:
+    """Leaves by path, a tuple of names."""
+    return traverse_util.flatten_dict(tree)
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> Tree:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves))
+
+
+def init(specs: Tree, key: jax.Array, dtype=jnp.float32) -> Tree:
+    """Initial values. Each depends on its path alone, not on the mesh or on the other parameters."""
+
+    def one(path: Path, s: ParamSpec):
+        return s.init(jax.random.fold_in(key, zlib.crc32("/".join(path).encode())), s.shape, dtype)
+
+    return unflatten({path: one(path, s) for path, s in flatten(specs).items()})
+
+
+def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: dict = mesh_lib.RULES) -> Tree:
+    """A NamedSharding for each parameter."""
+    return jax.tree.map(lambda s: mesh_lib.sharding(mesh, s.axes, rules), specs, is_leaf=is_spec)
+
+
+def partition_specs(specs: Tree, rules: dict = mesh_lib.RULES) -> Tree:
+    """A PartitionSpec for each parameter, for `jax.shard_map`."""
+    return jax.tree.map(lambda s: mesh_lib.spec(s.axes, rules), specs, is_leaf=is_spec)
+
+
+def abstract(specs: Tree, mesh: jax.sharding.Mesh | None = None, dtype=jnp.float32,
+             rules: dict = mesh_lib.RULES) -> Tree:
+    """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints."""
+
+    def one(s: ParamSpec):
+        where = mesh_lib.sharding(mesh, s.axes, rules) if mesh is not None else None
+        return jax.ShapeDtypeStruct(s.shape, dtype, sharding=where)
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
+def count(specs: Tree) -> int:
+    """Number of scalars."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def gather(tree: Tree, specs: Tree, rules: dict) -> Tree:
+    """Inside a manual `shard_map`: whole parameters from this device's shards.
+
+    Its transpose is a reduce-scatter, so gradients come back sharded. `specs` has the structure of
+    `tree`; a leading "layer" axis may already be scanned away.
+    """
+
+    def one(s: ParamSpec, w: jax.Array) -> jax.Array:
+        axes = s.axes[-w.ndim :] if w.ndim else ()
+        for i, name in enumerate(axes):
+            if rules.get(name) is not None:
+                w = jax.lax.all_gather(w, rules[name], axis=i, tiled=True)
+        return w
+
+    return jax.tree.map(one, specs, tree, is_leaf=is_spec)

@@ -1,0 +1,27 @@
+"""Tests run on 8 fake CPU devices, with JAX's strictest promotion rules."""
+
+import os
+
+# The tests of tests/gpu run on the machine's own devices; all others on fake CPU devices.
+ON_GPU = os.environ.get("LONGLIVE_TEST_PLATFORM") == "gpu"
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+if not ON_GPU:
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Equal programs of different tests and of the commands they start are compiled once."""
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if directory is None:
+        directory = str(tmp_path_factory.mktemp("compilation_cache"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
