@@ -1,0 +1,408 @@
+"""The causal video transformer of LongLive-2.0 (Wan2.2-TI2V-5B, chunk by chunk), as pure functions.
+
+Hidden states are [batch, chunk, (copy,) frame, patch, dim]: a chunk's tokens, with its frames kept
+apart so that what varies by frame (timestep, temporal position) broadcasts. Four uses:
+
+  teacher_forcing   training: a clean and a noisy copy of every chunk side by side (copy axis)
+  block_causal      training without clean context
+  denoise           sampling: velocity of one chunk; reads the KV cache
+  commit            sampling: the clean pass; writes the chunk's keys and values into the cache
+
+Sampling functions run inside a fully manual `jax.shard_map` when `Parallel.seq` names a mesh axis;
+then `frame` (sampling) or `chunk` (training) is this device's share, and heads of the cache too.
+Dtypes: activations in the compute dtype, norms, softmax, rotations and gates in float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.ops import rope, ulysses
+from longlive_jax.ops.attention import attention
+from longlive_jax.ops.linear import linear
+from longlive_jax.ops.norm import layer_norm, rms_norm
+from longlive_jax.params import ParamSpec
+
+PATCH = config_lib.PATCH
+TIME_SLOTS = 6  # shift, scale, gate of self-attention, then of the FFN
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Where this device stands inside a manual `shard_map`; the default is outside of any."""
+
+    seq: str | None = None  # mesh axis over which chunks or frames are sharded
+    rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
+
+    @classmethod
+    def sampling(cls) -> "Parallel":
+        return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()))
+
+
+def spec(cfg: config_lib.Model) -> params_lib.Tree:
+    """Parameter specs; paths follow the original's, with q, k, v (self) and k, v (cross) fused."""
+    d = cfg.dim
+    patch = cfg.in_dim * PATCH * PATCH
+
+    def dense(inputs, outputs, axes, init=None):
+        init = init or params_lib.xavier(inputs, outputs)
+        return {"weight": ParamSpec((inputs, outputs), axes, init), "bias": ParamSpec((outputs,), (None,))}
+
+    small = params_lib.normal(0.02)
+    modulation = params_lib.normal(d**-0.5)
+    norm = {"weight": ParamSpec((d,), (None,), params_lib.ones)}
+    square = functools.partial(dense, d, d, ("embed", None))
+    fused = params_lib.xavier(d, d)  # each of the fused matrices is square
+    block = {
+        "modulation": ParamSpec((TIME_SLOTS, d), (None, None), modulation),
+        "self_attn": {
+            "qkv": dense(d, 3 * d, ("embed", None), fused),
+            "o": square(),
+            "norm_q": norm,
+            "norm_k": norm,
+        },
+        "norm3": norm | {"bias": ParamSpec((d,), (None,))},
+        "cross_attn": {
+            "q": square(),
+            "kv": dense(d, 2 * d, ("embed", None), fused),
+            "o": square(),
+            "norm_q": norm,
+            "norm_k": norm,
+        },
+        "ffn": {"0": dense(d, cfg.ffn_dim, ("embed", None)), "2": dense(cfg.ffn_dim, d, (None, "embed"))},
+    }
+    return {
+        "patch_embedding": dense(patch, d, (None, None)),
+        "text_embedding": {"0": dense(cfg.text_dim, d, (None, "embed"), small), "2": square(small)},
+        "time_embedding": {"0": dense(cfg.freq_dim, d, (None, "embed"), small), "2": square(small)},
+        "time_projection": {"1": dense(d, TIME_SLOTS * d, ("embed", None))},
+        "blocks": params_lib.stack(block, cfg.num_layers),
+        "head": {
+            "modulation": ParamSpec((2, d), (None, None), modulation),
+            "head": dense(d, cfg.out_dim * PATCH * PATCH, (None, None), params_lib.zeros),
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The four uses.
+
+
+def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Parallel()):
+    """Velocity of one chunk, given the cached past. Reads the cache, writes nothing.
+
+    Args:
+      latents: [batch, frame, h, w, channel], compute dtype.
+      timesteps: float32 [batch, frame], in [0, 1000].
+      frames: int32 [batch, frame], temporal positions.
+      text: `text_keys_values` of the chunk's prompt.
+      cache: a sampling.kv_cache.KVCache; `read(layer, k, v)` puts the visible past behind fresh keys.
+
+    Returns:
+      [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
+    """
+    params = _gather_globals(params, cfg, parallel)
+    x, e, modulation, angle = _embed(params, cfg, latents[:, None], timesteps[:, None], frames[:, None])
+
+    def layer(i, x):
+        block = _block_params(params, cfg, i, parallel)
+
+        def attend(q, k, v):
+            k, v, kv_len = cache.read(i, k, v)
+            return attention(q, k, v, kv_len)
+
+        attend = _streaming_attend(attend, parallel)
+        return _block(block, cfg, x, modulation, angle, attend, _layer(text, i))
+
+    x = jax.lax.fori_loop(0, cfg.num_layers, layer, x)
+    return _head(params["head"], cfg, x, e, latents.shape[2:4])[:, 0]
+
+
+def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel()):
+    """The clean pass (t = 0): stores the chunk's keys and values, and computes nothing else.
+
+    Args: as `denoise`; `cache.write(layer, slot, k, v)` returns the cache with that layer's fresh
+      k, v [batch, token, head, head_dim] stored.
+
+    Returns:
+      The cache.
+    """
+    params = _gather_globals(params, cfg, parallel)
+    zero = jnp.zeros(frames.shape, jnp.float32)
+    x, _, modulation, angle = _embed(params, cfg, latents[:, None], zero[:, None], frames[:, None])
+
+    def layer(i, carry):
+        x, cache = carry
+        block = _block_params(params, cfg, i, parallel)
+        stored = cache
+
+        def attend(q, k, v):
+            nonlocal stored
+            keys, values, kv_len = cache.read(i, k, v)
+            out = attention(q, keys, values, kv_len)
+            stored = cache.write(i, slot, k, v)
+            return out
+
+        attend = _streaming_attend(attend, parallel)
+        x = _block(block, cfg, x, modulation, angle, attend, _layer(text, i))
+        return x, stored
+
+    last = cfg.num_layers - 1
+    x, cache = jax.lax.fori_loop(0, last, layer, (x, cache))
+    # Nothing reads the last layer's output: its keys and values are all that is left to compute.
+    block = _block_params(params, cfg, last, parallel)
+    _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle)
+    k, v = (ulysses.to_heads(_tokens(y), parallel.seq, token_axis=2)[:, 0] for y in (k, v))
+    return cache.write(last, slot, k, v)
+
+
+def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Parallel()):
+    """Velocity of every chunk; a chunk sees the chunks up to itself, all of them noisy.
+
+    Args:
+      latents: [batch, chunk, frame, h, w, channel], compute dtype.
+      timesteps: float32 [batch, chunk, frame].
+      frames: int32 [batch, chunk, frame], temporal positions.
+      context: [batch, chunk, text_len, text_dim], one prompt embedding a chunk.
+
+    Returns:
+      [batch, chunk, frame, h, w, channel] in latents' dtype.
+    """
+    from longlive_jax.ops import teacher_forcing as tf
+
+    params = _gather_globals(params, cfg, parallel)
+    x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames)
+    attend = _training_attend(tf.block_causal, parallel)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel)
+    return _head(params["head"], cfg, x, e, latents.shape[3:5])
+
+
+def teacher_forcing(params, cfg, clean, noisy, timesteps, frames, context,
+                    clean_timesteps=None, parallel=Parallel()):
+    """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
+
+    Args:
+      clean, noisy: [batch, chunk, frame, h, w, channel], compute dtype.
+      timesteps: float32 [batch, chunk, frame], of the noisy copy.
+      frames, context: as `block_causal`; both copies share them.
+      clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
+
+    Returns:
+      [batch, chunk, frame, h, w, channel] in noisy's dtype.
+    """
+    from longlive_jax.ops import teacher_forcing as tf
+
+    params = _gather_globals(params, cfg, parallel)
+    if clean_timesteps is None:
+        clean_timesteps = jnp.zeros_like(timesteps)
+    latents = jnp.stack([clean, noisy], axis=2)
+    timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
+    x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames[:, :, None])
+    attend = _training_attend(tf.teacher_forcing, parallel)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel)
+    return _head(params["head"], cfg, x[:, :, 1], e[:, :, 1], noisy.shape[3:5])
+
+
+# ---------------------------------------------------------------------------------------------
+# Text.
+
+
+def embed_text(params, context):
+    """Prompt embeddings [.., text_len, text_dim] -> [.., text_len, dim]. Padded rows are real keys."""
+    p = params["text_embedding"]
+    return linear(p["2"], jax.nn.gelu(linear(p["0"], context), approximate=True))
+
+
+def text_keys_values(params, cfg, context, parallel=Parallel()):
+    """Cross-attention keys and values of every layer: once a prompt, not once a step.
+
+    Args:
+      context: [batch, text_len, text_dim], compute dtype.
+
+    Returns:
+      k, v: [layer, batch, 1, text_len, head, head_dim].
+    """
+    params = _gather_globals(params, cfg, parallel)
+    text = embed_text(params, context[:, None])
+
+    def layer(_, i):
+        return None, _text_kv(_block_params(params, cfg, i, parallel, only="cross_attn")["cross_attn"], cfg, text)
+
+    _, kv = jax.lax.scan(layer, None, jnp.arange(cfg.num_layers))
+    return kv
+
+
+def _text_kv(p, cfg, text):
+    k, v = jnp.split(linear(p["kv"], text), 2, axis=-1)
+    return _heads(rms_norm(k, p["norm_k"]["weight"]), cfg), _heads(v, cfg)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pieces.
+
+
+def _embed(params, cfg, latents, timesteps, frames):
+    """Patch tokens, time vectors, per-frame modulation, rotary angles.
+
+    Leading axes are [batch, chunk, (copy,)]; returns x [.., frame, patch, dim], e [.., frame, 1,
+    dim], modulation [.., frame, 6, dim] and angles [.., frame, patch, head_dim / 2].
+    """
+    x = linear(params["patch_embedding"], _patchify(latents))
+    wave = _sinusoid(timesteps, cfg.freq_dim).astype(x.dtype)
+    p = params["time_embedding"]
+    e = linear(p["2"], jax.nn.silu(linear(p["0"], wave)))
+    e6 = linear(params["time_projection"]["1"], jax.nn.silu(e))
+    modulation = e6.reshape(*e.shape[:-1], TIME_SLOTS, cfg.dim)
+    height, width = latents.shape[-3] // PATCH, latents.shape[-2] // PATCH
+    angle = rope.angles(frames, height, width, cfg.head_dim)
+    return x, e[..., None, :], modulation, angle
+
+
+def _patchify(latents):
+    """[.., frame, h, w, c] -> [.., frame, patch, c * 4]; features ordered (channel, row, column)."""
+    *lead, h, w, c = latents.shape
+    x = latents.reshape(*lead, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    n = len(lead)
+    x = x.transpose(*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return x.reshape(*lead, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+
+
+def _sinusoid(timesteps, freq_dim):
+    """Timestep features: cosines, then sines (Vaswani et al., section 3.5). float32 [.., freq_dim]."""
+    half = freq_dim // 2
+    whole = jnp.floor(timesteps)
+    frequency = rope.BASE ** (-np.arange(half) / half)
+    angle = rope.exact_angle(whole.astype(jnp.int32), frequency, timesteps - whole)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def _block(p, cfg, x, modulation, angle, attend, text_kv):
+    """One transformer block. x: [batch, chunk, (copy,) frame, patch, dim]."""
+    m = _modulation(p, modulation)
+    with jax.named_scope("self_attention"):
+        q, k, v = _self_qkv(p, cfg, x, m, angle)
+        y = attend(*(_tokens(z) for z in (q, k, v)))
+        x = _gated(x, linear(p["self_attn"]["o"], y.reshape(x.shape)), m[..., 2:3, :])
+    with jax.named_scope("cross_attention"):
+        x = x + _cross_attention(p, cfg, x, text_kv)
+    with jax.named_scope("ffn"):
+        h = layer_norm(x, 1 + m[..., 4:5, :], m[..., 3:4, :])
+        h = jax.nn.gelu(linear(p["ffn"]["0"], h), approximate=True)
+        return _gated(x, linear(p["ffn"]["2"], h), m[..., 5:6, :])
+
+
+def _modulation(p, time):
+    """A block's learned offsets [slot, dim] plus its time vectors [.., slot or 1, dim], in float32."""
+    learned = p["modulation"].astype(jnp.float32)
+    return learned.reshape((1,) * (time.ndim - 2) + learned.shape) + time.astype(jnp.float32)
+
+
+def _gated(x, y, gate):
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+def _self_qkv(p, cfg, x, m, angle):
+    """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
+    h = layer_norm(x, 1 + m[..., 1:2, :], m[..., 0:1, :])
+    p = p["self_attn"]
+    q, k, v = jnp.split(linear(p["qkv"], h), 3, axis=-1)
+    q = _heads(rms_norm(q, p["norm_q"]["weight"]), cfg)
+    k = _heads(rms_norm(k, p["norm_k"]["weight"]), cfg)
+    return rope.rotate(q, angle), rope.rotate(k, angle), _heads(v, cfg)
+
+
+def _cross_attention(p, cfg, x, text_kv):
+    """Each chunk's tokens attend to its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
+    h = _layer_norm_affine(p["norm3"], x)
+    p = p["cross_attn"]
+    q = _heads(rms_norm(linear(p["q"], h), p["norm_q"]["weight"]), cfg)
+    rows = q.shape[0] * q.shape[1]
+    k, v = (y.reshape(rows, *y.shape[2:]) for y in text_kv)
+    y = attention(q.reshape(rows, -1, *q.shape[-2:]), k, v)
+    return linear(p["o"], y.reshape(x.shape))
+
+
+def _layer_norm_affine(p, x):
+    lead = (1,) * (x.ndim - 1)
+    return layer_norm(x, p["weight"].reshape(*lead, -1), p["bias"].reshape(*lead, -1))
+
+
+def _head(p, cfg, x, e, grid):
+    """[batch, chunk, frame, patch, dim] -> velocity [batch, chunk, frame, h, w, channel]."""
+    m = _modulation(p, e)
+    y = linear(p["head"], layer_norm(x, 1 + m[..., 1:2, :], m[..., 0:1, :]))
+    lead, (h, w) = y.shape[:-2], grid
+    y = y.reshape(*lead, h // PATCH, w // PATCH, PATCH, PATCH, cfg.out_dim)
+    n = len(lead)
+    y = y.transpose(*range(n), n, n + 2, n + 1, n + 3, n + 4)
+    return y.reshape(*lead, h, w, cfg.out_dim)
+
+
+def _heads(x, cfg):
+    return x.reshape(*x.shape[:-1], -1, cfg.head_dim)
+
+
+def _tokens(x):
+    """[.., frame, patch, head, head_dim] -> [.., token, head, head_dim]."""
+    return x.reshape(*x.shape[:-4], x.shape[-4] * x.shape[-3], *x.shape[-2:])
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention under sequence parallelism, and parameters of a layer.
+
+
+def _streaming_attend(attend: Callable, parallel: Parallel) -> Callable:
+    """`attend` on all tokens [batch, token, head / n, head_dim], from frames sharded over seq."""
+
+    def around(q, k, v):  # [batch, 1, token / n, head, head_dim]
+        q, k, v = (ulysses.to_heads(y, parallel.seq, token_axis=2)[:, 0] for y in (q, k, v))
+        return ulysses.to_tokens(attend(q, k, v)[:, None], parallel.seq, token_axis=2)
+
+    return around
+
+
+def _training_attend(attend: Callable, parallel: Parallel) -> Callable:
+    """`attend` on all chunks of some heads, from chunks sharded over seq."""
+
+    def around(q, k, v):  # [batch, chunk / n, (copy,) token, head, head_dim]
+        q, k, v = (ulysses.to_heads(y, parallel.seq, token_axis=1) for y in (q, k, v))
+        return ulysses.to_tokens(attend(q, k, v), parallel.seq, token_axis=1)
+
+    return around
+
+
+def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel):
+    text = embed_text(params, context)
+    specs = spec(cfg)["blocks"]
+
+    def layer(x, block):
+        block = params_lib.gather(block, specs, dict(parallel.rules))
+        return _block(block, cfg, x, modulation, angle, attend, _text_kv(block["cross_attn"], cfg, text)), None
+
+    return jax.lax.scan(layer, x, params["blocks"])[0]
+
+
+def _layer(tree, i):
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), tree)
+
+
+def _block_params(params, cfg, i, parallel, only=None):
+    """Parameters of layer i, whole on this device."""
+    blocks, specs = params["blocks"], spec(cfg)["blocks"]
+    if only is not None:
+        blocks, specs = {only: blocks[only]}, {only: specs[only]}
+    return params_lib.gather(_layer(blocks, i), specs, dict(parallel.rules))
+
+
+def _gather_globals(params, cfg, parallel):
+    """Everything outside the blocks, whole on this device."""
+    rest = {k: v for k, v in params.items() if k != "blocks"}
+    specs = {k: v for k, v in spec(cfg).items() if k != "blocks"}
+    return params_lib.gather(rest, specs, dict(parallel.rules)) | {"blocks": params["blocks"]}

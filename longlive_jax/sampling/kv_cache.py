@@ -1,0 +1,83 @@
+"""The KV cache: a table of chunk slots.
+
+Keys are stored rotated, at absolute positions, and attention does not care about the order of keys,
+so nothing ever moves: a new chunk overwrites the slot whose chunk is visible no longer. What stays
+visible (paper section 4): the global sink, the newest shot's first chunk, the newest others.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longlive_jax import config as config_lib
+
+EMPTY = -1
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the visible past.
+
+    k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
+      guidance (prompt, negative prompt), else one. Sharded by batch and by head.
+    chunk: int32 [batch, slot], index of the chunk a slot holds, EMPTY if none. Filled slots come
+      first, so the visible keys are a prefix.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    chunk: jax.Array
+
+    # Logical axes, for the mesh.
+    AXES = (None, None, "batch", None, None, "heads", None)
+
+    def read(self, layer, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The visible past of one layer behind fresh k, v [branch * batch, token, head, head_dim].
+
+        Returns:
+          k, v [branch * batch, token + slot * token, head, head_dim] and how many of those keys are
+          real, int32 [branch * batch].
+        """
+        branches = self.k.shape[1]
+        filled = jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32)
+        kv_len = jnp.tile((1 + filled) * k.shape[1], branches)
+
+        def behind(fresh, table):
+            past = jax.lax.dynamic_index_in_dim(table, layer, keepdims=False)
+            past = past.reshape(fresh.shape[0], -1, *fresh.shape[2:])
+            return jnp.concatenate([fresh, past.astype(fresh.dtype)], axis=1)
+
+        return behind(k, self.k), behind(v, self.v), kv_len
+
+    def write(self, layer, slot: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
+        """Stores one layer's fresh k, v [branch * batch, token, head, head_dim] in slot int32 [batch]."""
+        branches, batch = self.k.shape[1:3]
+
+        def into(table, fresh):
+            for row in range(branches * batch):
+                branch, sample = divmod(row, batch)
+                update = fresh[row][None, None, None, None].astype(table.dtype)
+                where = (layer, branch, sample, slot[sample], 0, 0, 0)
+                table = jax.lax.dynamic_update_slice(table, update, where)
+            return table
+
+        return self.replace(k=into(self.k, k), v=into(self.v, v))
+
+    def oldest(self, protected: jax.Array) -> jax.Array:
+        """The slot to overwrite, int32 [batch]: an empty one, else the oldest not `protected`.
+
+        protected: bool [batch, slot].
+        """
+        age = jnp.where(protected, jnp.iinfo(jnp.int32).max, self.chunk)
+        return jnp.argmin(age, axis=1).astype(jnp.int32)
+
+
+def init(cfg: config_lib.Config, branches: int, batch: int, tokens: int, heads: int) -> KVCache:
+    """An empty cache for chunks of `tokens` tokens and this device's `heads`, in compute dtype."""
+    slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
+    shape = (cfg.model.num_layers, branches, batch, slots, tokens, heads, cfg.model.head_dim)
+    return KVCache(
+        k=jnp.zeros(shape, cfg.compute_dtype),
+        v=jnp.zeros(shape, cfg.compute_dtype),
+        chunk=jnp.full((batch, slots), EMPTY, jnp.int32),
+    )
