@@ -28,14 +28,13 @@ def config() -> config_lib.Config:
     return config_lib.from_config_dict(values)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line and calls `main`.
+def run(main: Callable[..., None], arguments: int = 0) -> None:
+    """Parses the command line and calls `main` with its `arguments` words that are not flags.
 
     Exit codes: 0 done, 2 bad input (message on stderr, no traceback), 130 interrupted.
     """
     try:
-        _parse(sys.argv)
-        main()
+        main(*_parse(sys.argv, arguments))
     except InputError as error:
         _stop(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -47,14 +46,17 @@ def run(main: Callable[[], None]) -> None:
                  "or give another --output")
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str], arguments: int) -> list[str]:
     try:
-        rest = FLAGS(argv)
+        rest = FLAGS(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, OSError) as error:
         # ml_collections raises plain Python errors for unknown keys and values of the wrong type.
         raise InputError(f"command line: {str(error).strip(chr(34))}") from error
-    if len(rest) > 1:
-        raise InputError(f"command line: {rest[1]!r} is not a flag; flags are --name=value")
+    if len(rest) > arguments:
+        raise InputError(f"command line: {rest[arguments]!r} is not a flag; flags are --name=value")
+    if len(rest) < arguments:
+        raise InputError(f"command line: {arguments} word(s) wanted before the flags; see --help")
+    return rest
 
 
 def _stop(code: int, message: str) -> None:

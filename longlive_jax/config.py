@@ -107,7 +107,7 @@ class Sample:
     image_to_video: bool = False
     recache: bool = False  # on a prompt change inside a shot, run the visible past again
     chunks: int = 16  # length of a plain-text prompt's video, in chunks
-    vae_latents_per_call: int = 8  # latents decoded at once: speed against memory
+    vae_latents_per_call: int = 2  # latents decoded at once: speed against memory
 
 
 @dataclasses.dataclass(frozen=True)

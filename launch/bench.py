@@ -1,0 +1,33 @@
+"""Measures one part of the system on random weights, warm-up excluded.
+
+    python -m launch.bench stream|vae|attention --config=configs/sample_5b.py [--chunks=20]
+
+Prints a readable report, then one JSON line of all figures.
+"""
+
+import importlib
+import json
+import sys
+
+from absl import flags
+
+from launch import command
+from longlive_jax.errors import InputError
+
+BENCHMARKS = ("stream", "vae", "attention")
+
+flags.DEFINE_integer("chunks", 20, "Chunks to measure, after the warm-up.", lower_bound=2)
+flags.DEFINE_string("profile", None, "Folder for a jax.profiler trace of two measured chunks.")
+
+
+def main(name: str) -> None:
+    if name not in BENCHMARKS:
+        raise InputError(f"bench: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    config = command.config()
+    figures = importlib.import_module(f"launch.benchmarks.{name}").run(config)
+    sys.stderr.flush()
+    print(json.dumps({"benchmark": name} | figures), flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main, arguments=1)

@@ -1,0 +1,58 @@
+"""What the benchmarks share: random weights, clocks, the card's figures."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+
+# Dense bf16 peak of a card, TFLOP/s, by the vendor's data sheet.
+PEAK_TFLOPS = {"NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA A100-SXM4-80GB": 312.0}
+
+
+def random_params(specs, mesh, dtype, seed=0):
+    """Gaussian weights that keep activations finite and nothing zero: zeros would run faster."""
+    flat = params_lib.flatten(specs)
+
+    def one(i, spec):
+        fan_in = int(np.prod(spec.shape[1 if spec.axes[0] == "layer" else 0 : -1])) or 1
+        scale = min(0.02, fan_in**-0.5)
+        sharding = mesh_lib.sharding(mesh, spec.axes, mesh_lib.SAMPLING_RULES)
+        if spec.init is params_lib.ones:
+            return jnp.ones(spec.shape, dtype, device=sharding)
+        make = jax.jit(
+            lambda key: scale * jax.random.normal(key, spec.shape, dtype), out_shardings=sharding
+        )
+        return make(jax.random.fold_in(jax.random.key(seed), i))
+
+    return params_lib.unflatten({path: one(i, s) for i, (path, s) in enumerate(flat.items())})
+
+
+def seconds(call, repeats: int) -> list[float]:
+    """Wall seconds of each call, its result waited for. Call it warm."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def device_figures() -> dict:
+    """Name, count, memory peak so far and data-sheet peak of the devices."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "peak_memory_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "device_peak_tflops": PEAK_TFLOPS.get(device.device_kind),
+    }
+
+
+def percentile(times, q) -> float:
+    return float(np.percentile(times, q))

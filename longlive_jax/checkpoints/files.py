@@ -1,0 +1,149 @@
+"""Where weights come from: a file, a folder of files, or a repository of the Hugging Face hub."""
+
+import json
+import os
+import pathlib
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from longlive_jax.checkpoints import pickle_reader, safetensors
+from longlive_jax.errors import InputError
+
+# Where the folders that people have keep each part; the first that exists is taken. "" is the
+# folder itself, when it has safetensors files.
+_PLACES = {
+    "dit": ("", "transformer", "model.pt", "model_bf16.pt"),
+    "vae": ("Wan2.2_VAE.pth", "vae", "vae.safetensors", ""),
+    "umt5": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "umt5.safetensors", ""),
+    "lora": ("adapter_model.safetensors", "model.pt", ""),
+    "tokenizer": ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json"),
+}
+_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
+
+
+def locate(source: str, part: str) -> str:
+    """The local file or folder of safetensors files that holds `part`; may download it.
+
+    Args:
+      source: a path, or `hf://owner/name[/file]`.
+      part: "dit", "vae", "umt5", "lora" or "tokenizer".
+
+    Raises:
+      InputError: there is none.
+    """
+    path = pathlib.Path(_download(source, part) if source.startswith("hf://") else source)
+    if path.is_file():
+        return str(path)
+    if not path.exists():
+        raise InputError(f"--{part}={source}: there is no such file or folder")
+    for place in _PLACES[part]:
+        found = path / place
+        if found.is_file() or (found.is_dir() and any(found.glob("*.safetensors*"))):
+            return str(found)
+    places = ", ".join(p or "*.safetensors" for p in _PLACES[part])
+    raise InputError(f"--{part}={source}: the folder has none of {places}; give the file itself")
+
+
+def read(path: str) -> Any:
+    """The content of a located file or folder: nested dicts with unread tensors.
+
+    The kind of a file is told from its first bytes, not from its name.
+
+    Raises:
+      InputError: unreadable, damaged or of another kind.
+    """
+    if os.path.isdir(path):
+        return _read_folder(pathlib.Path(path))
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            start = f.read(9)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    looks_safe = (
+        len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 32
+    )
+    if looks_safe or (path.endswith(".safetensors") and size and not start.startswith(b"PK")):
+        tensors, metadata = safetensors.read(path)
+        settings = os.path.join(os.path.dirname(path), "adapter_config.json")
+        if os.path.isfile(settings):  # PEFT keeps a LoRA's alpha there
+            metadata = metadata | {"adapter_config": _read_json(settings)}
+        return metadata | tensors
+    return pickle_reader.read(path)
+
+
+def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
+    """All tensors of a folder: those of its index file, else of all its safetensors files."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise InputError(f"{folder}: has several index files, {_names(indices)}; give one's folder")
+    if indices:
+        index = _read_json(indices[0])
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+            raise InputError(f"{indices[0]}: has no weight_map; copy or download it again")
+        files = sorted(set(where.values()))
+        absent = [f for f in files if os.path.basename(f) != f or not (folder / f).is_file()]
+        if absent:
+            raise InputError(
+                f"{folder}: {len(absent)} of {len(files)} files of its index are not there: "
+                f"{', '.join(absent[:5])}; copy or download them"
+            )
+        paths = [folder / f for f in files]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        for key, t in safetensors.read(path)[0].items():
+            if key in tensors:
+                raise InputError(
+                    f"{folder}: {key} is in {tensors[key].file} and in {path.name}; give the file"
+                )
+            tensors[key] = t
+    return tensors
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); copy or download it again") from error
+
+
+def _names(paths: Sequence[pathlib.Path]) -> str:
+    return ", ".join(p.name for p in paths)
+
+
+def _download(source: str, part: str) -> str:
+    match = _HUB.fullmatch(source)
+    if not match:
+        raise InputError(f"--{part}={source}: must be hf://owner/name or hf://owner/name/file")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError(
+            f"--{part}={source}: needs huggingface_hub; run `pip install huggingface_hub`"
+        ) from error
+    try:
+        if match["file"]:
+            return huggingface_hub.hf_hub_download(match["repo"], match["file"])
+        held = huggingface_hub.list_repo_files(match["repo"])
+        for place in _PLACES[part]:
+            if place in held:
+                return huggingface_hub.hf_hub_download(match["repo"], place)
+            weights = re.compile(rf"{re.escape(place)}/?[^/]+\.(safetensors(\.index\.json)?|json)")
+            wanted = [f for f in held if weights.fullmatch(f)]
+            if any(".safetensors" in f for f in wanted):
+                return huggingface_hub.snapshot_download(match["repo"], allow_patterns=wanted)
+    except Exception as error:  # whatever the network and the hub can do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--{part}={source}: {reason}") from error
+    raise InputError(
+        f"--{part}={source}: the repository has none of "
+        f"{', '.join(p or '*.safetensors' for p in _PLACES[part])}; add /FILE to the address"
+    )

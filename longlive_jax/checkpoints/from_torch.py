@@ -1,0 +1,155 @@
+"""The original's weight files to ours, one tensor at a time."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import files, layout, lora, names, store
+from longlive_jax.checkpoints import parts as parts_lib
+from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
+from longlive_jax.errors import InputError
+
+_ROWS_BYTES = 128 << 20  # tables larger than this are read in several goes
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights of one part: validated by name and shape, not read yet."""
+
+    part: parts_lib.Part
+    spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
+    section: Any  # the part's section of the config
+    tensors: Mapping[str, Tensor]  # by the original's keys
+    files: tuple[str, ...]
+
+    def pieces(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[store.Piece]:
+        """Our arrays for `store.save`, each read when asked for.
+
+        Args:
+          progress: is told how many of the original's tensors have been read since the last call.
+
+        Raises:
+          InputError: values that are not finite, or a file that changed.
+        """
+        dtypes = self._dtypes()
+        for w in layout.weights(self.spec):
+            sources = [self.tensors[k] for k in w.keys]
+            dtype = dtypes[w.path]
+            if w.layer is None and w.rows_are_rows and w.shape[0] > 1:
+                row = sources[0].dtype.itemsize * int(np.prod(w.shape[1:]))
+                step = max(1, _ROWS_BYTES // max(1, row))
+                for i in range(0, w.shape[0], step):
+                    array = self._read(w.keys[0], i, min(i + step, w.shape[0]))
+                    yield store.Piece(w.path, i, array.astype(dtype, copy=False))
+            else:
+                arrays = [self._read(k).astype(dtype, copy=False) for k in w.keys]
+                array = w.from_torch(arrays)
+                del arrays
+                piece = array if w.layer is None else array[None]
+                yield store.Piece(w.path, w.layer or 0, piece)
+                del array, piece
+            progress(len(w.keys))
+
+    def _read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        array = self.tensors[key].read(start, stop)
+        check_finite(array, f"{self.files[0]}: {key}")
+        return array
+
+    def _dtypes(self) -> dict[params_lib.Path, np.dtype]:
+        """The dtype of each of our arrays: its tensors' own, or one that holds all of theirs."""
+        found: dict[params_lib.Path, set[np.dtype]] = {}
+        for w in layout.weights(self.spec):
+            found.setdefault(w.path, set()).update(self.tensors[k].dtype for k in w.keys)
+        return {path: promote(dtypes) for path, dtypes in found.items()}
+
+
+def open_part(
+    part: str,
+    source: str,
+    config: config_lib.Config,
+    *,
+    use_ema: bool = False,
+    lora_source: str | None = None,
+    lora_alpha: float | None = None,
+) -> Source:
+    """Opens and validates the weights of one part; reads no values but those of a LoRA.
+
+    Args:
+      part: "dit", "vae" or "umt5".
+      source: file, folder or hf:// address; see `files.locate`.
+      use_ema: of a training checkpoint, take the moving average of the weights.
+      lora_source: a LoRA to merge, in the same kinds of places.
+      lora_alpha: its scale's numerator; default the file's, else its rank.
+
+    Raises:
+      InputError: no such file; a damaged, foreign, malicious or quantised one; weights missing,
+        too many, of other shapes than `config` gives, or not floats.
+    """
+    network = parts_lib.PARTS[part]
+    section = network.config(config)
+    path = files.locate(source, part)
+    tensors = names.state_dict(files.read(path), part, use_ema, path)
+    spec = network.spec(section)
+    if part == "vae" and not any(k.startswith("encoder.") for k in tensors):
+        # A decoder alone; conv1 belongs to the encoder, but some files keep it.
+        spec = {
+            k: v for k, v in spec.items() if k != "encoder" and (k != "conv1" or _conv1(tensors))
+        }
+    _check(network, section, spec, tensors, path)
+    used = (path,)
+    if lora_source is not None:
+        lora_path = files.locate(lora_source, "lora")
+        tensors = lora.merge(tensors, files.read(lora_path), lora_alpha, lora_path)
+        used += (lora_path,)
+    return Source(network, spec, section, tensors, used)
+
+
+def _conv1(tensors: Mapping[str, Tensor]) -> bool:
+    return any(k.startswith("conv1.") for k in tensors)
+
+
+def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> None:
+    expected = layout.torch_shapes(spec)
+    found = {k: t.shape for k, t in tensors.items()}
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    shaped = [k for k in expected if k in found and found[k] != expected[k]]
+    if missing or extra or shaped:
+        problems = [
+            f"{len(keys)} {what} ({', '.join(map(show, keys[:5]))}{', ...' if keys[5:] else ''})"
+            for what, keys, show in (
+                ("missing", missing, lambda k: f"{k} {expected[k]}"),
+                ("not expected", extra, lambda k: f"{k} {found[k]}"),
+                (
+                    "of another shape",
+                    shaped,
+                    lambda k: f"{k}: expected {expected[k]}, found {found[k]}",
+                ),
+            )
+            if keys
+        ]
+        raise InputError(
+            f"{path}: does not hold the {network.name} that the config describes: of "
+            f"{len(expected)} weights, {'; '.join(problems)}. "
+            + _advice(network, section, spec, found)
+        )
+    for key, t in tensors.items():
+        if not jnp.issubdtype(t.dtype, jnp.floating):
+            raise InputError(f"{path}: {key} has dtype {t.dtype}; weights must be floats")
+
+
+def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
+    sizes = network.sizes(found)
+    flags = network.overrides(sizes, section)
+    if not flags:
+        return f"Is it the right file for --{network.name}?"
+    other = network.spec(dataclasses.replace(section, **sizes))
+    other = {k: v for k, v in other.items() if k in spec}
+    if layout.torch_shapes(other) == found:
+        return f"The file fits with {flags}"
+    return f"Its sizes are those of {flags}, but it does not fit them either; is it damaged?"

@@ -1,0 +1,102 @@
+"""A tensor that lies in a file and is read only when somebody asks for it."""
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import numpy as np
+
+from longlive_jax.errors import InputError
+
+
+class Tensor(Protocol):
+    """What readers of files hand out: shape and dtype now, values later."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the leading axis (default: all), as a row-major array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A strided tensor inside a file. `strides` are in elements, `offset` in bytes.
+
+    The file is not mapped but read: pages of a mapping would count as this process's memory.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...]
+    offset: int
+
+    def __setstate__(self, state):
+        raise TypeError(
+            "a FileTensor is never unpickled: a file could have itself read another one"
+        )
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `Tensor`.
+
+        Raises:
+          InputError: the file has become shorter or unreadable.
+        """
+        shape, offset = self.shape, self.offset
+        if shape:
+            stop = shape[0] if stop is None else stop
+            shape = (stop - start, *shape[1:])
+            offset += start * self.strides[0] * self.dtype.itemsize
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        count = span(shape, self.strides)
+        try:
+            flat = np.fromfile(self.file, np.uint8, count * self.dtype.itemsize, offset=offset)
+        except OSError as error:
+            raise InputError(f"{self.file}: {error.strerror or error}") from error
+        if flat.size != count * self.dtype.itemsize:
+            raise InputError(f"{self.file}: ends inside a tensor; copy or download it again")
+        strides = tuple(s * self.dtype.itemsize for s in self.strides)
+        array = np.ndarray(shape, self.dtype, flat, strides=strides)
+        return np.ascontiguousarray(array).reshape(shape)
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Number of elements from the first to the last that a strided tensor touches."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def check_finite(array: np.ndarray, name: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+      InputError: naming the tensor and how many of its values are not finite.
+    """
+    flat = array.reshape(-1)
+    step = 1 << 22  # bounds the memory of the mask
+    bad = sum(
+        step_size - int(np.count_nonzero(np.isfinite(chunk)))
+        for chunk in (flat[i : i + step] for i in range(0, flat.size, step))
+        for step_size in (chunk.size,)
+    )
+    if bad:
+        raise InputError(
+            f"{name}: {bad} of {array.size} values are not finite (NaN or infinity); the file is "
+            "damaged or its training diverged, use an earlier one"
+        )
+
+
+def promote(dtypes: Any) -> np.dtype:
+    """The smallest float dtype that holds all values of these exactly."""
+    dtypes = sorted(set(map(np.dtype, dtypes)), key=str)
+    if len(dtypes) == 1:
+        return dtypes[0]
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)

@@ -1,0 +1,164 @@
+"""Photographs in; contact sheets out."""
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from longlive_jax.data.atomic import atomic_path
+from longlive_jax.errors import InputError
+
+# PIL widens these filters when it shrinks an image, which is what "antialiased" means. Each is the
+# original's choice for its kind: triangle for photographs (torchvision's antialiased bilinear),
+# cubic for video (swscale's default, which decord uses).
+PHOTO_FILTER = Image.Resampling.BILINEAR
+VIDEO_FILTER = Image.Resampling.BICUBIC
+
+_CAPTION_HEIGHT = 14
+_GAP = 2
+
+
+def to_float(frames: np.ndarray) -> np.ndarray:
+    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape: what the VAE encodes."""
+    if frames.dtype != np.uint8:
+        raise InputError(f"to_float: frames are {frames.dtype}, must be uint8")
+    return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def resize(image: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
+    """Stretches uint8 [h, w, 3] to [height, width, 3], antialiased. The same size is a no-op."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), resample))
+
+
+def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+    """A photograph as uint8 [height, width, 3], upright (EXIF), stretched to that size.
+
+    Transparent parts are black.
+
+    Raises:
+      InputError: the file is missing, damaged or not an image.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        what = "is a folder, not an image" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {what}")
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # PIL's own conversion clips 16 bits to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            pixels = np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        size = path.stat().st_size
+        what = f"{size} bytes that no image format starts with" if size else "the file is empty"
+        raise InputError(f"{path}: not an image: {what}") from error
+    # PIL raises SyntaxError, struct.error and others for damaged files, by format.
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as an image: {error}") from error
+    return resize(pixels, height, width, PHOTO_FILTER)
+
+
+def contact_sheet(
+    path: str | os.PathLike,
+    frames: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Writes a PNG grid of frames, row by row, each with its label under it if there are labels.
+
+    Cells are 2 pixels apart on black; a row of labels takes 14 pixels.
+
+    Args:
+      frames: uint8 [height, width, 3] each, all of one size; at least one.
+
+    Raises:
+      InputError: no frames, frames of several sizes, another number of labels than of frames, or
+        an unwritable path.
+      OSError: ENOSPC, naming `path`.
+    """
+    if len(frames) == 0:
+        raise InputError(f"{path}: a contact sheet needs at least one frame")
+    if columns < 1:
+        raise InputError(f"{path}: columns={columns} must be at least 1")
+    if labels is not None and len(labels) != len(frames):
+        raise InputError(f"{path}: {len(labels)} labels for {len(frames)} frames")
+    frames = [np.asarray(frame) for frame in frames]
+    kinds = {f"{frame.dtype}{list(frame.shape)}" for frame in frames}
+    first = frames[0]
+    if len(kinds) > 1 or first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3:
+        raise InputError(
+            f"{path}: frames must all be uint8 [height, width, 3] of one size, not {sorted(kinds)}"
+        )
+    height, width, _ = first.shape
+    columns = min(columns, len(frames))
+    step_y = height + _GAP + (_CAPTION_HEIGHT if labels is not None else 0)
+    step_x = width + _GAP
+    rows = math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (columns * step_x - _GAP, rows * step_y - _GAP))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, frame in enumerate(frames):
+        x, y = i % columns * step_x, i // columns * step_y
+        sheet.paste(Image.fromarray(np.ascontiguousarray(frame)), (x, y))
+        if labels is not None:
+            draw.text((x + 2, y + height), _fit(labels[i], font, width - 4), "white", font)
+    with atomic_path(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+class ContactSheet:
+    """Collects thumbnails of a video of any length in bounded memory.
+
+    Keeps every `every`-th frame, counted from the first; when there are more than `max_cells`,
+    every second one is dropped and `every` doubles.
+
+    Args:
+      every: frames between two thumbnails, at first.
+      width: pixels of a thumbnail; its height follows from the frames.
+      fps: for the captions, which give the time of each thumbnail in seconds.
+    """
+
+    def __init__(self, every: int = 24, max_cells: int = 64, width: int = 192, fps: float = 24):
+        if min(every, max_cells, width) < 1:
+            raise InputError(f"ContactSheet: {every=}, {max_cells=}, {width=} must be at least 1")
+        self.every, self.max_cells, self.width, self.fps = every, max_cells, width, fps
+        self.frames_seen = 0
+        self._cells: list[tuple[int, np.ndarray]] = []
+
+    def add(self, frames: np.ndarray) -> None:
+        """Takes the next frames of the video, uint8 [frame, height, width, 3]."""
+        first = -self.frames_seen % self.every
+        for i in range(first, len(frames), self.every):
+            # `every` may double inside this loop; the drop below keeps the counts right.
+            if (self.frames_seen + i) % self.every == 0:
+                self._cells.append((self.frames_seen + i, self._thumbnail(np.asarray(frames[i]))))
+            if len(self._cells) > self.max_cells:
+                self.every *= 2
+                self._cells = [cell for cell in self._cells if cell[0] % self.every == 0]
+        self.frames_seen += len(frames)
+
+    def save(self, path: str | os.PathLike, columns: int = 8) -> None:
+        """Writes the sheet; see `contact_sheet` for errors."""
+        labels = [f"{index / self.fps:.1f} s" for index, _ in self._cells]
+        contact_sheet(path, [cell for _, cell in self._cells], columns, labels)
+
+    def _thumbnail(self, frame: np.ndarray) -> np.ndarray:
+        height = max(1, round(frame.shape[0] * self.width / frame.shape[1]))
+        # A copy even where the size is right: a view would keep the whole chunk alive.
+        return resize(frame, height, self.width, VIDEO_FILTER).copy()
+
+
+def _fit(text: str, font, width: int) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

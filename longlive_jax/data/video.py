@@ -1,0 +1,485 @@
+"""Video files in and out. The only module that knows PyAV.
+
+Writing: `VideoWriter`. Reading: `read_video` (the original's choice of frames), `VideoFile` (frames
+in order, never the whole file), `probe`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import io
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+from longlive_jax.data.atomic import no_space, partial_file
+from longlive_jax.data.images import VIDEO_FILTER, resize
+from longlive_jax.errors import InputError
+
+QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
+_BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
+_DONE = object()
+# swscale's fast paths darken every colour by more than a level on the way to RGB; these do not, and
+# are 7 dB nearer to the pixels that were encoded.
+_TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+
+
+class VideoWriter:
+    """Encodes frames to an H.264 mp4 in a thread of its own.
+
+    `write` returns at once unless the encoder lags by QUEUED_CHUNKS chunks, so memory does not grow
+    with the length of the video. The file is written beside `path` and renamed when complete.
+    As a context manager it leaves
+      after a clean end, or KeyboardInterrupt (or another exit that is no Exception): the frames
+        written so far, as a playable file; nothing if there are none;
+      after any Exception, the encoder's own included: no new file. What was at `path` stays.
+
+    Args:
+      path: the file to write; its folder is made if it is missing.
+      height, width: pixels, even.
+      fps: frames a second, a number or a Fraction.
+
+    Raises:
+      InputError: at construction, for a path that cannot be written or a size that is odd.
+      OSError: from `write` and `close`, when the file cannot be written; ENOSPC for a full disk.
+    """
+
+    def __init__(self, path: str | os.PathLike, height: int, width: int, fps: float = 24):
+        self.path = pathlib.Path(path)
+        self.frames_written = 0  # handed over by `write`; the encoder may be behind
+        if height < 2 or width < 2 or height % 2 or width % 2:
+            raise InputError(
+                f"{path}: video of {height}x{width} pixels: both must be even and positive, since "
+                "yuv420p stores one colour for 2x2 pixels"
+            )
+        if not fps > 0:
+            raise InputError(f"{path}: fps={fps} must be positive")
+        self._shape = (height, width, 3)
+        self._fps = Fraction(fps).limit_denominator(1001)  # 29.97 and the like are over 1001
+        self._partial = partial_file(path)
+        self._error: BaseException | None = None
+        self._abandoned = self._closed = False
+        self._encoded = 0
+        self._queue: queue.Queue = queue.Queue(QUEUED_CHUNKS)
+        self._thread = threading.Thread(target=self._run, name=f"encode {self.path}", daemon=True)
+        self._thread.start()
+
+    def write(self, frames) -> None:
+        """Appends uint8 [frame, height, width, 3], a NumPy or JAX array.
+
+        A JAX array is fetched in the encoder's thread: no wait for its computation here. A NumPy
+        array that the caller could still change is copied.
+        """
+        self._raise_error()
+        if self._closed:
+            raise ValueError(f"{self.path}: write after close")
+        if np.dtype(frames.dtype) != np.uint8 or tuple(frames.shape[1:]) != self._shape:
+            raise InputError(
+                f"{self.path}: frames are {frames.dtype} {tuple(frames.shape)}, must be uint8 "
+                f"[frame, {', '.join(map(str, self._shape))}]"
+            )
+        if isinstance(frames, np.ndarray) and frames.flags.writeable:
+            frames = frames.copy()
+        self._queue.put(frames)
+        self.frames_written += len(frames)
+
+    def close(self) -> None:
+        """Waits for the encoder and gives the file its name. Closing twice does nothing.
+
+        Raises:
+          InputError: no frame was written, so there is nothing to play.
+          OSError, and whatever else the encoder raised; then no file is left.
+        """
+        if self._closed:
+            return
+        self._finish()
+        if not self._encoded:
+            raise InputError(f"{self.path}: no frames were written, so there is no video")
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, exc_type, exc, traceback) -> None:
+        if exc_type is None:
+            self.close()
+        elif issubclass(exc_type, Exception):
+            self._abandon()
+        elif not self._closed:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._queue.put(_DONE)
+            self._thread.join()
+            self._raise_error()
+            if self._encoded:
+                os.replace(self._partial, self.path)
+            else:
+                self._partial.unlink(missing_ok=True)
+        except BaseException:  # also a second Ctrl-C while the encoder finishes
+            self._abandon()
+            raise
+        self._closed = True
+
+    def _abandon(self) -> None:
+        if self._closed:
+            return
+        self._closed = self._abandoned = True
+        with contextlib.suppress(queue.Full):  # then the thread will see _abandoned instead
+            self._queue.put_nowait(_DONE)
+        self._thread.join()
+        self._partial.unlink(missing_ok=True)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        chunks = self._chunks()
+        try:
+            with _File(self._partial) as file:
+                try:
+                    self._encoded = _encode(file, chunks, self._shape, self._fps)
+                finally:
+                    # FFmpeg may go on after a failed write, or report it as something else.
+                    if file.error is not None:
+                        raise file.error
+        except BaseException as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            self._error = no_space(self.path) if full else error
+            for _ in chunks:  # so that `write` never waits for a thread that has died
+                pass
+
+    def _chunks(self) -> Iterator:
+        while not self._abandoned:
+            with contextlib.suppress(queue.Empty):
+                chunk = self._queue.get(timeout=0.5)
+                if chunk is _DONE:
+                    return
+                yield chunk
+
+
+class _File(io.RawIOBase):
+    """The file that FFmpeg writes to. Keeps the first error, with its errno."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("wb", buffering=0)
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:  # a disk that is nearly full takes a part and refuses the next
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _encode(file: _File, chunks: Iterator, shape: tuple[int, int, int], fps: Fraction) -> int:
+    """Writes a complete mp4; returns the number of frames in it."""
+    height, width, _ = shape
+    codec, options = _encoder(height, width)
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / fps
+        # Untagged video is decoded as BT.601 by some players and as BT.709 by others.
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = ColorRange.MPEG
+        count = 0
+        for chunk in chunks:
+            for pixels in np.asarray(chunk):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    interpolation=_TO_YUV,
+                )
+                frame.pts, frame.time_base = count, 1 / fps
+                count += 1
+                container.mux(stream.encode(frame))
+        if count:  # a container without packets has no header to complete
+            container.mux(stream.encode())
+    return count
+
+
+@functools.cache
+def _encoder(height: int, width: int) -> tuple[str, dict[str, str]]:
+    """The H.264 encoder of this machine: name and options.
+
+    NVENC is tried, not looked up: PyAV has it on machines without the chip (H100 and H200 among
+    them), without the driver, and for sizes that the chip refuses.
+    """
+    nvenc = ("h264_nvenc", {"preset": "p4", "rc": "vbr", "cq": "19"})
+    try:
+        context = av.CodecContext.create(nvenc[0], "w")
+        context.height, context.width, context.pix_fmt = height, width, "yuv420p"
+        context.time_base, context.framerate = Fraction(1, 24), Fraction(24)
+        context.options = nvenc[1]
+        context.open()
+        return nvenc
+    except (av.FFmpegError, ValueError):
+        return "libx264", {"preset": "veryfast", "crf": "18"}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds. `height` and `width` are those of an upright frame."""
+
+    frames: int
+    fps: Fraction
+    height: int
+    width: int
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Reads a file's index, or where a format has none its packets; decodes one frame.
+
+    Raises:
+      InputError: the file is missing, empty, truncated, or not a video.
+    """
+    with VideoFile(path) as video:
+        return video.info
+
+
+class VideoFile:
+    """A video file whose frames are decoded when they are asked for.
+
+    Args:
+      path: any format that FFmpeg reads.
+      height, width: stretch frames to this size, antialiased; both or neither.
+
+    Attributes:
+      info: VideoInfo of the file as it is stored.
+
+    Raises:
+      InputError: here, the file is missing, empty, not a video, or known to be truncated; while
+        reading, it is damaged or ends early.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, height: int | None = None, width: int | None = None
+    ):
+        self.path = pathlib.Path(path)
+        if (height is None) != (width is None):
+            raise InputError(f"{path}: {height=} and {width=}: give both or neither")
+        if not self.path.is_file():
+            what = "is a folder, not a video" if self.path.is_dir() else "no such file"
+            raise InputError(f"{self.path}: {what}")
+        if self.path.stat().st_size == 0:
+            raise InputError(f"{self.path}: not a video: the file is empty")
+        self._size = None if height is None else (height, width)
+        self._decoder = self._rewind()
+        try:
+            self.info = self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return self.info.frames
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All frames in order, uint8 [height, width, 3], one in memory at a time."""
+        return self.pick(range(len(self)))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames start..stop-1 as uint8 [stop - start, height, width, 3].
+
+        Ranges that follow each other are decoded once, in one pass; a step back starts over.
+
+        Raises:
+          InputError: the range is not inside the video, or is empty.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise InputError(f"{self.path}: frames {start}:{stop} of a video of {len(self)} frames")
+        return np.stack(list(self.pick(range(start, stop))))
+
+    def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """The frames of these indices, uint8 [height, width, 3] each. Ascending is fast."""
+        index, frame = -1, None
+        for wanted in indices:
+            if wanted != index:
+                frame, index = self._frame(int(wanted)), wanted
+            yield frame
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _rewind(self) -> Iterator[av.VideoFrame]:
+        self._next = 0  # index of the frame that the decoder gives next
+        return self._decode()
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        with self._errors(), self._open() as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield from container.decode(stream)
+
+    def _frame(self, index: int) -> np.ndarray:
+        if index < self._next:
+            self._decoder.close()
+            self._decoder = self._rewind()
+        for frame in self._decoder:
+            self._next += 1
+            if self._next > index:
+                pixels = _pixels(frame)
+                return pixels if self._size is None else resize(pixels, *self._size, VIDEO_FILTER)
+        raise InputError(
+            f"{self.path}: ends after {self._next} frames; it is truncated or damaged, its index "
+            f"says {self.info.frames}"
+        )
+
+    def _probe(self) -> VideoInfo:
+        with self._errors(), self._open() as container:
+            stream = container.streams.video[0]
+            frames, end = _indexed(container, stream)
+            if frames is None:
+                frames = sum(1 for packet in container.demux(stream) if packet.size)
+            fps = stream.average_rate or stream.guessed_rate
+        size = self.path.stat().st_size
+        if end > size:
+            raise InputError(f"{self.path}: truncated: {size} bytes of at least {end}")
+        first = next(self._decoder, None)
+        self._decoder.close()
+        self._decoder = self._rewind()
+        if not frames or first is None or not fps:
+            raise InputError(f"{self.path}: holds a video stream without frames")
+        height, width, _ = _pixels(first).shape
+        return VideoInfo(frames, Fraction(fps), height, width)
+
+    def _open(self):
+        container = av.open(str(self.path))
+        if not container.streams.video:
+            kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+            container.close()
+            raise InputError(f"{self.path}: holds no video stream; found: {', '.join(kinds)}")
+        return container
+
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except (av.FFmpegError, OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            size = self.path.stat().st_size
+            raise InputError(
+                f"{self.path}: cannot be read as a video: {reason} ({size} bytes; it is not a "
+                "video, or truncated, or damaged)"
+            ) from error
+
+
+def _indexed(container, stream) -> tuple[int | None, int]:
+    """(frames, end of the last one in bytes) by an mp4's index; (None, 0) where there is none.
+
+    The header's count is not enough: a file that was cut without encoding it anew lists frames
+    that are not shown.
+    """
+    entries = getattr(stream, "index_entries", ())
+    if "mp4" not in container.format.name or not stream.frames or not len(entries):
+        return None, 0
+    shown = end = 0
+    for entry in entries:
+        shown += not entry.is_discard
+        end = max(end, entry.pos + entry.size)
+    return shown, end
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [height, width, 3], upright: phones store a turn beside the frames."""
+    pixels = frame.reformat(format="rgb24", interpolation=_TO_RGB).to_ndarray()
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise, like np.rot90
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+def frame_indices(
+    source_frames: int,
+    source_fps: float,
+    num_frames: int | None = None,
+    fps: float = 24,
+    start: int = 0,
+) -> np.ndarray:
+    """Which source frames show a video at `fps`, as the original picks them: int64 [frame].
+
+    Frame k is source frame round(start + k * source_fps / fps), halves to even, and the last one
+    when that is past the end. `num_frames` None: as many as there are before the end.
+    """
+    interval = float(source_fps) / float(fps)
+    count = num_frames
+    if count is None:
+        count = max(1, int((source_frames - start) / interval) + 2)
+    indices = np.round(start + np.arange(count) * interval).astype(np.int64)
+    if num_frames is None:
+        indices = indices[indices < source_frames]
+    return np.minimum(indices, source_frames - 1)
+
+
+def read_video(
+    path: str | os.PathLike,
+    height: int,
+    width: int,
+    num_frames: int | None = None,
+    fps: float = 24,
+    start: int = 0,
+) -> np.ndarray:
+    """Frames of a video at `fps`, stretched to a size: uint8 [frame, height, width, 3].
+
+    Frames are picked by `frame_indices` and resized by PIL's antialiased cubic filter: the kind
+    that the original's decoder uses (decord: swscale's default), in an implementation whose result
+    does not depend on the CPU.
+
+    Args:
+      num_frames: how many; the last frame repeats where the video is shorter. None: to the end.
+      start: the first source frame.
+
+    Raises:
+      InputError: the file is unreadable (see `VideoFile`), or `start` is not inside it.
+    """
+    if num_frames is not None and num_frames < 1:
+        raise InputError(f"{path}: {num_frames=} must be at least 1")
+    if not fps > 0:
+        raise InputError(f"{path}: {fps=} must be positive")
+    with VideoFile(path, height, width) as video:
+        if not 0 <= start < len(video):
+            raise InputError(f"{path}: {start=} of a video of {len(video)} frames")
+        indices = frame_indices(len(video), video.info.fps, num_frames, fps, start)
+        frames = np.empty((len(indices), height, width, 3), np.uint8)
+        for k, frame in enumerate(video.pick(indices)):
+            frames[k] = frame
+    return frames

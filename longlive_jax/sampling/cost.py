@@ -1,0 +1,28 @@
+"""Floating-point operations of the sampler, by formula: what a rate in a report is divided by."""
+
+from longlive_jax import config as config_lib
+from longlive_jax.config import PATCH
+
+
+def forward_flops(cfg: config_lib.Model, tokens: int, keys: int, layers: int | None = None) -> int:
+    """Of one forward of one chunk: `tokens` queries that see `keys` keys in each of `layers` layers.
+
+    Matrix products of the linears, of self-attention and of cross-attention; a multiply and an add
+    count as two.
+    """
+    d = cfg.dim
+    linears = 2 * tokens * (4 * d * d + 2 * d * d + 2 * d * cfg.ffn_dim)
+    attention = 4 * tokens * keys * d + 4 * tokens * cfg.text_len * d
+    return (cfg.num_layers if layers is None else layers) * (linears + attention)
+
+
+def chunk_flops(cfg: config_lib.Config, height: int, width: int) -> int:
+    """Of denoising and committing one chunk of latents [height, width] with a full window."""
+    m = cfg.model
+    tokens = m.chunk_frames * (height // PATCH) * (width // PATCH)
+    keys = tokens * (cfg.sample.window_frames // m.chunk_frames)
+    text = 2 * m.text_len * (m.text_dim * m.dim + m.dim**2 + m.num_layers * 2 * m.dim**2)
+    denoise = cfg.sample.steps * forward_flops(m, tokens, keys)
+    commit = forward_flops(m, tokens, keys, m.num_layers - 1) + 2 * tokens * 2 * m.dim**2
+    branches = 2 if cfg.sample.guidance_scale != 1.0 else 1
+    return branches * (denoise + commit + text)

@@ -1,0 +1,373 @@
+"""What a video shows, chunk by chunk: reads prompts in any of the four forms that `read` names."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from absl import logging
+
+from longlive_jax import config as config_lib
+from longlive_jax.errors import InputError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
+DURATIONS = "shot_durations.txt"
+_KEYS = ("prompt", "chunks", "seconds", "cut", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One chunk of a video: its prompt, and whether a new shot begins with it."""
+
+    prompt: str
+    cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video to make. `image`, if any, is its first frame. `name` is unique in a `read`."""
+
+    name: str
+    chunks: tuple[Chunk, ...]
+    image: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shot:
+    prompt: str
+    chunks: int
+    cut: bool
+
+
+def read(
+    path: str | pathlib.Path,
+    *,
+    chunks: int,
+    chunk_frames: int,
+    scene_cut_prefix: str,
+    chunks_per_shot: int = 0,
+) -> list[Video]:
+    """Reads the videos that `path` describes.
+
+    The forms:
+      a `.txt` file: each line that is not empty is the one prompt of a video.
+      a folder of captions, `<path>/caption/` or `<path>`: each sub-folder is a video, each `.json`
+        in it a shot with the prompt under "caption". Other names come before numbers, numbers in
+        their order, and `global.json` is left out. Chunks of each shot: `shot_durations.txt` in the
+        sub-folder, else `chunks_per_shot`, else an even split of `chunks`. The last shot is
+        extended to fill `chunks`, and shots past `chunks` are dropped.
+      a folder of images with prompts, `<path>/images/NAME.png` and `<path>/prompts/NAME.txt`, or
+        both in `<path>`: each image is a video, each line of its prompt a shot, split evenly.
+      a `.json` file, one video: `[{"prompt": "...", "chunks": 3, "cut": true}, ...]`. Instead of
+        "chunks", "seconds" may be given, and is rounded up to whole chunks. "cut" (default true)
+        begins a shot; false changes the prompt within a shot. The first entry may have an "image",
+        a path relative to the file.
+
+    In all of them the model is told of a cut by `scene_cut_prefix` before the prompt of a shot's
+    first chunk (once: it may be there already), except at the start of the video. Conversely a line
+    of a `.txt` file that begins with it makes each chunk but the first a cut, as in the original.
+
+    Args:
+      path: file or folder.
+      chunks: length of a video whose source does not give it.
+      chunk_frames: latent frames of a chunk, to convert seconds.
+      scene_cut_prefix: of `config.Sample`.
+      chunks_per_shot: of captions in folders without `shot_durations.txt`; 0 for an even split.
+
+    Returns:
+      At least one video, each of at least one chunk, in the order of the file or of the names.
+
+    Raises:
+      InputError: anything wrong with the arguments or with what is found at `path`.
+    """
+    _in_range("chunks", chunks, 1)
+    _in_range("chunk_frames", chunk_frames, 1)
+    _in_range("chunks_per_shot", chunks_per_shot, 0)
+    try:
+        return _read(pathlib.Path(path), chunks, chunk_frames, scene_cut_prefix, chunks_per_shot)
+    except OSError as error:
+        raise InputError(f"prompts: {path} cannot be read: {error}") from error
+
+
+def _read(path, chunks, chunk_frames, prefix, per_shot) -> list[Video]:
+    if not path.exists():
+        raise InputError(
+            f"prompts: {path} does not exist; give a .txt or .json file or a folder of captions"
+        )
+    if path.is_dir():
+        return _read_folder(path, chunks, per_shot, prefix)
+    if path.suffix.lower() == ".json":
+        return [_read_shot_list(path, chunks, chunk_frames, prefix)]
+    if path.suffix.lower() in (".txt", ""):
+        return _read_lines(path, chunks, prefix)
+    raise InputError(
+        f"prompts: {path} ends with {path.suffix!r}; it must be a .txt file (a prompt a line), a "
+        f".json file (a list of shots) or a folder of captions"
+    )
+
+
+# The four forms.
+
+
+def _read_lines(path: pathlib.Path, chunks: int, prefix: str) -> list[Video]:
+    lines = _lines(path)
+    digits = max(3, len(str(len(lines))))
+
+    def entries(prompt):
+        cut = bool(prefix) and prompt.startswith(prefix)
+        return (Chunk(prompt, False), *(Chunk(prompt, cut),) * (chunks - 1))
+
+    return [
+        Video(f"{path.stem}-{i:0{digits}d}", entries(line)) for i, line in enumerate(lines, start=1)
+    ]
+
+
+def _read_folder(path: pathlib.Path, chunks: int, per_shot: int, prefix: str) -> list[Video]:
+    if (path / "images").is_dir():
+        return _read_images(path / "images", path / "prompts", chunks, prefix)
+    root = path / "caption" if (path / "caption").is_dir() else path
+    if root is path and any(p.with_suffix(".txt").is_file() for p in _images(path)):
+        return _read_images(path, path, chunks, prefix)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if folders:
+        return [_read_captions(folder, chunks, per_shot, prefix) for folder in folders]
+    raise InputError(
+        f"prompts: no captions found in {root}; needed is a sub-folder for each video with a .json "
+        f"file for each shot, or images/NAME.png with prompts/NAME.txt (or NAME.png with NAME.txt)"
+    )
+
+
+def _read_captions(folder: pathlib.Path, chunks: int, per_shot: int, prefix: str) -> Video:
+    files = [p for p in folder.glob("*.json") if p.name != "global.json" and p.is_file()]
+    if not files:
+        raise InputError(
+            f"prompts: no captions found in {folder}; each sub-folder is a video and needs a .json "
+            f"file for each of its shots; add them or remove the folder"
+        )
+    prompts = [_caption(p) for p in sorted(files, key=_shot_order)]
+    durations = _durations(folder / DURATIONS)
+    if durations is None:
+        durations = [per_shot] * len(prompts) if per_shot else _even(chunks, len(prompts))
+    return Video(folder.name, _assemble(_shots(prompts, durations, chunks, folder), prefix))
+
+
+def _read_images(images: pathlib.Path, prompts: pathlib.Path, chunks: int, prefix: str):
+    pictures = _images(images)
+    if not pictures:
+        raise InputError(f"prompts: no image in {images}; known kinds: {', '.join(IMAGES)}")
+    videos, stems = [], {}
+    for picture in pictures:
+        other = stems.setdefault(picture.stem, picture)
+        if other is not picture:
+            raise InputError(
+                f"prompts: {other} and {picture} would both use the prompt {picture.stem}.txt; "
+                f"rename one"
+            )
+        text = prompts / f"{picture.stem}.txt"
+        if not text.is_file():
+            raise InputError(f"prompts: {picture} has no prompt; write it to {text}")
+        lines = _lines(text)
+        shots = _shots(lines, _even(chunks, len(lines)), chunks, text)
+        videos.append(Video(picture.stem, _assemble(shots, prefix), picture))
+    return videos
+
+
+def _read_shot_list(path: pathlib.Path, chunks: int, chunk_frames: int, prefix: str) -> Video:
+    entries = _json(path)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(
+            f'prompts: {path} must be a list of at least one shot, [{{"prompt": "..."}}, ...]; '
+            f"found {_kind(entries)}"
+        )
+    shots, image = [], None
+    for i, entry in enumerate(entries):
+        where = f"prompts: {path}, entry {i + 1} of {len(entries)}"
+        _check_entry(entry, where)
+        length = entry.get("chunks", chunks)
+        if "seconds" in entry:
+            length = _chunks_of(entry["seconds"], chunk_frames, first=i == 0)
+        shots.append(_Shot(entry["prompt"].strip(), length, i > 0 and entry.get("cut", True)))
+        if "image" in entry:
+            image = _first_image(path, entry["image"], i, where)
+    total = sum(shot.chunks for shot in shots)
+    if total > MAX_CHUNKS:
+        raise InputError(f"prompts: {path} has {total} chunks, the limit is {MAX_CHUNKS}; split it")
+    return Video(path.stem, _assemble(shots, prefix), image)
+
+
+# Shots to chunks.
+
+
+def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
+    """Writes the prefix before the first prompt of each shot that begins with a cut."""
+    out: list[Chunk] = []
+    for shot in shots:
+        # The prefix tells of a cut, so where a prompt has it already it stays at the cut only (and
+        # at the start of the video, as written).
+        plain = shot.prompt.removeprefix(prefix)
+        first = prefix + plain if shot.cut else plain if out else shot.prompt
+        out.append(Chunk(first, shot.cut))
+        out.extend([Chunk(plain, False)] * (shot.chunks - 1))
+    return tuple(out)
+
+
+def _shots(prompts: Sequence[str], durations: Sequence[int], chunks: int, where) -> list[_Shot]:
+    """As many shots as fit in `chunks`, which the last one fills."""
+    shots, used = [], 0
+    for prompt, duration in zip(prompts, durations):
+        duration = min(duration, chunks - used)
+        if duration > 0:
+            shots.append(_Shot(prompt, duration, bool(shots)))
+            used += duration
+    shots[-1] = dataclasses.replace(shots[-1], chunks=shots[-1].chunks + chunks - used)
+    if len(shots) < len(prompts):
+        logging.warning(
+            "%s: %d of %d shots have no place in a video of %d chunks and are left out; raise "
+            "sample.chunks or shorten the shots",
+            where, len(prompts) - len(shots), len(prompts), chunks,
+        )  # fmt: skip
+    return shots
+
+
+def _even(chunks: int, shots: int) -> list[int]:
+    each, extra = divmod(chunks, shots)
+    return [each + (i < extra) for i in range(shots)]
+
+
+def _chunks_of(seconds: float, chunk_frames: int, first: bool) -> int:
+    """Whole chunks that last at least `seconds`."""
+    frames = chunk_frames * config_lib.TEMPORAL_COMPRESSION
+    # A video's first latent decodes to one frame and not four.
+    missing = config_lib.TEMPORAL_COMPRESSION - 1 if first else 0
+    # Rounded first: 4/3 s is 32 frames, not the 32.00000000000001 of the product.
+    needed = math.ceil(round(seconds * config_lib.FRAMES_PER_SECOND, 6))
+    return max(1, math.ceil((needed + missing) / frames))
+
+
+# Files.
+
+
+def _shot_order(path: pathlib.Path):
+    numeric = re.fullmatch("[0-9]+", path.stem) is not None
+    return numeric, int(path.stem) if numeric else 0, path.stem
+
+
+def _caption(path: pathlib.Path) -> str:
+    value = _json(path)
+    caption = value.get("caption") if isinstance(value, dict) else None
+    if not isinstance(caption, str):
+        raise InputError(
+            f'prompts: {path} must be an object with the text under "caption", '
+            f'{{"caption": "..."}}; found {_kind(value if caption is None else caption)}'
+        )
+    if not caption.strip():
+        raise InputError(f"prompts: the caption in {path} is empty; write what the shot shows")
+    return caption.strip()
+
+
+def _durations(path: pathlib.Path) -> list[int] | None:
+    if not path.is_file():
+        return None
+    words = [word for word in re.split(r"[,\s]+", _text(path)) if word]
+    try:
+        values = [int(word) for word in words]
+    except ValueError:
+        values = []
+    if not values or not all(1 <= value <= MAX_CHUNKS for value in values):
+        raise InputError(
+            f"prompts: {path} holds {' '.join(words)[:60]!r}; it must hold the chunks of each "
+            f"shot, whole numbers of 1 to {MAX_CHUNKS} with commas or spaces between; or remove it"
+        )
+    return values
+
+
+def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGES)
+
+
+def _first_image(path: pathlib.Path, value: str, i: int, where: str) -> pathlib.Path:
+    if i > 0:
+        raise InputError(
+            f'{where}: "image" is the first frame of the video and may be in entry 1 only'
+        )
+    image = path.parent / value
+    if not image.is_file() or image.suffix.lower() not in IMAGES:
+        raise InputError(
+            f'{where}: "image": {value!r} must be an image file ({", ".join(IMAGES)}), relative to '
+            f"the folder of the .json file; {image} is none"
+        )
+    return image
+
+
+def _check_entry(entry, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise InputError(f'{where} must be an object {{"prompt": "..."}}; found {_kind(entry)}')
+    unknown = sorted(set(entry) - set(_KEYS))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}")
+    if "prompt" not in entry:
+        raise InputError(f'{where} has no "prompt"; write what the shot shows')
+    wanted = {"prompt": str, "chunks": int, "seconds": (int, float), "cut": bool, "image": str}
+    names = {"prompt": "text", "chunks": "a whole number", "seconds": "a number",
+             "cut": "true or false", "image": "a path"}  # fmt: skip
+    for key, value in entry.items():
+        if not isinstance(value, wanted[key]) or (isinstance(value, bool) and key != "cut"):
+            raise InputError(f'{where}: "{key}": {value!r} must be {names[key]}')
+    if not entry["prompt"].strip():
+        raise InputError(f'{where}: "prompt" is empty; write what the shot shows')
+    if "chunks" in entry and "seconds" in entry:
+        raise InputError(f'{where} has both "chunks" and "seconds"; give one of them')
+    if not 1 <= entry.get("chunks", 1) <= MAX_CHUNKS:
+        raise InputError(f'{where}: "chunks": {entry["chunks"]} must be 1 to {MAX_CHUNKS}')
+    if not 0 < entry.get("seconds", 1) <= MAX_CHUNKS:
+        raise InputError(
+            f'{where}: "seconds": {entry["seconds"]} must be above 0, {MAX_CHUNKS} at most'
+        )
+
+
+def _in_range(name: str, value: int, least: int) -> None:
+    if not least <= value <= MAX_CHUNKS:
+        raise InputError(f"{name}={value} must be {least} to {MAX_CHUNKS}")
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    # Not splitlines, which also splits at characters that are no line ends to an editor.
+    lines = [line.strip() for line in _text(path).split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise InputError(f"prompts: {path} is empty; write a prompt to each line")
+    return lines
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def _json(path: pathlib.Path):
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"prompts: {path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        ) from error
+    except (RecursionError, ValueError) as error:  # absurdly deep or long
+        raise InputError(f"prompts: {path} is not JSON that can be read: {error}") from error
+
+
+def _kind(value) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        type(None): "null",
+        bool: "a boolean",
+    }
+    return names.get(type(value), "a number") + (" without items" if value in ({}, []) else "")

@@ -1,0 +1,106 @@
+import errno
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.data.arrays import load_npz, save_npz
+from longlive_jax.data.atomic import atomic_path
+from longlive_jax.errors import InputError
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "a.npz"
+    arrays = {"latents": np.random.randn(2, 3).astype(np.float32), "path": np.array(["é", "b"])}
+    save_npz(path, **arrays, seed=jnp.int32(7))
+    loaded = load_npz(path, required=("latents", "seed"))
+    assert list(loaded) == ["latents", "path", "seed"] and loaded["seed"] == 7
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+    assert [p.name for p in path.parent.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("array", [jnp.zeros(2, jnp.bfloat16), np.array([{}], object)])
+def test_dtypes_that_npz_cannot_hold(tmp_path, array):
+    with pytest.raises(InputError, match=r"'x' is .*cast it"):
+        save_npz(tmp_path / "a.npz", x=array)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_array_names_the_found(tmp_path):
+    save_npz(tmp_path / "a.npz", noise=np.zeros(2), mask=np.zeros(2))
+    with pytest.raises(InputError, match="'latents' is missing; found: noise, mask"):
+        load_npz(tmp_path / "a.npz", required=("noise", "latents"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_values_are_named(tmp_path, value):
+    save_npz(tmp_path / "a.npz", good=np.arange(3), bad=np.array([0, value, 1, value]))
+    with pytest.raises(InputError, match="2 of 4 values of 'bad' are not finite"):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_pickles_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{"a": 1}], object))
+    with pytest.raises(InputError, match="'x' cannot be read: pickled objects are refused"):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_what_is_not_npz(tmp_path):
+    save_npz(tmp_path / "good.npz", x=np.random.randn(100))
+    good = (tmp_path / "good.npz").read_bytes()
+    np.save(tmp_path / "one.npz", np.zeros(3), allow_pickle=False)
+    (tmp_path / "one.npz.npy").rename(tmp_path / "one.npz")
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as file:
+        file.writestr("readme.txt", "hello")
+    damaged = bytearray(good)
+    damaged[400] ^= 255
+    for name, data, message in [
+        ("empty.npz", b"", "it is empty"),
+        ("text.npz", b"hello there", "11 bytes, the first are b'hello th'"),
+        ("cut.npz", good[:300], "300 bytes"),
+        ("damaged.npz", damaged, "'x' cannot be read"),
+        ("one.npz", None, "one unnamed array"),
+        ("zip.npz", None, "not an array"),
+    ]:
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=message) as raised:
+            load_npz(tmp_path / name)
+        assert name in str(raised.value)
+    with pytest.raises(InputError, match="no such file"):
+        load_npz(tmp_path / "missing.npz")
+    with pytest.raises(InputError, match="folder"):
+        load_npz(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_atomic_path_keeps_the_old_file(tmp_path, stop):
+    path = tmp_path / "a.txt"
+    with atomic_path(path) as partial:
+        assert partial.parent == tmp_path and partial.suffix == ".txt" and not path.exists()
+        partial.write_text("old")
+    with pytest.raises(stop), atomic_path(path) as partial:
+        partial.write_text("ne")
+        raise stop
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_names_the_file_when_the_disk_is_full(tmp_path):
+    with (
+        pytest.raises(OSError) as raised,
+        atomic_path(tmp_path / "a.txt"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_path_refuses_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, message in [(tmp_path, "folder"), (tmp_path / "file" / "a.npz", "cannot be written")]:
+        with pytest.raises(InputError, match=message), atomic_path(path):
+            pytest.fail("the block was entered")

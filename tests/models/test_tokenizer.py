@@ -1,0 +1,147 @@
+"""Text cleaning, and ids with EOS, truncation and padding."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from longlive_jax.errors import InputError
+from longlive_jax.models import tokenizer as lib
+
+TEXTS = [
+    "A red fox runs through the snow at dawn.",
+    "The scene transitions. A lighthouse stands in the rain, waves breaking below.",
+    "Close-up of a potter's hands shaping clay.",
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    lib.train_tiny(TEXTS, 128, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("a cat", "a cat"),
+        ("  a \t\n cat  ", "a cat"),
+        ("“a” ‘cat’", "\"a\" 'cat'"),
+        ("猫，狗。", "猫,狗。"),
+        ("ＡＢ！？", "AB!?"),
+        ("a\u00a0cat\u3000sat", "a cat sat"),
+        ("&lt;b&gt; &amp; co", "<b> & co"),
+        ("&amp;amp; &amp;lt;", "& <"),
+        ("a&nbsp;cat", "a cat"),
+        ("&nbsp;", ""),
+        ("schÃ¶n", "schön"),
+        ("ﬁre", "fire"),
+        ("a\x00cat\x1b[31m", "acat"),
+        ("", ""),
+    ],
+)
+def test_clean(text, want):
+    assert lib.clean(text) == want
+    assert lib.clean(lib.clean(text)) == want
+
+
+def test_ids_end_with_eos_and_padding(path):
+    tokenizer = lib.Tokenizer.from_file(path)
+    ids, mask = tokenizer(TEXTS, 64)
+    assert ids.shape == mask.shape == (3, 64) and ids.dtype == mask.dtype == np.int32
+    for row, valid in zip(ids, mask):
+        n = valid.sum()
+        assert valid.tolist() == [1] * n + [0] * (64 - n)
+        assert row[n - 1] == 1 and (row == 1).sum() == 1
+        assert not row[n:].any() and (row[: n - 1] > 2).all()
+    assert ids.max() < tokenizer.vocab_size <= 128
+    # Cleaning happens here, and equal texts have equal ids wherever they stand.
+    again, _ = tokenizer([TEXTS[1], "  " + TEXTS[0].replace(" ", "&nbsp; "), TEXTS[1]], 64)
+    np.testing.assert_array_equal(again, ids[[1, 0, 1]])
+
+
+def test_eos_is_not_doubled(path, tmp_path):
+    """Some files add EOS by themselves, some do not, some pad and truncate: the same ids."""
+    want = lib.Tokenizer.from_file(path)(TEXTS, 64)
+    bare = json.loads(path.read_text())
+    assert bare["post_processor"]["type"] == "TemplateProcessing"
+    bare["post_processor"] = None
+    bare["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    bare["padding"] = {
+        "strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
+    for where in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        got = lib.Tokenizer.from_file(where)(TEXTS, 64)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_truncation_keeps_eos_and_warns(path, caplog):
+    tokenizer = lib.Tokenizer.from_file(path)
+    text = "unending " + "fox " * 40
+    full, full_mask = tokenizer([text], 400)
+    n = int(full_mask.sum())
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        ids, mask = tokenizer([text, TEXTS[1], text, "a fox"], 16)
+        assert len(caplog.records) == 2  # once for the long prompt, once for the other
+        tokenizer([text], n)
+        assert len(caplog.records) == 2  # one that just fits is no reason for it
+    np.testing.assert_array_equal(ids[0], [*full[0, :15], 1])
+    assert mask[0].all()
+    message = caplog.records[0].getMessage()
+    assert f"has {n} tokens" in message and "limit is 16" in message
+    assert lib.clean(text)[:60] in message and lib.clean(text)[:61] not in message
+
+
+def test_empty_prompts(path):
+    tokenizer = lib.Tokenizer.from_file(path)
+    with pytest.raises(InputError, match="prompt 3 is empty"):
+        tokenizer(["a", "b", " &nbsp;\n", "c"], 8)
+    ids, mask = tokenizer([""], 8, allow_empty=True)
+    assert ids.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]] and mask.sum() == 1
+    with pytest.raises(InputError, match=r"prompt 2 is .* not text"):
+        tokenizer(["a", ["b"]], 8)
+    with pytest.raises(InputError, match="text_len=0"):
+        tokenizer(["a"], 0)
+    with pytest.raises(TypeError):
+        tokenizer("a cat", 8)
+    ids, mask = tokenizer([], 8)
+    assert ids.shape == mask.shape == (0, 8)
+
+
+def test_bad_files(path, tmp_path):
+    with pytest.raises(InputError, match="is not a file"):
+        lib.Tokenizer.from_file(tmp_path / "none.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a file"):
+        lib.Tokenizer.from_file(tmp_path)
+    bad = tmp_path / "bad.json"
+    for content in (b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe\x00", path.read_bytes()[:900]):
+        bad.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read"):
+            lib.Tokenizer.from_file(bad)
+    foreign = json.loads(path.read_text())
+    foreign["added_tokens"] = []
+    vocab = foreign["model"]["vocab"]
+    vocab["<s>"] = vocab.pop("<pad>")
+    foreign["post_processor"] = None
+    bad.write_text(json.dumps(foreign))
+    with pytest.raises(InputError, match="another model"):
+        lib.Tokenizer.from_file(bad)
+
+
+def test_train_tiny(tmp_path):
+    for size in (4, 20, 500):
+        a, b = (lib.train_tiny(TEXTS, size, tmp_path / f"{name}.json") for name in "ab")
+        assert a.vocab_size <= size
+        ids, _ = a([*TEXTS, "жук"], 100)
+        assert ids.max() < size
+        np.testing.assert_array_equal(ids, b([*TEXTS, "жук"], 100)[0])
+        assert 2 in ids[3] and ids[3, -1] == 0  # unknown letters have an id too
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    with pytest.raises(InputError, match="vocab_size=3"):
+        lib.train_tiny(TEXTS, 3, tmp_path / "c.json")
