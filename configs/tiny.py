@@ -1,6 +1,6 @@
 """A transformer, VAE and text encoder small enough for a laptop's CPU; same architecture as 5B.
 
-    python -m launch.sample --config=configs/tiny.py --checkpoint=CKPT --prompts=FILE --output=out.mp4
+python -m launch.sample --config=configs/tiny.py --checkpoint=CKPT --prompts=FILE --output=out.mp4
 """
 
 from longlive_jax import config as lib

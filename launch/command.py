@@ -42,14 +42,35 @@ def run(main: Callable[..., None], arguments: int = 0) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _stop(2, f"error: no space left on the disk of {error.filename or 'the output'}; free some "
-                 "or give another --output")
+        _stop(
+            2,
+            f"error: no space left on the disk of {error.filename or 'the output'}; free some "
+            "or give another --output",
+        )
+
+
+def numbered(path: str, index: int, total: int) -> str:
+    """`path` of one output, of output `index` of several: out.mp4 -> out-003.mp4."""
+    if total == 1:
+        return path
+    stem, suffix = os.path.splitext(path)
+    return f"{stem}-{index:03d}{suffix}"
 
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
+    # Overrides need the file they override, wherever it stands on the line.
+    argv = argv[:1] + sorted(argv[1:], key=lambda word: not word.lstrip("-").startswith("config="))
     try:
         rest = FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, OSError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        OSError,
+    ) as error:
         # ml_collections raises plain Python errors for unknown keys and values of the wrong type.
         raise InputError(f"command line: {str(error).strip(chr(34))}") from error
     if len(rest) > arguments:

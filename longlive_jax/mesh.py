@@ -31,7 +31,9 @@ RULES = {
 SAMPLING_RULES = RULES | {"embed": "fsdp"}
 
 
-def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(
+    config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
     """A mesh with axes `AXES` over the first `config.size` of `devices` (default: all of JAX's).
 
     Raises:
@@ -53,12 +55,16 @@ def spec(axes: Sequence[str | None], rules: dict = RULES) -> P:
     return P(*(rules.get(name) for name in axes))
 
 
-def sharding(mesh: jax.sharding.Mesh, axes: Sequence[str | None], rules: dict = RULES) -> NamedSharding:
+def sharding(
+    mesh: jax.sharding.Mesh, axes: Sequence[str | None], rules: dict = RULES
+) -> NamedSharding:
     """The NamedSharding of an array whose axes have these logical names."""
     return NamedSharding(mesh, spec(axes, rules))
 
 
-def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
     """Joins this process to the others of a multi-host run; call it before any other JAX call.
 
     With no arguments the cluster is found by itself (SLURM, Kubernetes, TPU, MPI); where there is

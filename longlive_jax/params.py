@@ -6,6 +6,7 @@ layers of a transformer stacked on a leading axis named "layer".
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -31,11 +32,13 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+@functools.cache  # equal initialisers are one object, so that `init` compiles each shape once
 def normal(std: float) -> Callable:
     """Gaussian of this standard deviation."""
     return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
 
 
+@functools.cache
 def xavier(fan_in: int, fan_out: int) -> Callable:
     """Glorot and Bengio (2010), equation 16: uniform within sqrt(6 / (fan_in + fan_out))."""
     bound = math.sqrt(6 / (fan_in + fan_out))
@@ -86,9 +89,16 @@ def init(specs: Tree, key: jax.Array, dtype=jnp.float32) -> Tree:
     """Initial values. Each depends on its path alone, not on the mesh or on the other parameters."""
 
     def one(path: Path, s: ParamSpec):
-        return s.init(jax.random.fold_in(key, zlib.crc32("/".join(path).encode())), s.shape, dtype)
+        leaf_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        return _draw(leaf_key, init=s.init, shape=s.shape, dtype=dtype)
 
     return unflatten({path: one(path, s) for path, s in flatten(specs).items()})
+
+
+# A program for each shape: one program for a whole model takes XLA minutes to compile.
+@functools.partial(jax.jit, static_argnames=("init", "shape", "dtype"))
+def _draw(key, *, init, shape, dtype):
+    return init(key, shape, dtype)
 
 
 def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: dict = mesh_lib.RULES) -> Tree:
@@ -101,8 +111,12 @@ def partition_specs(specs: Tree, rules: dict = mesh_lib.RULES) -> Tree:
     return jax.tree.map(lambda s: mesh_lib.spec(s.axes, rules), specs, is_leaf=is_spec)
 
 
-def abstract(specs: Tree, mesh: jax.sharding.Mesh | None = None, dtype=jnp.float32,
-             rules: dict = mesh_lib.RULES) -> Tree:
+def abstract(
+    specs: Tree,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=jnp.float32,
+    rules: dict = mesh_lib.RULES,
+) -> Tree:
     """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints."""
 
     def one(s: ParamSpec):

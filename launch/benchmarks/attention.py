@@ -1,5 +1,7 @@
 """The sampler's attention: one chunk's queries over the window's keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -16,18 +18,26 @@ def run(cfg: config_lib.Config) -> dict:
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (1, tokens, m.num_heads, m.head_dim)
     q = jax.random.normal(keys[0], shape, cfg.compute_dtype)
-    k, v = (jax.random.normal(key, (1, window * tokens, *shape[2:]), cfg.compute_dtype) for key in keys[1:])
-    figures = {"queries": tokens, "keys": window * tokens, "heads": m.num_heads, "head_dim": m.head_dim}
-    call = jax.jit(attention)
+    k, v = (
+        jax.random.normal(key, (1, window * tokens, *shape[2:]), cfg.compute_dtype)
+        for key in keys[1:]
+    )
+    figures = {
+        "queries": tokens,
+        "keys": window * tokens,
+        "heads": m.num_heads,
+        "head_dim": m.head_dim,
+    }
+    compiled = jax.jit(attention)
     for filled in range(1, window + 1):
         kv_len = jnp.asarray([filled * tokens], jnp.int32)
-        measure.seconds(lambda: call(q, k, v, kv_len), 3)
-        times = measure.seconds(lambda: call(q, k, v, kv_len), max(10, flags.FLAGS.chunks))
+        call = functools.partial(compiled, q, k, v, kv_len)
+        measure.seconds(call, 3)
+        times = measure.seconds(call, max(10, flags.FLAGS.chunks))
         p50 = measure.percentile(times, 50)
         rate = 4 * tokens * filled * tokens * m.dim / p50 / 1e12
         figures[f"ms_at_{filled}_chunks"] = round(p50 * 1e3, 3)
         figures[f"tflops_at_{filled}_chunks"] = round(rate, 1)
     figures |= measure.device_figures()
-    for name, value in figures.items():
-        print(f"  {name:24} {value}")
+    measure.show(figures)
     return figures

@@ -1,5 +1,6 @@
 """What the benchmarks share: random weights, clocks, the card's figures."""
 
+import functools
 import time
 
 import jax
@@ -14,7 +15,7 @@ PEAK_TFLOPS = {"NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA A10
 
 
 def random_params(specs, mesh, dtype, seed=0):
-    """Gaussian weights that keep activations finite and nothing zero: zeros would run faster."""
+    """Random weights that keep activations finite and nothing zero: zeros would run faster."""
     flat = params_lib.flatten(specs)
 
     def one(i, spec):
@@ -23,12 +24,27 @@ def random_params(specs, mesh, dtype, seed=0):
         sharding = mesh_lib.sharding(mesh, spec.axes, mesh_lib.SAMPLING_RULES)
         if spec.init is params_lib.ones:
             return jnp.ones(spec.shape, dtype, device=sharding)
-        make = jax.jit(
-            lambda key: scale * jax.random.normal(key, spec.shape, dtype), out_shardings=sharding
-        )
-        return make(jax.random.fold_in(jax.random.key(seed), i))
+        return _noise(spec.shape, dtype, sharding)(np.uint32(1000 * seed + i), scale)
 
     return params_lib.unflatten({path: one(i, s) for i, (path, s) in enumerate(flat.items())})
+
+
+@functools.cache
+def _noise(shape, dtype, sharding):
+    """(seed, scale) -> array, uniform of standard deviation `scale`.
+
+    A hash of each element's index (the finaliser of MurmurHash3) rather than `jax.random`, whose
+    generators take XLA a second to compile, once a shape.
+    """
+
+    def make(seed, scale):
+        x = jax.lax.iota(jnp.uint32, int(np.prod(shape))) + seed * np.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+        x = jax.lax.bitcast_convert_type(x ^ (x >> np.uint32(16)), jnp.int32).astype(jnp.float32)
+        return (x * (scale * (3**0.5 * 2.0**-31))).astype(dtype).reshape(shape)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def seconds(call, repeats: int) -> list[float]:
@@ -52,6 +68,12 @@ def device_figures() -> dict:
         "peak_memory_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
         "device_peak_tflops": PEAK_TFLOPS.get(device.device_kind),
     }
+
+
+def show(figures: dict) -> None:
+    """Figures for people, one a line; the command prints them as JSON at its end."""
+    for name, value in figures.items():
+        print(f"  {name:28} {value}", flush=True)
 
 
 def percentile(times, q) -> float:

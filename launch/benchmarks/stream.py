@@ -53,21 +53,26 @@ def run(cfg: config_lib.Config) -> dict:
         "denoise_fps": round(frames * latents.shape[0] / p50, 2),
         "chunk_p50_s": round(p50, 4),
         "chunk_p90_s": round(measure.percentile(warm, 90), 4),
-        "chunk_5_s": round(times[5], 4) if len(times) > 5 else None,
+        "chunk_5_s": round(times[5], 4),
         "chunk_last_s": round(times[-1], 4),
+        "chunk_last": len(times) - 1,
         "tflops_per_device": round(tflops, 1),
         "share_of_peak": _share(tflops, device["device_peak_tflops"]),
         "denoise_peak_memory_gb": device["peak_memory_gb"],
         "finite": finite,
     }
+    measure.show(figures)
     state = latents = None
-    figures |= _delivered(cfg, mesh, sampler, step, params, inputs, size)
-    figures |= measure.device_figures()
-    figures["steps"], figures["dtype"] = cfg.sample.steps, cfg.dtype
-    figures["pixels"], figures["mesh"] = [cfg.sample.height, cfg.sample.width], list(mesh.shape.values())
-    for name, value in figures.items():
-        print(f"  {name:24} {value}")
-    return figures
+    delivered = _delivered(cfg, mesh, sampler, step, params, inputs, size)
+    delivered |= measure.device_figures()
+    delivered |= {
+        "steps": cfg.sample.steps,
+        "dtype": cfg.dtype,
+        "pixels": [cfg.sample.height, cfg.sample.width],
+        "mesh": list(mesh.shape.values()),
+    }
+    measure.show(delivered)
+    return figures | delivered
 
 
 def _delivered(cfg, mesh, sampler, step, params, inputs, size):
@@ -75,6 +80,7 @@ def _delivered(cfg, mesh, sampler, step, params, inputs, size):
     vae_params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
     del vae_params["encoder"], vae_params["conv1"]
     for attempt in ("compile", "measure"):
+        decoder = state = latents = pieces = waiting = None  # one set of states at a time
         decoder = decode.Decoder(cfg, vae_params, mesh)
         state = sampler.init_state(cfg.mesh.data * cfg.mesh.fsdp, *size)
         waiting, done, count = [], [], 0
@@ -96,6 +102,7 @@ def _delivered(cfg, mesh, sampler, step, params, inputs, size):
     (start, before), (stop, after) = done[2], done[-1]
     return {
         "vae_compile_s": round(compiled, 1),
+        "vae_latents_per_call": cfg.sample.vae_latents_per_call,
         "first_frame_s": round(first, 3),
         "delivered_fps": round((after - before) * latents.shape[0] / (stop - start), 2),
     }
@@ -108,11 +115,13 @@ def _inputs(cfg, chunk, size):
     text = (batch, cfg.model.text_len, cfg.model.text_dim)
     context = jax.random.normal(jax.random.fold_in(key, 7), text, cfg.compute_dtype)
     return stream.ChunkInput(
-        noise=stream.noise(key, chunk, batch, shape),
+        noise=stream.noise(key, chunk, jnp.arange(batch), shape),
         context=context,
         cut=jnp.zeros((batch,), bool),
         negative=context if stream.guided(cfg) else None,
-        first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim)) if cfg.sample.image_to_video else None,
+        first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
+        if cfg.sample.image_to_video
+        else None,
     )
 
 

@@ -36,7 +36,9 @@ def run(cfg: config_lib.Config) -> dict:
         measure.seconds(call, 2)
         times = measure.seconds(call, repeats)
         figures[f"{name}_ms_per_latent"] = round(measure.percentile(times, 50) * 1e3 / latents, 2)
-        figures[f"{name}_p90_ms_per_latent"] = round(measure.percentile(times, 90) * 1e3 / latents, 2)
+        figures[f"{name}_p90_ms_per_latent"] = round(
+            measure.percentile(times, 90) * 1e3 / latents, 2
+        )
 
     latents = jax.random.normal(jax.random.key(1), (batch, per_call, *size, cfg.vae.z_dim), dtype)
     state = vae.init_decode_state(cfg.vae, batch, *size, dtype, mesh)
@@ -52,6 +54,5 @@ def run(cfg: config_lib.Config) -> dict:
             rate = work / figures[f"{name}_ms_per_latent"] * 1e3 * batch / cfg.mesh.size
             figures[f"{name}_tflops_per_device"] = round(rate, 1)
     figures |= measure.device_figures()
-    for name, value in figures.items():
-        print(f"  {name:28} {value}")
+    measure.show(figures)
     return figures

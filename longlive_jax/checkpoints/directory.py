@@ -51,8 +51,8 @@ def _orphan(path: pathlib.Path) -> bool:
     return (path / "index.json").is_file() or path.name == tokenizer_lib.FILE
 
 
-def remove_others(root: pathlib.Path, part: str, keep: str) -> None:
-    """Removes the directories of a part that metadata.json does not name."""
+def remove_others(root: pathlib.Path, part: str, keep: str | None) -> None:
+    """Removes the directories of a part but the one named `keep`."""
     for path in root.iterdir():
         if re.fullmatch(rf"{part}(_\d+)?", path.name) and path.name != keep and _orphan(path):
             shutil.rmtree(path, ignore_errors=True)

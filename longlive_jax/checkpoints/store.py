@@ -78,8 +78,10 @@ def save(
     root = pathlib.Path(os.path.abspath(directory))
     with directory_lib.writing(root):
         metadata = directory_lib.read_metadata(root, new=True)
+        # What a process left that was killed.
         partial = root / f".{part}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)
+        directory_lib.remove_others(root, part, metadata["parts"].get(part, {}).get("directory"))
         partial.mkdir()
         try:
             index = _write_groups(partial, pieces, spec)
@@ -256,7 +258,7 @@ class Stored:
         if absent:
             made_from = ", ".join(self.info["sources"]) or "a file"
             raise InputError(
-                f"{where}: its {name} has no {', '.join(absent)}, for {made_from} had none; convert "
+                f"{where}: its {name} has no {', '.join(absent)}, as {made_from} had none; convert "
                 f"a file that has: `python -m launch.convert --{name}=FILE --output={where}`"
             )
         wrong = [
@@ -300,6 +302,11 @@ class Stored:
                 f"{self.path / group}: is damaged ({reason}); convert the {self.part.name} again"
             ) from error
         return params_lib.flatten(tree)
+
+    def extents(self) -> Iterator[tuple[params_lib.Path, int, int]]:
+        """Path, first row and number of rows of each of `pieces`."""
+        for rows in self.groups.values():
+            yield from ((path, start, n) for path, (start, n) in rows.items())
 
     def pieces(self) -> Iterator[Piece]:
         """All of it on the host, group by group, in the order it was saved."""

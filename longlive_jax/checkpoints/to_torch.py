@@ -1,7 +1,8 @@
 """Our weights back to the original's keys and layouts, as one safetensors file a part."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,52 +18,67 @@ def export_store(
 ) -> int:
     """Writes a part of our checkpoint to `file`, bit for bit, reading one group at a time.
 
-    Returns the number of tensors written.
+    Args:
+      progress: is told how many tensors have been written since the last call.
+
+    Returns:
+      The number of tensors written.
 
     Raises:
       InputError: the checkpoint lacks the part, or is damaged.
     """
     stored = store.Stored(directory, part)
-    spec = stored.spec()
-    return _write(spec, stored.dtypes(), stored.pieces(), file, progress)
+    return _write(stored.spec(), stored.dtypes(), stored.extents(), stored.pieces(), file, progress)
 
 
 def export_tree(tree: params_lib.Tree, spec: params_lib.Tree, file: str | os.PathLike) -> int:
     """Writes a tree of arrays (of this process) to `file`; layers are fetched one at a time.
 
-    Returns the number of tensors written.
+    Returns:
+      The number of tensors written.
     """
-    leaves = params_lib.flatten(tree)
-    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
-    return _write(spec, dtypes, store.tree_pieces(tree, spec), file, lambda n: None)
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params_lib.flatten(tree).items()}
+    extents = [(w.path, w.layer or 0, 1 if w.layer is not None else w.shape[0])
+               for w in layout.weights(spec)]  # fmt: skip
+    return _write(spec, dtypes, extents, store.tree_pieces(tree, spec), file, lambda n: None)
 
 
-def tensors(
-    spec: params_lib.Tree, pieces: Iterator[store.Piece]
-) -> Iterator[tuple[layout.Weight, str, np.ndarray]]:
-    """The original's tensors, from pieces in the order of `layout.weights`."""
-    for w in layout.weights(spec):
-        rows = 1 if w.layer is not None else (w.shape[0] if w.shape else 1)
-        start = w.layer or 0
-        parts = []
-        while rows > 0:
-            piece = next(pieces)
-            assert (piece.path, piece.start) == (w.path, start), (piece.path, piece.start, w)
-            parts.append(piece.array)
-            start, rows = start + len(piece.array), rows - len(piece.array)
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        array = array[0] if w.layer is not None else array
-        for key, t in zip(w.keys, w.to_torch(array), strict=True):
-            yield w, key, t
+def _write(
+    spec: params_lib.Tree,
+    dtypes: Mapping[params_lib.Path, np.dtype],
+    extents: Iterable[tuple[params_lib.Path, int, int]],
+    pieces: Iterable[store.Piece],
+    file: str | os.PathLike,
+    progress: Callable[[int], None],
+) -> int:
+    # Tensors lie in the file in the order in which they come.
+    counted = ((path, start, range(rows)) for path, start, rows in extents)
+    entries = {
+        key: (w.torch_shape, dtypes[w.path]) for w, _ in _weights(spec, counted) for key in w.keys
+    }
 
-
-def _write(spec, dtypes: Mapping, pieces, file, progress) -> int:
-    entries = {key: (w.torch_shape, dtypes[w.path]) for w in layout.weights(spec) for key in w.keys}
-
-    def arrays():
-        for _, key, t in tensors(spec, pieces):
-            yield key, t
-            progress(1)
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for w, rows in _weights(spec, pieces):
+            array = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            yield from zip(w.keys, w.to_torch(array), strict=True)
+            progress(len(w.keys))
 
     safetensors.write(file, entries, arrays(), {"format": "pt"})
     return len(entries)
+
+
+def _weights(
+    spec: params_lib.Tree, pieces: Iterable[tuple[params_lib.Path, int, Any]]
+) -> Iterator[tuple[layout.Weight, list]]:
+    """Each weight as soon as all of its rows have come, with them."""
+    leaves = params_lib.flatten(spec)
+    held: dict[params_lib.Path, dict[int, Any]] = {}
+    for path, start, rows in pieces:
+        s = leaves[path]
+        if layout.is_stacked(s):
+            for i, row in enumerate(rows):
+                yield layout.Weight(path, start + i, s.shape[1:]), [row]
+            continue
+        held.setdefault(path, {})[start] = rows
+        if sum(map(len, held[path].values())) == s.shape[0]:
+            yield layout.Weight(path, None, s.shape), [r for _, r in sorted(held.pop(path).items())]

@@ -81,7 +81,9 @@ def _predictor(sigmas, lam, i, order):
     return sigmas[i + 1] / sigmas[i], -scale * (1 - before), -scale * before
 
 
-def step(row: jax.Array, sample: jax.Array, velocity: jax.Array, history: History) -> tuple[jax.Array, History]:
+def step(
+    row: jax.Array, sample: jax.Array, velocity: jax.Array, history: History
+) -> tuple[jax.Array, History]:
     """One step: the sample at the next level.
 
     Args:
@@ -91,7 +93,10 @@ def step(row: jax.Array, sample: jax.Array, velocity: jax.Array, history: Histor
     """
     data = sample - row[0] * velocity.astype(jnp.float32)
     corrected = (
-        row[1] * history.corrected + row[2] * history.data + row[3] * history.data_before + row[4] * data
+        row[1] * history.corrected
+        + row[2] * history.data
+        + row[3] * history.data_before
+        + row[4] * data
     )
     following = row[5] * corrected + row[6] * data + row[7] * history.data
     return following, History(corrected=corrected, data=data, data_before=history.data)

@@ -53,7 +53,10 @@ def spec(cfg: config_lib.Model) -> params_lib.Tree:
 
     def dense(inputs, outputs, axes, init=None):
         init = init or params_lib.xavier(inputs, outputs)
-        return {"weight": ParamSpec((inputs, outputs), axes, init), "bias": ParamSpec((outputs,), (None,))}
+        return {
+            "weight": ParamSpec((inputs, outputs), axes, init),
+            "bias": ParamSpec((outputs,), (None,)),
+        }
 
     small = params_lib.normal(0.02)
     modulation = params_lib.normal(d**-0.5)
@@ -76,7 +79,10 @@ def spec(cfg: config_lib.Model) -> params_lib.Tree:
             "norm_q": norm,
             "norm_k": norm,
         },
-        "ffn": {"0": dense(d, cfg.ffn_dim, ("embed", None)), "2": dense(cfg.ffn_dim, d, (None, "embed"))},
+        "ffn": {
+            "0": dense(d, cfg.ffn_dim, ("embed", None)),
+            "2": dense(cfg.ffn_dim, d, (None, "embed")),
+        },
     }
     return {
         "patch_embedding": dense(patch, d, (None, None)),
@@ -109,7 +115,9 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
     """
     params = _gather_globals(params, cfg, parallel)
-    x, e, modulation, angle = _embed(params, cfg, latents[:, None], timesteps[:, None], frames[:, None])
+    x, e, modulation, angle = _embed(
+        params, cfg, latents[:, None], timesteps[:, None], frames[:, None]
+    )
 
     def layer(i, x):
         block = _block_params(params, cfg, i, parallel)
@@ -184,8 +192,9 @@ def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Para
     return _head(params["head"], cfg, x, e, latents.shape[3:5])
 
 
-def teacher_forcing(params, cfg, clean, noisy, timesteps, frames, context,
-                    clean_timesteps=None, parallel=Parallel()):
+def teacher_forcing(
+    params, cfg, clean, noisy, timesteps, frames, context, clean_timesteps=None, parallel=Parallel()
+):
     """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
 
     Args:
@@ -233,7 +242,9 @@ def text_keys_values(params, cfg, context, parallel=Parallel()):
     text = embed_text(params, context[:, None])
 
     def layer(_, i):
-        return None, _text_kv(_block_params(params, cfg, i, parallel, only="cross_attn")["cross_attn"], cfg, text)
+        return None, _text_kv(
+            _block_params(params, cfg, i, parallel, only="cross_attn")["cross_attn"], cfg, text
+        )
 
     _, kv = jax.lax.scan(layer, None, jnp.arange(cfg.num_layers))
     return kv
@@ -384,7 +395,9 @@ def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel):
 
     def layer(x, block):
         block = params_lib.gather(block, specs, dict(parallel.rules))
-        return _block(block, cfg, x, modulation, angle, attend, _text_kv(block["cross_attn"], cfg, text)), None
+        return _block(
+            block, cfg, x, modulation, angle, attend, _text_kv(block["cross_attn"], cfg, text)
+        ), None
 
     return jax.lax.scan(layer, x, params["blocks"])[0]
 

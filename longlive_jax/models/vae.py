@@ -327,7 +327,7 @@ def _constant(values):
 
 
 def _restart(context, x, axis):
-    """Zeros; in a shard_map, typed as different on each device, as `x` is: a scan can carry them."""
+    """Zeros; in a shard_map, typed as varying over devices, as `x` is: a scan can carry them."""
     zero = jnp.zeros((), x.dtype)
     if axis is not None:
         zero = jnp.where(False, x[0, 0, 0, 0, 0], zero)

@@ -263,8 +263,8 @@ def average_down(x: jax.Array, time: int) -> jax.Array:
     group, after zeros.
     """
     batch, frames, height, width, dim = x.shape
-    x = x.reshape(batch, frames, height // 2, 2, width // 2, 2, dim).astype(jnp.float32)
-    x = jnp.mean(x, axis=(3, 5)).astype(x.dtype)
+    cells = x.reshape(batch, frames, height // 2, 2, width // 2, 2, dim).astype(jnp.float32)
+    x = jnp.mean(cells, axis=(3, 5)).astype(x.dtype)
     if frames % time:
         x = jnp.pad(x, ((0, 0), (time - frames % time, 0), (0, 0), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, time, height // 2, width // 2, dim)

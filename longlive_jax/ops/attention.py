@@ -9,7 +9,9 @@ import jax.numpy as jnp
 _LOGITS = 2**27  # most logits the XLA path holds at once: 512 MB of float32
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, kv_len: jax.Array | None = None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_len: jax.Array | None = None
+) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim)) v.
 
     Args:
@@ -46,7 +48,9 @@ def _xla(q, k, v, kv_len):
         if valid is not None:
             logits = jnp.where(valid[:, None, None, :], logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bhts,bshd->bthd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+        return jnp.einsum("bhts,bshd->bthd", weights, v, preferred_element_type=jnp.float32).astype(
+            q.dtype
+        )
 
     # Queries in equal pieces, so that a long chunk does not need its whole logit matrix at once.
     pieces = -(-batch * heads * tokens * keys // _LOGITS)

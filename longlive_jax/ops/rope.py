@@ -14,7 +14,9 @@ BASE = 10000.0
 _TURN = 2.0**32  # one turn in fixed point
 
 
-def exact_angle(position: jax.Array, frequency: np.ndarray, fraction: jax.Array | None = None) -> jax.Array:
+def exact_angle(
+    position: jax.Array, frequency: np.ndarray, fraction: jax.Array | None = None
+) -> jax.Array:
     """(position + fraction) x frequency, modulo one turn.
 
     Args:

@@ -14,11 +14,15 @@ def to_heads(x: jax.Array, mesh_axis: str | None, token_axis: int) -> jax.Array:
     """
     if mesh_axis is None:
         return x
-    return jax.lax.all_to_all(x, mesh_axis, split_axis=x.ndim - 2, concat_axis=token_axis, tiled=True)
+    return jax.lax.all_to_all(
+        x, mesh_axis, split_axis=x.ndim - 2, concat_axis=token_axis, tiled=True
+    )
 
 
 def to_tokens(x: jax.Array, mesh_axis: str | None, token_axis: int) -> jax.Array:
     """The inverse of `to_heads`."""
     if mesh_axis is None:
         return x
-    return jax.lax.all_to_all(x, mesh_axis, split_axis=token_axis, concat_axis=x.ndim - 2, tiled=True)
+    return jax.lax.all_to_all(
+        x, mesh_axis, split_axis=token_axis, concat_axis=x.ndim - 2, tiled=True
+    )

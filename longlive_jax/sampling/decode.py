@@ -58,7 +58,9 @@ class Decoder:
 
 
 @functools.cache
-def decode_program(cfg: config_lib.VAE, mesh: jax.sharding.Mesh, first: bool, finish: Callable | None):
+def decode_program(
+    cfg: config_lib.VAE, mesh: jax.sharding.Mesh, first: bool, finish: Callable | None
+):
     """(params, state, latents) -> (state, finish(frames)), compiled; the state is donated."""
     decode = vae.decode_on_mesh(mesh, cfg, first)
 
@@ -69,8 +71,13 @@ def decode_program(cfg: config_lib.VAE, mesh: jax.sharding.Mesh, first: bool, fi
     return jax.jit(call, donate_argnums=1, keep_unused=True)
 
 
-def encode(cfg: config_lib.Config, params, mesh: jax.sharding.Mesh,
-           read: Callable[[int, int], np.ndarray], count: int) -> np.ndarray:
+def encode(
+    cfg: config_lib.Config,
+    params,
+    mesh: jax.sharding.Mesh,
+    read: Callable[[int, int], np.ndarray],
+    count: int,
+) -> np.ndarray:
     """Encodes a clip of 1 + 4 k frames, a few at a time.
 
     Args:
@@ -85,9 +92,7 @@ def encode(cfg: config_lib.Config, params, mesh: jax.sharding.Mesh,
     for piece in _pieces(1 + (count - 1) // 4, True, cfg.sample.vae_latents_per_call):
         first = piece.start == 0
         frames = read(0 if first else 4 * piece.start - 3, 4 * piece.stop - 3)
-        frames = jax.device_put(
-            frames.astype(cfg.compute_dtype), jax.NamedSharding(mesh, _PLACED)
-        )
+        frames = jax.device_put(frames.astype(cfg.compute_dtype), jax.NamedSharding(mesh, _PLACED))
         if first:
             size = (frames.shape[2] // vae.PIXELS, frames.shape[3] // vae.PIXELS)
             state = vae.init_encode_state(cfg.vae, frames.shape[0], *size, frames.dtype, mesh)

@@ -59,8 +59,14 @@ class StreamState:
     position: jax.Array
 
 
-def chunk_step(params, state: StreamState, inputs: ChunkInput, *, cfg: config_lib.Config,
-               parallel: dit.Parallel = dit.Parallel()) -> tuple[StreamState, jax.Array]:
+def chunk_step(
+    params,
+    state: StreamState,
+    inputs: ChunkInput,
+    *,
+    cfg: config_lib.Config,
+    parallel: dit.Parallel = dit.Parallel(),
+) -> tuple[StreamState, jax.Array]:
     """Denoises one chunk and commits it to the cache.
 
     Returns:
@@ -75,7 +81,9 @@ def chunk_step(params, state: StreamState, inputs: ChunkInput, *, cfg: config_li
     def denoise(carry, step):
         sample, history = carry
         timestep, weights = step
-        velocity = _velocity(params, state, text, held(sample), timestep, frames, held, cfg, parallel)
+        velocity = _velocity(
+            params, state, text, held(sample), timestep, frames, held, cfg, parallel
+        )
         sample, history = unipc.step(weights, held(sample), velocity, history)
         return (sample, history), None
 
@@ -86,16 +94,28 @@ def chunk_step(params, state: StreamState, inputs: ChunkInput, *, cfg: config_li
     return _commit(params, state, text, latents, inputs.cut, cfg, parallel), latents
 
 
-def ingest(params, state: StreamState, inputs: ChunkInput, *, cfg: config_lib.Config,
-           parallel: dit.Parallel = dit.Parallel()) -> StreamState:
+def ingest(
+    params,
+    state: StreamState,
+    inputs: ChunkInput,
+    *,
+    cfg: config_lib.Config,
+    parallel: dit.Parallel = dit.Parallel(),
+) -> StreamState:
     """Commits a chunk of an existing video; `inputs.noise` holds its clean latents."""
     state = _enter_shot(state, inputs.cut, cfg)
     text = _text(params, inputs, cfg, parallel)
     return _commit(params, state, text, inputs.noise, inputs.cut, cfg, parallel)
 
 
-def recache(params, state: StreamState, inputs: ChunkInput, *, cfg: config_lib.Config,
-            parallel: dit.Parallel = dit.Parallel()) -> StreamState:
+def recache(
+    params,
+    state: StreamState,
+    inputs: ChunkInput,
+    *,
+    cfg: config_lib.Config,
+    parallel: dit.Parallel = dit.Parallel(),
+) -> StreamState:
     """Runs the clean pass of the visible past again, oldest first, under `inputs.context`.
 
     For a prompt change inside a shot: otherwise cached keys and values keep the old prompt's
@@ -115,7 +135,9 @@ def recache(params, state: StreamState, inputs: ChunkInput, *, cfg: config_lib.C
         frames = _positions(position[:, slot], latents.shape[2], parallel)
         x = _branches(latents[:, slot], branches).astype(cfg.compute_dtype)
         slots = jnp.full(old.shape[:1], slot, jnp.int32)
-        cache = dit.commit(params, cfg.model, x, _branches(frames, branches), text, cache, slots, parallel)
+        cache = dit.commit(
+            params, cfg.model, x, _branches(frames, branches), text, cache, slots, parallel
+        )
         return cache.replace(chunk=cache.chunk.at[:, slot].set(chunk[:, slot]))
 
     cache = state.cache.replace(chunk=jnp.full_like(old, EMPTY))
@@ -146,7 +168,14 @@ def _velocity(params, state, text, sample, timestep, frames, held, cfg, parallel
     timesteps = held.zero(jnp.broadcast_to(timestep, frames.shape))
     x, timesteps, frames = (_branches(y, branches) for y in (sample, timesteps, frames))
     velocity = dit.denoise(
-        params, cfg.model, x.astype(cfg.compute_dtype), timesteps, frames, text, state.cache, parallel
+        params,
+        cfg.model,
+        x.astype(cfg.compute_dtype),
+        timesteps,
+        frames,
+        text,
+        state.cache,
+        parallel,
     ).astype(jnp.float32)
     if branches == 1:
         return velocity
@@ -242,7 +271,9 @@ class Sampler:
         def compile(fn, in_specs, out_specs):
             fn = functools.partial(fn, cfg=cfg, parallel=dit.Parallel.sampling())
             # Without differentiation there is nothing for varying-axes types to check.
-            fn = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            fn = jax.shard_map(
+                fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )
             return jax.jit(fn, donate_argnums=1)
 
         each = (param_specs, state, inputs)
@@ -328,10 +359,14 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
     )
 
 
-def noise(key: jax.Array, chunk: int, batch: int, shape: tuple[int, ...]) -> jax.Array:
-    """Noise of one chunk, float32 [batch, *shape]: a function of key, sample and chunk alone."""
+@functools.partial(jax.jit, static_argnames="shape")
+def noise(key: jax.Array, chunk: int, samples: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise of one chunk of these samples (int32 [batch]), float32 [batch, *shape].
+
+    A function of key, sample and chunk alone: neither batching nor the mesh changes it.
+    """
 
     def one(sample):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), chunk), shape)
 
-    return jax.vmap(one)(jnp.arange(batch))
+    return jax.vmap(one)(samples)

@@ -1,0 +1,38 @@
+# Everything lives in .venv. `make demo` and `make test` set it up by themselves.
+.PHONY: setup demo test test-slow lint clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# The first interpreter that runs and is new enough: a shim of a version manager may exist and fail.
+define FIND_PYTHON
+for p in python3 python3.12 python3.13 python3.14 python; do \
+  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; exit 0; fi; \
+done; \
+echo "No Python 3.12 or newer found (tried python3, python3.12, python3.13, python3.14, python)." >&2; \
+echo "Install one, for example: pyenv install 3.12, or uv python install 3.12." >&2; exit 1
+endef
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	@python=$$($(FIND_PYTHON)) || exit 1; test -x $(PYTHON) || $$python -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(PYTHON) -m launch.demo --output=out/demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+test-slow: $(STAMP)
+	$(PYTHON) -m pytest -m slow --timeout=3600
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf out .pytest_cache .ruff_cache .hypothesis
