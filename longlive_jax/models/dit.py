@@ -45,6 +45,21 @@ class Parallel:
     def sampling(cls) -> "Parallel":
         return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()))
 
+    @property
+    def seq_axis(self) -> str | None:
+        """`seq`, if other devices lie along it."""
+        return _with_others(self.seq)
+
+    @property
+    def shards(self) -> dict[str, str | tuple[str, ...]]:
+        """Of `rules`, those that put a part of a parameter on another device."""
+        return {name: axis for name, axis in self.rules if _with_others(axis) is not None}
+
+
+def _with_others(axis):
+    """A collective over a mesh axis of one device would not be free: XLA makes it a copy."""
+    return None if axis is None or jax.lax.axis_size(axis) == 1 else axis
+
 
 def spec(cfg: config_lib.Model) -> params_lib.Tree:
     """Parameter specs; paths follow the original's, with q, k, v (self) and k, v (cross) fused."""
@@ -167,7 +182,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     # Nothing reads the last layer's output: its keys and values are all that is left to compute.
     block = _block_params(params, cfg, last, parallel)
     _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle)
-    k, v = (ulysses.to_heads(_tokens(y), parallel.seq, token_axis=2)[:, 0] for y in (k, v))
+    k, v = (ulysses.to_heads(_tokens(y), parallel.seq_axis, token_axis=2)[:, 0] for y in (k, v))
     return cache.write(last, slot, k, v)
 
 
@@ -373,8 +388,8 @@ def _streaming_attend(attend: Callable, parallel: Parallel) -> Callable:
     """`attend` on all tokens [batch, token, head / n, head_dim], from frames sharded over seq."""
 
     def around(q, k, v):  # [batch, 1, token / n, head, head_dim]
-        q, k, v = (ulysses.to_heads(y, parallel.seq, token_axis=2)[:, 0] for y in (q, k, v))
-        return ulysses.to_tokens(attend(q, k, v)[:, None], parallel.seq, token_axis=2)
+        q, k, v = (ulysses.to_heads(y, parallel.seq_axis, token_axis=2)[:, 0] for y in (q, k, v))
+        return ulysses.to_tokens(attend(q, k, v)[:, None], parallel.seq_axis, token_axis=2)
 
     return around
 
@@ -383,8 +398,8 @@ def _training_attend(attend: Callable, parallel: Parallel) -> Callable:
     """`attend` on all chunks of some heads, from chunks sharded over seq."""
 
     def around(q, k, v):  # [batch, chunk / n, (copy,) token, head, head_dim]
-        q, k, v = (ulysses.to_heads(y, parallel.seq, token_axis=1) for y in (q, k, v))
-        return ulysses.to_tokens(attend(q, k, v), parallel.seq, token_axis=1)
+        q, k, v = (ulysses.to_heads(y, parallel.seq_axis, token_axis=1) for y in (q, k, v))
+        return ulysses.to_tokens(attend(q, k, v), parallel.seq_axis, token_axis=1)
 
     return around
 
@@ -394,7 +409,7 @@ def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel):
     specs = spec(cfg)["blocks"]
 
     def layer(x, block):
-        block = params_lib.gather(block, specs, dict(parallel.rules))
+        block = params_lib.gather(block, specs, parallel.shards)
         return _block(
             block, cfg, x, modulation, angle, attend, _text_kv(block["cross_attn"], cfg, text)
         ), None
@@ -411,11 +426,11 @@ def _block_params(params, cfg, i, parallel, only=None):
     blocks, specs = params["blocks"], spec(cfg)["blocks"]
     if only is not None:
         blocks, specs = {only: blocks[only]}, {only: specs[only]}
-    return params_lib.gather(_layer(blocks, i), specs, dict(parallel.rules))
+    return params_lib.gather(_layer(blocks, i), specs, parallel.shards)
 
 
 def _gather_globals(params, cfg, parallel):
     """Everything outside the blocks, whole on this device."""
     rest = {k: v for k, v in params.items() if k != "blocks"}
     specs = {k: v for k, v in spec(cfg).items() if k != "blocks"}
-    return params_lib.gather(rest, specs, dict(parallel.rules)) | {"blocks": params["blocks"]}
+    return params_lib.gather(rest, specs, parallel.shards) | {"blocks": params["blocks"]}
