@@ -184,31 +184,47 @@ def _velocity(params, state, text, sample, timestep, frames, held, cfg, parallel
 
 
 def _commit(params, state, text, latents, cut, cfg, parallel):
-    """The clean pass, then the books: which slot holds what, and what may be overwritten next."""
+    """The clean pass, then the books: which slot holds what."""
     branches = state.cache.k.shape[1]
-    cut = cut & (state.chunk > 0)
-    shot = jnp.where(cut, state.chunk, state.shot)
-    held = state.cache.chunk
-    protected = (held != EMPTY) & (held < cfg.sample.sink_frames // cfg.model.chunk_frames)
-    if cfg.sample.multi_shot_sink and cfg.sample.sink_frames:
-        protected |= (held != EMPTY) & (held == shot[:, None])
-    slot = state.cache.oldest(protected)
+    slot, shot = next_slot(state.cache, state.chunk, state.shot, cut, cfg)
     frames = _frames(state, latents.shape[1], parallel)
     x = _branches(latents, branches).astype(cfg.compute_dtype)
     cache = dit.commit(
         params, cfg.model, x, _branches(frames, branches), text, state.cache, slot, parallel
     )
-    here = jnp.arange(held.shape[1])[None, :] == slot[:, None]
+    here = jnp.arange(cache.chunk.shape[1])[None, :] == slot[:, None]
     wide = here.reshape(*here.shape, *(1,) * (state.latents.ndim - 2))
     first = state.chunk * cfg.model.chunk_frames + state.offset
     return StreamState(
-        cache=cache.replace(chunk=jnp.where(here, state.chunk, held)),
+        cache=cache.replace(chunk=jnp.where(here, state.chunk, cache.chunk)),
         chunk=state.chunk + 1,
         shot=shot,
         offset=state.offset,
         latents=jnp.where(wide, latents[:, None].astype(state.latents.dtype), state.latents),
         position=jnp.where(here, first[:, None], state.position),
     )
+
+
+def next_slot(
+    cache: KVCache, chunk: jax.Array, shot: jax.Array, cut: jax.Array, cfg: config_lib.Config
+) -> tuple[jax.Array, jax.Array]:
+    """Where `chunk` goes: the slot of what no later chunk may see; and the newest shot's first chunk.
+
+    The sinks stay, and with `multi_shot_sink` the first chunk of the newest shot, which a cut makes
+    `chunk` itself; of the others the oldest goes.
+
+    Args:
+      shot: int32 [batch], first chunk of the newest shot so far; cut: bool [batch].
+
+    Returns:
+      slot and shot, int32 [batch].
+    """
+    shot = jnp.where(cut & (chunk > 0), chunk, shot)
+    held, sample = cache.chunk, cfg.sample
+    sink = held < sample.sink_frames // cfg.model.chunk_frames
+    if sample.multi_shot_sink and sample.sink_frames:
+        sink |= held == shot[:, None]
+    return cache.oldest(sink & (held != EMPTY)), shot
 
 
 def _frames(state, local_frames, parallel):
@@ -334,28 +350,36 @@ def guided(cfg: config_lib.Config) -> bool:
     return cfg.sample.guidance_scale != 1.0
 
 
-_FRAMES = mesh_lib.spec(("batch", "frame", None, None, None), mesh_lib.SAMPLING_RULES)
-_BATCH = mesh_lib.spec(("batch",), mesh_lib.SAMPLING_RULES)
+def _spec(*axes: str | None) -> jax.P:
+    # Of full rank: P("x") and P("x", None) are the same, and yet two entries in jit's cache.
+    return mesh_lib.spec(axes, mesh_lib.SAMPLING_RULES)
+
+
+_FRAMES = _spec("batch", "frame", None, None, None)
 
 
 def state_specs() -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
-    table = mesh_lib.spec(KVCache.AXES, mesh_lib.SAMPLING_RULES)
-    latents = mesh_lib.spec(("batch", None, "frame", None, None, None), mesh_lib.SAMPLING_RULES)
+    table = _spec(*KVCache.AXES)
     return StreamState(
-        cache=KVCache(k=table, v=table, chunk=_BATCH),
-        chunk=jax.P(), shot=_BATCH, offset=_BATCH, latents=latents, position=_BATCH,
-    )  # fmt: skip
+        cache=KVCache(k=table, v=table, chunk=_spec("batch", None)),
+        chunk=jax.P(),
+        shot=_spec("batch"),
+        offset=_spec("batch"),
+        latents=_spec("batch", None, "frame", None, None, None),
+        position=_spec("batch", None),
+    )
 
 
 def input_specs(cfg: config_lib.Config) -> ChunkInput:
     """A PartitionSpec for each array of a ChunkInput."""
+    text = _spec("batch", None, None)
     return ChunkInput(
         noise=_FRAMES,
-        context=_BATCH,
-        cut=_BATCH,
-        negative=_BATCH if guided(cfg) else None,
-        first_frame=_BATCH if cfg.sample.image_to_video else None,
+        context=text,
+        cut=_spec("batch"),
+        negative=text if guided(cfg) else None,
+        first_frame=_spec("batch", None, None, None, None) if cfg.sample.image_to_video else None,
     )
 
 

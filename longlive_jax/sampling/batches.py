@@ -1,0 +1,166 @@
+"""Which videos are made together, and from what: everything is checked before anything is computed."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax.data.arrays import load_npz
+from longlive_jax.errors import InputError
+from longlive_jax.sampling.script import Script, shorten
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noise:
+    """Noise from outside, in place of a seed's, float32 [batch, frame, h, w, channel].
+
+    init: [batch, 1, h, w, channel], latents of the videos' first frames, or None.
+    """
+
+    noise: np.ndarray
+    init: np.ndarray | None
+    chunks: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Videos of equal length that are denoised together.
+
+    index: of the first of them among all videos; a seed's noise depends on it, not on the batching.
+    noise: [batch, frame, h, w, channel], or None: drawn from the seed.
+    first_frame: [batch, 1, h, w, channel] for image-to-video, else None.
+    prefix: [batch, frame, h, w, channel], latents of a video to continue, or None.
+    """
+
+    scripts: Sequence[Script]
+    height: int  # of the latents
+    width: int
+    index: int = 0
+    noise: np.ndarray | None = None
+    first_frame: np.ndarray | None = None
+    prefix: np.ndarray | None = None
+
+    @property
+    def chunks(self) -> int:
+        return self.scripts[0].chunks
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        scale = config_lib.SPATIAL_COMPRESSION
+        return self.height * scale, self.width * scale
+
+
+def read_noise(path: str | os.PathLike, cfg: config_lib.Model) -> Noise:
+    """Noise of an .npz: `noise` [batch, frame, channel, h, w], perhaps `init` [batch, 1, ...].
+
+    Raises:
+      InputError: an unreadable file, shapes that do not fit the config, values that are not finite.
+    """
+    arrays = load_npz(path, required=("noise",))
+    sizes = f"model.in_dim={cfg.in_dim} channels"
+    noise = channels_last(arrays["noise"], f"{path}: noise", cfg.in_dim, sizes)
+    batch, frames, height, width, _ = noise.shape
+    if height % config_lib.PATCH or width % config_lib.PATCH:
+        raise InputError(
+            f"{path}: noise of {height} x {width} latents: both must be multiples of "
+            f"{config_lib.PATCH}, the latents a token covers; crop it"
+        )
+    if frames % cfg.chunk_frames:
+        raise InputError(
+            f"{path}: noise of {frames} latent frames: must be a multiple of "
+            f"model.chunk_frames={cfg.chunk_frames}; cut or extend it"
+        )
+    init = None
+    if "init" in arrays:
+        init = channels_last(arrays["init"], f"{path}: init", cfg.in_dim, sizes)
+        want = (batch, 1, *noise.shape[2:])
+        if init.shape != want:
+            raise InputError(
+                f"{path}: init of shape {arrays['init'].shape} does not fit noise of shape "
+                f"{arrays['noise'].shape}; they must be equal but for init's single frame"
+            )
+    return Noise(noise, init, frames // cfg.chunk_frames)
+
+
+def channels_last(array: np.ndarray, name: str, channels: int, sizes: str) -> np.ndarray:
+    """Latents of a file, [batch, frame, channel, h, w] -> float32 [batch, frame, h, w, channel].
+
+    Raises:
+      InputError: another shape, no elements, or no numbers. `name` and `sizes` are for the message.
+    """
+    if array.ndim != 5 or array.shape[2] != channels or array.dtype.kind not in "fiu":
+        raise InputError(
+            f"{name} {array.dtype}{list(array.shape)} must be numbers [batch, frame, channel, h, "
+            f"w] with {sizes}; transpose it, or give the config it was made with"
+        )
+    if not array.size:
+        raise InputError(f"{name} of shape {array.shape} is empty; each axis must be at least 1")
+    return np.moveaxis(array, 2, -1).astype(np.float32)
+
+
+def make(
+    cfg: config_lib.Config, scripts: Sequence[Script], noise: Noise | None = None, size: int = 1
+) -> list[Batch]:
+    """Batches of at most `size` neighbouring videos that can be denoised together.
+
+    With noise, videos have its length and number, and all that can be are in one batch.
+
+    Raises:
+      InputError: numbers that do not fit each other or the mesh; image-to-video without an image.
+    """
+    height, width = (
+        n // config_lib.SPATIAL_COMPRESSION for n in (cfg.sample.height, cfg.sample.width)
+    )
+    if noise is not None:
+        size, (height, width) = len(noise.noise), noise.noise.shape[2:4]
+        scripts = [shorten(script, noise.chunks) for script in scripts]
+        if len(scripts) == 1:
+            scripts = scripts * size
+        if len(scripts) != size:
+            raise InputError(
+                f"prompts of {len(scripts)} videos for noise of {size}; give as many, or one"
+            )
+    _check_images(cfg, scripts, noise)
+    batches, start = [], 0
+    while start < len(scripts):
+        stop = start + 1
+        while stop < min(start + size, len(scripts)) and _alike(cfg, scripts[start], scripts[stop]):
+            stop += 1
+        here = slice(start, stop)
+        batches.append(
+            Batch(
+                scripts[here], height, width, start,
+                noise=None if noise is None else noise.noise[here],
+                first_frame=None if noise is None or noise.init is None else noise.init[here],
+            )
+        )  # fmt: skip
+        start = stop
+    replicas = cfg.mesh.data * cfg.mesh.fsdp
+    for batch in batches:
+        if len(batch.scripts) % replicas:
+            raise InputError(
+                f"a batch of {len(batch.scripts)} video(s): must be a multiple of mesh data x fsdp "
+                f"= {replicas}; change the number of videos of equal length, --batch or the mesh"
+            )
+    return batches
+
+
+def _alike(cfg, a: Script, b: Script) -> bool:
+    """Whether two videos can be in a batch, each as it would be alone."""
+    turns = not cfg.sample.recache or a.turn == b.turn
+    return a.chunks == b.chunks and bool(a.image) == bool(b.image) and turns
+
+
+def _check_images(cfg, scripts, noise):
+    init = noise is not None and noise.init is not None
+    without = [script.name for script in scripts if not script.image]
+    if init and len(without) < len(scripts):
+        raise InputError("a first frame is given twice: init in the noise, and an image; drop one")
+    if cfg.sample.image_to_video and without and not init:
+        raise InputError(
+            f"config: sample.image_to_video=True, but video {without[0]!r} has no image; give "
+            "--image, prompts with images, or init in --noise"
+        )

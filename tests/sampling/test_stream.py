@@ -1,0 +1,409 @@
+"""The streaming sampler: the original's rollouts, a dense oracle, invariance, bounded cost."""
+
+import functools
+import time
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.diffusion import schedule, unipc
+from longlive_jax.models import dit
+from longlive_jax.sampling import kv_cache, stream
+from tests import golden_files
+
+# Eight heads, so that a mesh of eight can share them.
+MODEL = config_lib.Model(
+    dim=64, ffn_dim=96, num_heads=8, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6,
+    freq_dim=16,
+)  # fmt: skip
+SIZE = (4, 4)
+
+
+def make_config(mesh=config_lib.Mesh(), **sample) -> config_lib.Config:
+    return config_lib.Config(
+        model=MODEL,
+        vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
+        sample=config_lib.Sample(height=64, width=64, **({"steps": 2} | sample)),
+        mesh=mesh,
+        dtype="float32",
+    )
+
+
+@functools.cache
+def random_params():
+    """Every weight drawn, so that no path through the model is zero."""
+    draw = np.random.default_rng(0)
+
+    def one(s):
+        scale = 1.0 if len(s.shape) < 2 else s.shape[-2] ** -0.5
+        return (scale * draw.standard_normal(s.shape) + (s.init is params_lib.ones)).astype(np.float32)
+
+    return jax.tree.map(one, dit.spec(MODEL), is_leaf=params_lib.is_spec)
+
+
+@functools.cache
+def sampler_of(cfg: config_lib.Config):
+    sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
+    return sampler, jax.device_put(random_params(), sampler.param_shardings)
+
+
+def make_inputs(cfg, chunks, batch=1, cuts=(), seed=0, samples=None):
+    key = jax.random.key(seed)
+    samples = jnp.arange(batch) if samples is None else jnp.asarray(samples)
+    shape = (cfg.model.chunk_frames, *SIZE, cfg.model.in_dim)
+    draw = np.random.default_rng(seed)
+    prompts = draw.standard_normal((64, MODEL.text_len, MODEL.text_dim)).astype(np.float32)
+    negative = np.broadcast_to(prompts[-1], (len(samples), *prompts.shape[1:]))
+    return [
+        stream.ChunkInput(
+            noise=stream.noise(key, c, samples, shape),
+            context=jnp.asarray(np.stack([prompts[(c // 3 + int(s)) % 60] for s in samples])),
+            cut=jnp.asarray([c in cuts] * len(samples)),
+            negative=jnp.asarray(negative) if stream.guided(cfg) else None,
+        )
+        for c in range(chunks)
+    ]
+
+
+def run(cfg, inputs):
+    sampler, params = sampler_of(cfg)
+    state = sampler.init_state(inputs[0].noise.shape[0], *SIZE)
+    chunks = []
+    for state, latents in sampler.stream(params, state, inputs):
+        chunks.append(np.asarray(latents))
+    return state, np.concatenate(chunks, axis=1)
+
+
+def off_mesh(tree):
+    """Copies without a mesh, for calls outside of `shard_map`."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
+
+
+denoise = jax.jit(dit.denoise, static_argnums=1)
+text_keys_values = jax.jit(dit.text_keys_values, static_argnums=1)
+
+
+def close(a, b, limit=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= limit * np.abs(b).max()
+
+
+# The original.
+
+
+@pytest.mark.parametrize("seq", [1, 2, 4])
+@pytest.mark.parametrize("name", ["single4", "multi4", "cfg4"])
+def test_rollouts_are_the_originals(name, seq):
+    cfg, case = golden_files.rollout(name)
+    cfg = config_lib.Config(cfg.model, cfg.vae, cfg.umt5, config_lib.Mesh(seq=seq), cfg.sample, cfg.dtype)
+    sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
+    params = jax.device_put(golden_files.transformer_params(), sampler.param_shardings)
+
+    def chunk(i):
+        return stream.ChunkInput(
+            noise=jnp.asarray(case["noise"][:, 8 * i : 8 * i + 8]),
+            context=jnp.asarray(case["ctx"][i : i + 1]),
+            cut=jnp.asarray(case["cut"][i : i + 1]),
+            negative=jnp.asarray(case["neg"]) if stream.guided(cfg) else None,
+        )
+
+    state = sampler.init_state(1, *case["noise"].shape[2:4])
+    inputs = (chunk(i) for i in range(len(case["cut"])))
+    out = [np.asarray(latents) for _, latents in sampler.stream(params, state, inputs)]
+    close(np.concatenate(out, axis=1), case["out"])
+
+
+# What is visible.
+
+
+def visible(chunk, cuts, sinks, slots, multi_shot):
+    """The rule as the original documents it: the past chunks that `chunk` may see."""
+    done = [c for c in cuts if 0 < c < chunk]
+    order = list(range(min(sinks, chunk)))
+    order += [max(done)] if multi_shot and sinks and done else []
+    order += range(chunk - 1, -1, -1)
+    return set(list(dict.fromkeys(order))[:slots])
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.data())
+def test_slots_hold_what_is_visible(data):
+    sinks = data.draw(st.integers(0, 3))
+    multi_shot = data.draw(st.booleans())
+    slots = data.draw(st.integers(sinks + (multi_shot and sinks > 0) + 1, 8))
+    cuts = data.draw(st.sets(st.integers(0, 24)))
+    cfg = make_config(
+        window_frames=8 * (slots + 1), sink_frames=8 * sinks, multi_shot_sink=multi_shot
+    )
+    cache = kv_cache.init(cfg, 1, 1, 1, 1)
+    assert cache.chunk.shape == (1, slots)
+    shot = jnp.asarray([kv_cache.EMPTY])
+    for chunk in range(26):
+        held = np.asarray(cache.chunk)[0]
+        filled = held[held != kv_cache.EMPTY]
+        assert set(filled.tolist()) == visible(chunk, cuts, sinks, slots, multi_shot)
+        assert (held[: len(filled)] == filled).all()  # a prefix, for attention's key length
+        slot, shot = stream.next_slot(cache, jnp.int32(chunk), shot, jnp.asarray([chunk in cuts]), cfg)
+        cache = cache.replace(chunk=cache.chunk.at[0, slot[0]].set(chunk))
+
+
+@pytest.mark.parametrize(
+    "window, sink, multi_shot, offset",
+    [(32, 8, True, 8), (48, 8, True, 3), (40, 16, True, 8), (24, 0, False, 0), (32, 8, False, 8)],
+)
+def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
+    """12 chunks with cuts: every chunk's velocity against one dense forward over the whole past."""
+    cuts = {2, 5, 6, 10}
+    cfg = make_config(
+        window_frames=window, sink_frames=sink, multi_shot_sink=multi_shot, rope_offset=float(offset)
+    )
+    sampler, placed = sampler_of(cfg)
+    params = random_params()
+    chunks = 12
+    inputs = make_inputs(cfg, chunks, cuts=cuts)
+    clean = jnp.stack([i.noise[0] for i in make_inputs(cfg, chunks, seed=1)])
+    seen = [visible(c, cuts, sink // 8, window // 8 - 1, multi_shot) for c in range(chunks)]
+    shots = np.cumsum([c in cuts for c in range(chunks)])
+    frames = (np.arange(8 * chunks).reshape(chunks, 8) + offset * shots[:, None]).astype(np.int32)
+
+    def oracle(noisy, timestep, chunk):
+        """Clean chunks 0 to 11, then the noisy one, in one sequence under a mask."""
+        latents = jnp.concatenate([clean, noisy])[None]
+        t = jnp.concatenate([jnp.zeros((chunks, 8)), jnp.full((1, 8), timestep)])[None]
+        f = np.concatenate([frames, frames[chunk : chunk + 1]])[None]
+        context = jnp.stack([i.context[0] for i in inputs] + [inputs[chunk].context[0]])[None]
+        mask = np.zeros((chunks + 1, chunks + 1), bool)
+        for c in range(chunks):
+            mask[c, [*seen[c], c]] = True
+        mask[chunks, [*seen[chunk], chunks]] = True
+        tokens = 8 * (SIZE[0] // 2) * (SIZE[1] // 2)
+        mask = np.kron(mask, np.ones((tokens, tokens), bool))
+
+        def attend(q, k, v):
+            flat = [y.reshape(1, -1, *y.shape[3:]) for y in (q, k, v)]
+            out = jax.nn.dot_product_attention(*flat, mask=mask[None, None])
+            return out.reshape(q.shape)
+
+        x, e, modulation, angle = dit._embed(params, MODEL, latents, t, f)
+        x = dit._train_blocks(params, MODEL, x, modulation, angle, attend, context, dit.Parallel())
+        return dit._head(params["head"], MODEL, x, e, SIZE)[0, -1]
+
+    oracle = jax.jit(oracle, static_argnums=2)
+    state = sampler.init_state(1, *SIZE)
+    # A real velocity needs the model as the sampler calls it: one chunk, the cache, text once.
+    for c in range(chunks):
+        if c in (0, 1, 3, 6, 7, 9, 11):
+            text = text_keys_values(params, MODEL, inputs[c].context)
+            timesteps = jnp.full((1, 8), 833.0)
+            cache = off_mesh(state.cache)
+            velocity = denoise(
+                params, MODEL, inputs[c].noise, timesteps, frames[None, c], text, cache
+            )
+            close(velocity[0], oracle(inputs[c].noise, 833.0, c))
+        clean_input = inputs[c].replace(noise=clean[c][None])
+        state = sampler.ingest(placed, state, sampler.place(clean_input))
+
+
+# Invariance.
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(seq=2), dict(seq=4), dict(seq=8), dict(data=2, seq=4), dict(fsdp=2, seq=2), dict(data=2, fsdp=2, seq=2)],
+    ids=str,
+)  # fmt: skip
+def test_latents_do_not_depend_on_the_mesh(mesh):
+    batch = 4
+    cuts = {3}
+    _, expected = run(make_config(), make_inputs(make_config(), 6, batch, cuts))
+    cfg = make_config(config_lib.Mesh(**mesh))
+    state, out = run(cfg, make_inputs(cfg, 6, batch, cuts))
+    close(out, expected)
+    heads = state.cache.k.sharding.shard_shape(state.cache.k.shape)[5]
+    assert heads == MODEL.num_heads // cfg.mesh.seq
+
+
+def test_guidance_does_not_depend_on_the_mesh():
+    make = functools.partial(make_config, guidance_scale=3.0)
+    _, expected = run(make(), make_inputs(make(), 5, 2))
+    cfg = make(config_lib.Mesh(data=2, seq=2))
+    close(run(cfg, make_inputs(cfg, 5, 2))[1], expected)
+
+
+def test_streaming_equals_offline_to_the_bit():
+    cfg = make_config()
+    inputs = make_inputs(cfg, 7, cuts={2})
+    state, streamed = run(cfg, inputs)
+    sampler, params = sampler_of(cfg)
+    stacked = sampler.place(jax.tree.map(lambda *x: jnp.stack(x), *inputs))
+    final, latents = sampler.rollout(params, sampler.init_state(1, *SIZE), stacked)
+    np.testing.assert_array_equal(np.concatenate(list(np.asarray(latents)), axis=1), streamed)
+    jax.tree.map(np.testing.assert_array_equal, final, state)
+
+
+def test_a_video_does_not_depend_on_its_batch():
+    cfg = make_config()
+    _, both = run(cfg, make_inputs(cfg, 5, samples=(0, 1)))
+    _, second = run(cfg, make_inputs(cfg, 5, samples=(1,)))
+    close(both[1:], second)
+
+
+def test_each_video_of_a_batch_has_its_own_cuts():
+    cfg = make_config()
+    inputs = make_inputs(cfg, 7, samples=(0, 1))
+    mixed = [i.replace(cut=jnp.asarray([c == 2, c == 4])) for c, i in enumerate(inputs)]
+    _, out = run(cfg, mixed)
+    for sample, cut in ((0, 2), (1, 4)):
+        _, alone = run(cfg, make_inputs(cfg, 7, samples=(sample,), cuts={cut}))
+        close(out[sample : sample + 1], alone)
+
+
+def test_same_seed_same_bits():
+    cfg = make_config()
+    first, second = (run(cfg, make_inputs(cfg, 3))[1] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+# Pictures, continuation, prompt changes.
+
+
+def test_image_to_video_holds_the_first_frame():
+    cfg = make_config(image_to_video=True, steps=4)
+    sampler, placed = sampler_of(cfg)
+    params = random_params()
+    image = jnp.asarray(np.random.default_rng(3).standard_normal((1, 1, *SIZE, 4)), jnp.float32)
+    inputs = [i.replace(first_frame=image) for i in make_inputs(cfg, 2)]
+    state = sampler.init_state(1, *SIZE)
+    empty = off_mesh(state.cache)
+    state, latents = sampler.step(placed, state, sampler.place(inputs[0]))
+    np.testing.assert_array_equal(latents[:, :1], image)
+
+    # The loop as the original runs it: overwrite the frame before and after every step.
+    sigmas, timesteps = schedule.sampling_schedule(4, cfg.sample.shift)
+    weights = unipc.weights(sigmas)
+    text = text_keys_values(params, MODEL, inputs[0].context)
+    frames = jnp.arange(8, dtype=jnp.int32)[None]
+    x = inputs[0].noise.at[:, :1].set(image)
+    history = unipc.History.start(x)
+    for i, t in enumerate(timesteps):
+        per_frame = jnp.full((1, 8), t).at[:, 0].set(0.0)
+        velocity = denoise(params, MODEL, x, per_frame, frames, text, empty)
+        x, history = unipc.step(jnp.asarray(weights[i]), x, velocity, history)
+        x = x.at[:, :1].set(image)
+    close(latents, x)
+
+    _, following = sampler.step(placed, state, sampler.place(inputs[1]))
+    assert np.abs(np.asarray(following[:, :1] - image)).max() > 0.01
+
+
+@pytest.mark.parametrize("seq", [1, 4])
+def test_continuing_a_video_is_going_on(seq):
+    cfg = make_config(config_lib.Mesh(seq=seq))
+    inputs = make_inputs(cfg, 7)
+    _, whole = run(cfg, inputs)
+    sampler, params = sampler_of(cfg)
+    state = sampler.init_state(1, *SIZE)
+    for c in range(4):
+        past = inputs[c].replace(noise=jnp.asarray(whole[:, 8 * c : 8 * c + 8]))
+        state = sampler.ingest(params, state, sampler.place(past))
+    rest = [np.asarray(x) for _, x in sampler.stream(params, state, inputs[4:])]
+    close(np.concatenate(rest, axis=1), whole[:, 32:])
+
+
+@pytest.mark.parametrize("seq, guidance", [(1, 1.0), (2, 3.0)])
+def test_recache_is_the_past_under_the_new_prompt(seq, guidance):
+    """While nothing has left the window, re-caching must equal a past that had the new prompt."""
+    cfg = make_config(config_lib.Mesh(seq=seq), guidance_scale=guidance)
+    sampler, params = sampler_of(cfg)
+    inputs = make_inputs(cfg, 4)
+    new = make_inputs(cfg, 12)[9]
+    states = [sampler.init_state(1, *SIZE) for _ in range(2)]
+    for chunk in inputs[:3]:
+        states[0] = sampler.ingest(params, states[0], sampler.place(chunk))
+        changed = chunk.replace(context=new.context)
+        states[1] = sampler.ingest(params, states[1], sampler.place(changed))
+    old_keys = np.asarray(states[0].cache.k)
+    recached = sampler.recache(params, states[0], sampler.place(new))
+    assert np.abs(np.asarray(recached.cache.k) - old_keys).max() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), recached, states[1])
+
+
+def test_recache_after_evictions_keeps_what_was_visible():
+    cfg = make_config()
+    sampler, params = sampler_of(cfg)
+    inputs = make_inputs(cfg, 9, cuts={4})
+    state, _ = run(cfg, inputs)
+    held = sorted(np.asarray(state.cache.chunk)[0].tolist())
+    assert held == [0, 4, 8]
+    positions = dict(zip(np.asarray(state.cache.chunk)[0].tolist(), np.asarray(state.position)[0]))
+    state = sampler.recache(params, state, sampler.place(inputs[0]))
+    assert np.asarray(state.cache.chunk)[0].tolist() == held
+    assert [positions[c] for c in held] == np.asarray(state.position)[0].tolist() == [0, 40, 72]
+    assert int(state.chunk) == 9
+    _, latents = sampler.step(params, state, sampler.place(inputs[8]))
+    assert np.isfinite(np.asarray(latents)).all()
+
+
+# Cost.
+
+
+def test_2000_latent_frames_cost_the_same_to_the_end():
+    """250 chunks, past the 1,024 frames at which the original stops."""
+    cfg = make_config(steps=1)
+    sampler, params = sampler_of(cfg)
+    state = sampler.init_state(1, *SIZE)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    times, arrays = [], []
+    for c in range(250):
+        chunk = sampler.place(make_inputs(cfg, 1, cuts={0} if c % 40 == 0 else ())[0])
+        start = time.perf_counter()
+        old = state
+        state, latents = sampler.step(params, state, chunk)
+        latents.block_until_ready()
+        times.append(time.perf_counter() - start)
+        assert old.cache.k.is_deleted()  # donated, not copied
+        del old, chunk
+        arrays.append(len(jax.live_arrays()))
+        assert sum(x.nbytes for x in jax.tree.leaves(state)) == size
+    assert np.isfinite(np.asarray(latents)).all()
+    assert int(state.chunk) * cfg.model.chunk_frames == 2000
+    assert sampler.step._cache_size() == 1
+    assert max(arrays[10:]) <= arrays[10] + 2
+    assert np.median(times[-100:]) < 1.5 * np.median(times[20:120])
+
+
+def test_the_state_is_updated_in_place():
+    cfg = make_config()
+    sampler, params = sampler_of(cfg)
+    state = sampler.init_state(1, *SIZE)
+    inputs = sampler.place(make_inputs(cfg, 1)[0])
+    compiled = sampler.step.lower(params, state, inputs).compile()
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_full_size_chunk_step_traces_and_fits():
+    cfg = config_lib.Config()
+    state = jax.eval_shape(lambda: stream.init_state(cfg, 1, 44, 80))
+    cache = sum(x.size * x.dtype.itemsize for x in (state.cache.k, state.cache.v))
+    assert cache == 2 * 30 * 3 * 7040 * 3072 * 2  # 7.8 GB: three chunks, not the original's 10.4
+    params = params_lib.abstract(dit.spec(cfg.model), dtype=jnp.bfloat16)
+    inputs = stream.ChunkInput(
+        noise=jax.ShapeDtypeStruct((1, 8, 44, 80, 48), jnp.float32),
+        context=jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16),
+        cut=jax.ShapeDtypeStruct((1,), bool),
+    )
+    step = functools.partial(stream.chunk_step, cfg=cfg)
+    new, latents = jax.eval_shape(step, params, state, inputs)
+    assert latents.shape == (1, 8, 44, 80, 48) and latents.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
