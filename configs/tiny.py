@@ -14,7 +14,9 @@ def get_config():
                 text_dim=32, text_len=32, freq_dim=32,
             ),
             vae=lib.VAE(dim=8, dec_dim=8, z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
-            umt5=lib.UMT5(vocab_size=512, dim=32, dim_attn=32, dim_ffn=64, num_heads=4, num_layers=2),
+            umt5=lib.UMT5(
+                vocab_size=512, dim=32, dim_attn=32, dim_ffn=64, num_heads=4, num_layers=2
+            ),
             sample=lib.Sample(height=64, width=96, chunks=4),
             dtype="float32",
         )

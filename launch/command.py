@@ -1,14 +1,17 @@
 """What every command shares: flags, the config file, and how bad input is reported."""
 
+import dataclasses
 import errno
 import os
 import sys
+import typing
 from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
 
 from longlive_jax import config as config_lib
+from longlive_jax.data.atomic import partial_file
 from longlive_jax.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -49,6 +52,20 @@ def run(main: Callable[..., None], arguments: int = 0) -> None:
         )
 
 
+def check_output(name: str, *suffixes: str) -> None:
+    """Refuses an output that is missing, of another kind, or cannot be written: now, not later.
+
+    Raises:
+      InputError: also for a path that is a folder.
+    """
+    path = FLAGS[name].value
+    if not path:
+        raise InputError(f"--{name} is missing; give the {' or '.join(suffixes)} file to write")
+    if not path.endswith(suffixes):
+        raise InputError(f"--{name}={path}: must end with {' or '.join(suffixes)}")
+    partial_file(path).unlink()
+
+
 def numbered(path: str, index: int, total: int) -> str:
     """`path` of one output, of output `index` of several: out.mp4 -> out-003.mp4."""
     if total == 1:
@@ -58,26 +75,46 @@ def numbered(path: str, index: int, total: int) -> str:
 
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
+    words = argv[1:]
+    if "--config" in words[:-1]:  # --config FILE
+        i = words.index("--config")
+        words[i : i + 2] = [f"--config={words[i + 1]}"]
     # Overrides need the file they override, wherever it stands on the line.
-    argv = argv[:1] + sorted(argv[1:], key=lambda word: not word.lstrip("-").startswith("config="))
+    words.sort(key=lambda word: not word.lstrip("-").startswith("config="))
+    names = [word.lstrip("-").partition("=")[0] for word in words]
+    overrides = [name for name in names if name.startswith("config.")]
+    file = words[0].partition("=")[2] if words and names[0] == "config" else ""
+    if overrides and not file:
+        raise InputError(f"--{overrides[0]}: --config is missing; give the file it overrides")
+    if file and not os.path.isfile(file.partition(":")[0]):
+        raise InputError(f"--config={file}: no such file; there are examples in configs/")
+    sys.argv = [argv[0], *words]  # where ml_collections looks for overrides
     try:
-        rest = FLAGS(argv)[1:]
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        OSError,
-    ) as error:
-        # ml_collections raises plain Python errors for unknown keys and values of the wrong type.
+        rest = FLAGS(sys.argv)[1:]
+    except (AttributeError, KeyError) as error:
+        key = error.args[0] if isinstance(error, KeyError) else str(error)
+        raise InputError(f"command line: unknown config key: {_unknown(overrides, key)}") from error
+    except (flags.Error, TypeError, ValueError, SyntaxError, OSError) as error:
+        # ml_collections raises plain Python errors for values of the wrong type.
         raise InputError(f"command line: {str(error).strip(chr(34))}") from error
     if len(rest) > arguments:
         raise InputError(f"command line: {rest[arguments]!r} is not a flag; flags are --name=value")
     if len(rest) < arguments:
         raise InputError(f"command line: {arguments} word(s) wanted before the flags; see --help")
     return rest
+
+
+def _unknown(overrides: list[str], otherwise: str) -> str:
+    """The first override that names no field of Config, and the fields there are in its place."""
+    for override in overrides:
+        kind = config_lib.Config
+        for name in override.split(".")[1:]:
+            fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+            if name not in fields:
+                there = f"; known keys: {', '.join(fields)}" if fields else ""
+                return f"{override}{there}"
+            kind = fields[name]
+    return otherwise
 
 
 def _stop(code: int, message: str) -> None:

@@ -80,8 +80,8 @@ def _random_weights(folder: pathlib.Path) -> list[str]:
             return np.ones(spec.shape, np.float32)
         return (0.1 * draw.standard_normal(spec.shape)).astype(np.float32)
 
-    for part, model, section in (("dit", dit, cfg.model), ("vae", vae, cfg.vae), ("umt5", umt5, cfg.umt5)):
-        spec = model.spec(section)
+    specs = {"dit": dit.spec(cfg.model), "vae": vae.spec(cfg.vae), "umt5": umt5.spec(cfg.umt5)}
+    for part, spec in specs.items():
         file = folder / f"{part}.safetensors"
         tree = jax.tree.map(weight, spec, is_leaf=params_lib.is_spec)
         to_torch.export_tree(tree, spec, file)

@@ -1,10 +1,11 @@
 """Prompts into embeddings, for `launch.sample --prompt_embeds`.
 
-    python -m launch.embed --config=configs/sample_5b.py --checkpoint=CKPT --prompts=FILE|IDS.npz --output=E.npz
+    python -m launch.embed --config=configs/sample_5b.py --checkpoint=CKPT \\
+        --prompts=FILE|IDS.npz --output=E.npz
 
-Of prompts: ctx [chunk, token, dim], neg [1, token, dim] and cut [chunk]; several videos are numbered:
-E-000.npz, E-001.npz, ... Of IDS.npz, with ids and mask [prompt, token]: ctx [prompt, token, dim],
-rows past a prompt's length zero.
+Of prompts: ctx [chunk, token, dim], neg [1, token, dim] and cut [chunk]; several videos are
+numbered: E-000.npz, E-001.npz, ... Of IDS.npz, with ids and mask [prompt, token]: ctx [prompt,
+token, dim], rows past a prompt's length zero.
 """
 
 import numpy as np
@@ -13,7 +14,6 @@ from absl import flags
 from launch import command, parts
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.arrays import load_npz, save_npz
-from longlive_jax.data.atomic import partial_file
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
 from longlive_jax.sampling import script, shots
@@ -24,14 +24,16 @@ flags.DEFINE_string(
     "prompts", None, "A .txt or .json file, a folder of captions, or an .npz of ids."
 )
 flags.DEFINE_string("output", None, "The .npz to write.")
-flags.DEFINE_integer("chunks_per_shot", 0, "Of a folder of captions without durations.")
+flags.DEFINE_integer("chunks_per_shot", 0, "Of captions without durations.", lower_bound=0)
 
 
 def main() -> None:
     cfg = command.config()
-    if not FLAGS.prompts or not FLAGS.output:
-        raise InputError("--prompts and --output are both needed")
-    partial_file(FLAGS.output).unlink()
+    if not FLAGS.prompts:
+        raise InputError(
+            "--prompts is missing; give a file or folder of prompts, or an .npz of ids"
+        )
+    command.check_output("output", ".npz")
     mesh = mesh_lib.make_mesh(cfg.mesh)
     if FLAGS.prompts.endswith(".npz"):
         save_npz(FLAGS.output, ctx=_embed_ids(cfg, mesh).astype(np.float32))
@@ -43,11 +45,11 @@ def main() -> None:
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
         chunks_per_shot=FLAGS.chunks_per_shot,
     )
-    encode = parts.text_encoder(FLAGS.checkpoint, cfg, mesh)
-    scripts = script.from_videos(videos, encode, cfg.sample.scene_cut_prefix)
-    negative = encode([cfg.sample.negative_prompt], allow_empty=True).astype(np.float32)
+    scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
+    text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, guided=True)
+    negative = text.negative[None].astype(np.float32)
     for i, one in enumerate(scripts):
-        context = one.contexts[list(one.which)].astype(np.float32)
+        context = text.rows[list(one.which)].astype(np.float32)
         path = command.numbered(FLAGS.output, i, len(scripts))
         save_npz(path, ctx=context, neg=negative, cut=np.asarray(one.cut))
 
@@ -55,7 +57,7 @@ def main() -> None:
 def _embed_ids(cfg, mesh):
     arrays = load_npz(FLAGS.prompts, required=("ids", "mask"))
     ids, mask = arrays["ids"], arrays["mask"]
-    if ids.ndim != 2 or ids.shape != mask.shape or ids.dtype.kind not in "iu":
+    if ids.ndim != 2 or ids.shape != mask.shape or ids.dtype.kind not in "iu" or not ids.size:
         raise InputError(
             f"--prompts: ids {ids.dtype}{list(ids.shape)} and mask {list(mask.shape)} must both be "
             "integers [prompt, token]"

@@ -17,10 +17,9 @@ import tqdm
 from absl import flags
 
 from launch import command, parts
-from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.arrays import load_npz, save_npz
-from longlive_jax.data.images import ContactSheet, read_image
+from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.models.vae_spec import check_mesh
@@ -55,7 +54,8 @@ def main() -> None:
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
     scripts, texts, text = _scripts(cfg, noise.chunks if noise else None)
     batches = batches_lib.make(cfg, scripts, noise, FLAGS.batch)
-    clip = _open_pictures(cfg, batches)
+    pictures.check_images(batches)
+    clip = _open_clip(cfg, batches)
     _check_parts(cfg, vae_mesh, batches)
     if text is None:
         text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg))
@@ -77,9 +77,11 @@ def main() -> None:
         chunks = render.render(one, params, batch, text, FLAGS.seed, decoder)
         frames += _write(cfg, chunks, batch, videos, len(batches))
     seconds = time.monotonic() - start
+    path = FLAGS.output or FLAGS.save_latents
+    where = " to ".join(dict.fromkeys(command.numbered(path, i, videos) for i in (0, videos - 1)))
     print(
-        f"{videos} video(s), {frames} frames, {seconds:.1f} s, {frames / seconds:.2f} frames/s: "
-        f"{FLAGS.output or FLAGS.save_latents}"
+        f"{videos} video{'s' if videos > 1 else ''}, {frames} frames, {seconds:.1f} s, "
+        f"{frames / seconds:.1f} frames/s: {where}"
     )
 
 
@@ -98,7 +100,7 @@ def _check_flags():
 
 
 def _scripts(cfg, chunks):
-    """Scripts of all videos, the prompts they use, and the prompts' embeddings if they are given."""
+    """Scripts of all videos, the prompts they use, and the embeddings of these if given."""
     if FLAGS.prompt_embeds:
         arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
         one, text = script.from_embeddings(arrays, cfg, chunks)
@@ -118,14 +120,11 @@ def _scripts(cfg, chunks):
     return scripts, texts, text
 
 
-def _open_pictures(cfg, batches):
-    """Refuses images that cannot be read; the video to continue, opened, or None."""
-    images = {one.image: batch.pixels for batch in batches for one in batch.scripts if one.image}
-    for path, pixels in images.items():
-        read_image(path, *pixels)
+def _open_clip(cfg, batches):
+    """The video to continue, opened and checked, or None."""
     if not FLAGS.continue_from:
         return None
-    if images or batches[0].first_frame is not None:
+    if any(batch.pictured or batch.first_frame is not None for batch in batches):
         raise InputError(
             "--continue_from and a first frame exclude each other: the continued video has one "
             "already; drop --continue_from or the image"
@@ -140,7 +139,7 @@ def _check_parts(cfg, vae_mesh, batches):
     if FLAGS.prompts:
         parts.read_tokenizer(FLAGS.checkpoint, cfg)
     parts.check(FLAGS.checkpoint, "dit", cfg)
-    pictured = FLAGS.continue_from or any(batch.scripts[0].image for batch in batches)
+    pictured = FLAGS.continue_from or any(batch.pictured for batch in batches)
     needed = (parts.DECODER if FLAGS.output else ()) + (parts.ENCODER if pictured else ())
     if not needed:
         return
@@ -161,30 +160,19 @@ def _check_parts(cfg, vae_mesh, batches):
 
 def _with_pictures(cfg, mesh, batches, clip):
     """The batches with their images, or the video that they continue, encoded."""
-    pictured = [bool(batch.scripts[0].image) for batch in batches]
-    if not clip and not any(pictured):
+    if not clip and not any(batch.pictured for batch in batches):
         return batches
     vae = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
     if clip:
         prefix = clip.encode(cfg, vae, mesh)
-        return [
-            dataclasses.replace(batch, prefix=prefix.repeat(len(batch.scripts), axis=0))
-            for batch in batches
-        ]
-
-    def encoded(batch):
-        paths = [one.image for one in batch.scripts]
-        first = pictures.encode_images(cfg, vae, mesh, paths, *batch.pixels)
-        return dataclasses.replace(batch, first_frame=first)
-
-    return [encoded(batch) if has else batch for batch, has in zip(batches, pictured)]
+        return [batch.continuing(prefix) for batch in batches]
+    return [pictures.with_images(cfg, vae, mesh, b) if b.pictured else b for b in batches]
 
 
 def _write(cfg, chunks, batch, videos, batches):
     """Writes a batch as it is made, with a progress bar; returns the number of frames."""
     count = len(batch.scripts)
-    known = 0 if batch.prefix is None else batch.prefix.shape[1]
-    total = frames_of(known + batch.chunks * cfg.model.chunk_frames)
+    total = batches_lib.frames(batch.latent_frames(cfg.model))
 
     def outputs(path):
         return [command.numbered(path, batch.index + i, videos) for i in range(count)]
@@ -200,15 +188,15 @@ def _write(cfg, chunks, batch, videos, batches):
                 for path in outputs(FLAGS.output)
             ]
         for latents, pieces in chunks:
-            for piece in pieces:
-                for writer, frames in zip(writers, piece):
-                    writer.write(frames)
-                for sheet, frames in zip(sheets, np.asarray(piece) if sheets else ()):
-                    sheet.add(frames)
+            for piece in map(np.asarray, pieces):
+                for i, writer in enumerate(writers):
+                    writer.write(piece[i])
+                for i, sheet in enumerate(sheets):
+                    sheet.add(piece[i])
             if FLAGS.save_latents:
                 kept.append(np.asarray(latents, np.float32))
             latent_frames += latents.shape[1]
-            bar.update(frames_of(latent_frames) - bar.n)
+            bar.update(batches_lib.frames(latent_frames) - bar.n)
     if kept:
         _save_latents(np.moveaxis(np.concatenate(kept, axis=1), -1, 2), batch, outputs, batches)
     for sheet, path in zip(sheets, outputs(FLAGS.contact_sheet) if sheets else ()):

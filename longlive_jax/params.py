@@ -86,7 +86,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> Tree:
 
 
 def init(specs: Tree, key: jax.Array, dtype=jnp.float32) -> Tree:
-    """Initial values. Each depends on its path alone, not on the mesh or on the other parameters."""
+    """Initial values. Each depends on its path alone, not on the mesh or on other parameters."""
 
     def one(path: Path, s: ParamSpec):
         leaf_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))

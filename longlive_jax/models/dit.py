@@ -124,7 +124,8 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
       timesteps: float32 [batch, frame], in [0, 1000].
       frames: int32 [batch, frame], temporal positions.
       text: `text_keys_values` of the chunk's prompt.
-      cache: a sampling.kv_cache.KVCache; `read(layer, k, v)` puts the visible past behind fresh keys.
+      cache: a sampling.kv_cache.KVCache; `read(layer, k, v)` puts the visible past behind fresh
+        keys and values.
 
     Returns:
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
@@ -239,7 +240,7 @@ def teacher_forcing(
 
 
 def embed_text(params, context):
-    """Prompt embeddings [.., text_len, text_dim] -> [.., text_len, dim]. Padded rows are real keys."""
+    """[.., text_len, text_dim] -> [.., text_len, dim]. Padded rows are keys like any other."""
     p = params["text_embedding"]
     return linear(p["2"], jax.nn.gelu(linear(p["0"], context), approximate=True))
 
@@ -292,7 +293,7 @@ def _embed(params, cfg, latents, timesteps, frames):
 
 
 def _patchify(latents):
-    """[.., frame, h, w, c] -> [.., frame, patch, c * 4]; features ordered (channel, row, column)."""
+    """[.., frame, h, w, c] -> [.., frame, patch, c * 4], ordered (channel, row, column)."""
     *lead, h, w, c = latents.shape
     x = latents.reshape(*lead, h // PATCH, PATCH, w // PATCH, PATCH, c)
     n = len(lead)
@@ -301,7 +302,7 @@ def _patchify(latents):
 
 
 def _sinusoid(timesteps, freq_dim):
-    """Timestep features: cosines, then sines (Vaswani et al., section 3.5). float32 [.., freq_dim]."""
+    """Cosines, then sines of timesteps (arXiv 1706.03762, section 3.5): float32 [.., freq_dim]."""
     half = freq_dim // 2
     whole = jnp.floor(timesteps)
     frequency = rope.BASE ** (-np.arange(half) / half)
@@ -325,7 +326,7 @@ def _block(p, cfg, x, modulation, angle, attend, text_kv):
 
 
 def _modulation(p, time):
-    """A block's learned offsets [slot, dim] plus its time vectors [.., slot or 1, dim], in float32."""
+    """Learned offsets [slot, dim] plus time vectors [.., slot or 1, dim], in float32."""
     learned = p["modulation"].astype(jnp.float32)
     return learned.reshape((1,) * (time.ndim - 2) + learned.shape) + time.astype(jnp.float32)
 
@@ -345,7 +346,7 @@ def _self_qkv(p, cfg, x, m, angle):
 
 
 def _cross_attention(p, cfg, x, text_kv):
-    """Each chunk's tokens attend to its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
+    """A chunk's tokens see its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
     h = _layer_norm_affine(p["norm3"], x)
     p = p["cross_attn"]
     q = _heads(rms_norm(linear(p["q"], h), p["norm_q"]["weight"]), cfg)

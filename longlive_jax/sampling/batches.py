@@ -1,4 +1,4 @@
-"""Which videos are made together, and from what: everything is checked before anything is computed."""
+"""Which videos are made together, and from what; all of it checked before anything is computed."""
 
 import dataclasses
 import os
@@ -51,6 +51,24 @@ class Batch:
         """Height and width of the pictures."""
         scale = config_lib.SPATIAL_COMPRESSION
         return self.height * scale, self.width * scale
+
+    @property
+    def pictured(self) -> bool:
+        """Whether its videos begin with images (all do, or none)."""
+        return bool(self.scripts[0].image)
+
+    def latent_frames(self, cfg: config_lib.Model) -> int:
+        known = 0 if self.prefix is None else self.prefix.shape[1]
+        return known + self.chunks * cfg.chunk_frames
+
+    def continuing(self, prefix: np.ndarray) -> "Batch":
+        """The same, each video going on from `prefix` [1, frame, h, w, channel]."""
+        return dataclasses.replace(self, prefix=prefix.repeat(len(self.scripts), axis=0))
+
+
+def frames(latent_frames: int) -> int:
+    """Frames of a video of so many latent frames."""
+    return 1 + (latent_frames - 1) * config_lib.TEMPORAL_COMPRESSION
 
 
 def read_noise(path: str | os.PathLike, cfg: config_lib.Model) -> Noise:

@@ -5,7 +5,7 @@ from longlive_jax.config import PATCH
 
 
 def forward_flops(cfg: config_lib.Model, tokens: int, keys: int, layers: int | None = None) -> int:
-    """Of one forward of one chunk: `tokens` queries that see `keys` keys in each of `layers` layers.
+    """Of one forward of a chunk: `tokens` queries that see `keys` keys in each of `layers` layers.
 
     Matrix products of the linears, of self-attention and of cross-attention; a multiply and an add
     count as two.

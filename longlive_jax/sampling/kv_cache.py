@@ -50,7 +50,7 @@ class KVCache:
         return behind(k, self.k), behind(v, self.v), kv_len
 
     def write(self, layer, slot: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Stores one layer's fresh k, v [branch * batch, token, head, head_dim] in slot int32 [batch]."""
+        """Stores one layer's k, v [branch * batch, token, head, head_dim] in slot int32 [batch]."""
         branches, batch = self.k.shape[1:3]
 
         def into(table, fresh):

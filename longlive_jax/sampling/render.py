@@ -1,6 +1,7 @@
 """Videos from scripts: feeds the sampler, hands its latents to the decoder, keeps both busy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from longlive_jax.sampling import stream
 from longlive_jax.sampling.batches import Batch
 from longlive_jax.sampling.decode import Decoder
 from longlive_jax.sampling.script import Text
+
+T = TypeVar("T")
 
 
 def render(
@@ -27,12 +30,17 @@ def render(
     given to the device, so that a consumer who waits for a chunk never leaves the device idle. A
     continued video starts with the chunks that it continues.
     """
-    last = None
-    for chunk in _chunks(sampler, params, batch, text, seed, decoder):
-        if last is not None:
+    return ahead(_chunks(sampler, params, batch, text, seed, decoder))
+
+
+def ahead(results: Iterable[T]) -> Iterator[T]:
+    """`results`, each when the work of the next one has been given to the device."""
+    results = iter(results)
+    for last in results:
+        for result in results:
             yield last
-        last = chunk
-    yield last
+            last = result
+        yield last
 
 
 def _chunks(sampler, params, batch, text, seed, decoder):

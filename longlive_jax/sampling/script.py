@@ -66,7 +66,7 @@ def from_videos(videos: Sequence[Video], scene_cut_prefix: str) -> tuple[list[Sc
 def from_embeddings(
     arrays: Mapping[str, np.ndarray], cfg: config_lib.Config, chunks: int | None
 ) -> tuple[Script, Text]:
-    """A script from `ctx` [chunk, token, dim] and, if there, `cut` [chunk] and `neg` [1, token, dim].
+    """A script from `ctx` [chunk, token, dim] and, if there, `cut` [chunk], `neg` [1, token, dim].
 
     Args:
       chunks: how many the video has; None: as many as there are embeddings.

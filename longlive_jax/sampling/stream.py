@@ -29,8 +29,8 @@ class ChunkInput:
     context: [batch, text_len, text_dim], the chunk's prompt embedding.
     cut: bool [batch], whether the chunk starts a new shot.
     negative: [batch, text_len, text_dim] with classifier-free guidance, else None.
-    first_frame: float32 [batch, 1, h, w, channel] for image-to-video, else None: the latent that the
-      video's first frame is held at. Looked at in chunk 0 only.
+    first_frame: float32 [batch, 1, h, w, channel] for image-to-video, else None: the latent that
+      the video's first frame is held at. Looked at in chunk 0 only.
     """
 
     noise: jax.Array
@@ -156,7 +156,7 @@ def _enter_shot(state, cut, cfg):
 
 
 def _text(params, inputs, cfg, parallel):
-    """Cross-attention keys and values of every layer and branch, [layer, branch * batch, 1, ...]."""
+    """Cross-attention keys and values, [layer, branch * batch, 1, text_len, head, head_dim]."""
     context = inputs.context
     if inputs.negative is not None:
         context = jnp.concatenate([context, inputs.negative])
@@ -208,7 +208,7 @@ def _commit(params, state, text, latents, cut, cfg, parallel):
 def next_slot(
     cache: KVCache, chunk: jax.Array, shot: jax.Array, cut: jax.Array, cfg: config_lib.Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Where `chunk` goes: the slot of what no later chunk may see; and the newest shot's first chunk.
+    """Where `chunk` goes: the slot that no later chunk may see; and the newest shot's first chunk.
 
     The sinks stay, and with `multi_shot_sink` the first chunk of the newest shot, which a cut makes
     `chunk` itself; of the others the oldest goes.

@@ -99,7 +99,9 @@ def test_full_size_has_the_published_parameters():
     abstract = params.abstract(spec, mesh, jnp.bfloat16)
     for leaf in jax.tree.leaves(abstract):
         leaf.sharding.shard_shape(leaf.shape)  # raises where the mesh does not divide it
-    large = sum(x.size for x in jax.tree.leaves(abstract) if x.sharding.spec != jax.P() and x.size > 1e6)
+    large = sum(
+        x.size for x in jax.tree.leaves(abstract) if x.sharding.spec != jax.P() and x.size > 1e6
+    )
     assert large > 0.99 * 4_999_787_712
 
 

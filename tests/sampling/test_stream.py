@@ -43,7 +43,9 @@ def random_params():
 
     def one(s):
         scale = 1.0 if len(s.shape) < 2 else s.shape[-2] ** -0.5
-        return (scale * draw.standard_normal(s.shape) + (s.init is params_lib.ones)).astype(np.float32)
+        return (scale * draw.standard_normal(s.shape) + (s.init is params_lib.ones)).astype(
+            np.float32
+        )
 
     return jax.tree.map(one, dit.spec(MODEL), is_leaf=params_lib.is_spec)
 
@@ -76,7 +78,8 @@ def run(cfg, inputs):
     sampler, params = sampler_of(cfg)
     state = sampler.init_state(inputs[0].noise.shape[0], *SIZE)
     chunks = []
-    for state, latents in sampler.stream(params, state, inputs):
+    for current, latents in sampler.stream(params, state, inputs):
+        state = current
         chunks.append(np.asarray(latents))
     return state, np.concatenate(chunks, axis=1)
 
@@ -103,7 +106,9 @@ def close(a, b, limit=1e-5):
 @pytest.mark.parametrize("name", ["single4", "multi4", "cfg4"])
 def test_rollouts_are_the_originals(name, seq):
     cfg, case = golden_files.rollout(name)
-    cfg = config_lib.Config(cfg.model, cfg.vae, cfg.umt5, config_lib.Mesh(seq=seq), cfg.sample, cfg.dtype)
+    cfg = config_lib.Config(
+        cfg.model, cfg.vae, cfg.umt5, config_lib.Mesh(seq=seq), cfg.sample, cfg.dtype
+    )
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
     params = jax.device_put(golden_files.transformer_params(), sampler.param_shardings)
 
@@ -151,7 +156,9 @@ def test_slots_hold_what_is_visible(data):
         filled = held[held != kv_cache.EMPTY]
         assert set(filled.tolist()) == visible(chunk, cuts, sinks, slots, multi_shot)
         assert (held[: len(filled)] == filled).all()  # a prefix, for attention's key length
-        slot, shot = stream.next_slot(cache, jnp.int32(chunk), shot, jnp.asarray([chunk in cuts]), cfg)
+        slot, shot = stream.next_slot(
+            cache, jnp.int32(chunk), shot, jnp.asarray([chunk in cuts]), cfg
+        )
         cache = cache.replace(chunk=cache.chunk.at[0, slot[0]].set(chunk))
 
 
@@ -163,7 +170,10 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
     """12 chunks with cuts: every chunk's velocity against one dense forward over the whole past."""
     cuts = {2, 5, 6, 10}
     cfg = make_config(
-        window_frames=window, sink_frames=sink, multi_shot_sink=multi_shot, rope_offset=float(offset)
+        window_frames=window,
+        sink_frames=sink,
+        multi_shot_sink=multi_shot,
+        rope_offset=float(offset),
     )
     sampler, placed = sampler_of(cfg)
     params = random_params()
