@@ -71,14 +71,15 @@ def main() -> None:
 
     videos = sum(len(batch.scripts) for batch in batches)
     frames = 0
-    for batch in batches:
+    for number, batch in enumerate(batches):
         one = sampler(batch.first_frame is not None)
         decoder = decode.Decoder(cfg, vae, vae_mesh) if FLAGS.output else None
         chunks = render.render(one, params, batch, text, FLAGS.seed, decoder)
-        frames += _write(cfg, chunks, batch, videos, len(batches))
+        frames += _write(cfg, chunks, batch, videos, (number, len(batches)))
     seconds = time.monotonic() - start
     path = FLAGS.output or FLAGS.save_latents
-    where = " to ".join(dict.fromkeys(command.numbered(path, i, videos) for i in (0, videos - 1)))
+    files = videos if FLAGS.output or not FLAGS.noise else len(batches)
+    where = " to ".join(dict.fromkeys(command.numbered(path, i, files) for i in (0, files - 1)))
     print(
         f"{videos} video{'s' if videos > 1 else ''}, {frames} frames, {seconds:.1f} s, "
         f"{frames / seconds:.1f} frames/s: {where}"
@@ -169,8 +170,11 @@ def _with_pictures(cfg, mesh, batches, clip):
     return [pictures.with_images(cfg, vae, mesh, b) if b.pictured else b for b in batches]
 
 
-def _write(cfg, chunks, batch, videos, batches):
-    """Writes a batch as it is made, with a progress bar; returns the number of frames."""
+def _write(cfg, chunks, batch, videos, number):
+    """Writes a batch as it is made, with a progress bar; returns the number of frames.
+
+    `number`: of the batch, and of how many.
+    """
     count = len(batch.scripts)
     total = batches_lib.frames(batch.latent_frames(cfg.model))
 
@@ -198,16 +202,15 @@ def _write(cfg, chunks, batch, videos, batches):
             latent_frames += latents.shape[1]
             bar.update(batches_lib.frames(latent_frames) - bar.n)
     if kept:
-        _save_latents(np.moveaxis(np.concatenate(kept, axis=1), -1, 2), batch, outputs, batches)
+        _save_latents(np.moveaxis(np.concatenate(kept, axis=1), -1, 2), number, outputs)
     for sheet, path in zip(sheets, outputs(FLAGS.contact_sheet) if sheets else ()):
         sheet.save(path)
     return total * count
 
 
-def _save_latents(latents, batch, outputs, batches):
+def _save_latents(latents, number, outputs):
     if FLAGS.noise:
-        path = command.numbered(FLAGS.save_latents, batch.index, batches)
-        save_npz(path, latents=latents)
+        save_npz(command.numbered(FLAGS.save_latents, *number), latents=latents)
         return
     for path, one in zip(outputs(FLAGS.save_latents), latents):
         save_npz(path, latents=one[None])

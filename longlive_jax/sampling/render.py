@@ -1,7 +1,6 @@
 """Videos from scripts: feeds the sampler, hands its latents to the decoder, keeps both busy."""
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,6 @@ from longlive_jax.sampling import stream
 from longlive_jax.sampling.batches import Batch
 from longlive_jax.sampling.decode import Decoder
 from longlive_jax.sampling.script import Text
-
-T = TypeVar("T")
 
 
 def render(
@@ -33,7 +30,7 @@ def render(
     return ahead(_chunks(sampler, params, batch, text, seed, decoder))
 
 
-def ahead(results: Iterable[T]) -> Iterator[T]:
+def ahead[T](results: Iterable[T]) -> Iterator[T]:
     """`results`, each when the work of the next one has been given to the device."""
     results = iter(results)
     for last in results:

@@ -76,7 +76,7 @@ def chunk_step(
     text = _text(params, inputs, cfg, parallel)
     sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.sample.shift)
     frames = _frames(state, inputs.noise.shape[1], parallel)
-    held = _held(state, inputs, parallel)
+    held = _HeldFrame(state, inputs, parallel)
 
     def denoise(carry, step):
         sample, history = carry
@@ -243,7 +243,7 @@ def _local(local_frames, parallel):
     return rank * local_frames + jnp.arange(local_frames, dtype=jnp.int32)
 
 
-class _held:
+class _HeldFrame:
     """Image-to-video: keeps the video's first frame at the given latent, at timestep 0."""
 
     def __init__(self, state, inputs, parallel):
