@@ -57,6 +57,15 @@ def seconds(call, repeats: int) -> list[float]:
     return times
 
 
+def mean_seconds(call, repeats: int) -> float:
+    """Seconds of a call that is too short to be waited for each time. Call it warm."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats
+
+
 def device_figures() -> dict:
     """Name, count, memory peak so far and data-sheet peak of the devices."""
     device = jax.devices()[0]

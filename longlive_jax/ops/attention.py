@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.ops import cudnn
+
 _LOGITS = 2**27  # most logits the XLA path holds at once: 512 MB of float32
 
 
@@ -24,7 +26,7 @@ def attention(
     Returns:
       [batch, token, head, head_dim] in q's dtype.
     """
-    if not _cudnn_takes(q):
+    if not cudnn.supports(q):
         return _xla(q, k, v, kv_len)
     if kv_len is None:
         return _cudnn(q, k, v)
@@ -32,11 +34,6 @@ def attention(
     # chunk on.
     full = jnp.all(kv_len == k.shape[1])
     return jax.lax.cond(full, _cudnn, functools.partial(_cudnn, kv_len=kv_len), q, k, v)
-
-
-def _cudnn_takes(q: jax.Array) -> bool:
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _cudnn(q, k, v, kv_len=None):

@@ -89,9 +89,10 @@ def encode(
     """
     params = jax.device_put(params, jax.NamedSharding(mesh, _WHOLE))
     state, latents = None, []
-    for piece in _pieces(1 + (count - 1) // 4, True, cfg.sample.vae_latents_per_call):
+    for piece in _pieces(1 + (count - 1) // vae.FRAMES, True, cfg.sample.vae_latents_per_call):
         first = piece.start == 0
-        frames = read(0 if first else 4 * piece.start - 3, 4 * piece.stop - 3)
+        start = 0 if first else vae.FRAMES * piece.start - 3
+        frames = read(start, vae.FRAMES * piece.stop - 3)
         frames = jax.device_put(frames.astype(cfg.compute_dtype), jax.NamedSharding(mesh, _PLACED))
         if first:
             size = (frames.shape[2] // vae.PIXELS, frames.shape[3] // vae.PIXELS)
