@@ -1,4 +1,4 @@
-"""The commands. XLA reads its flags when JAX first meets a device, so they are set here, before that.
+"""The commands. XLA reads its flags when JAX first meets a device: they are set here, before.
 
 Each flag stands with the measurement that put it there; flags of the user's XLA_FLAGS win.
 """
@@ -6,8 +6,8 @@ Each flag stands with the measurement that put it there; flags of the user's XLA
 import os
 
 _XLA_FLAGS = {
-    # The VAE's 3-D convolutions with channels last: decoding 117 -> 101 ms a latent, encoding 33 -> 27
-    # (H200, 704x1280, bfloat16, 2 latents a call, jax 0.11.2, 2026-11-21).
+    # The VAE's 3-D convolutions with channels last: decoding 117 -> 101 ms a latent, encoding
+    # 33 -> 27 (H200, 704x1280, bfloat16, 2 latents a call, jax 0.11.2, 2026-11-21).
     "xla_gpu_force_conv_nhwc": "true",
 }
 
