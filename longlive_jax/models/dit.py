@@ -25,6 +25,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.ops import rope, ulysses
+from longlive_jax.ops import teacher_forcing as tf
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
@@ -199,8 +200,6 @@ def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Para
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
     """
-    from longlive_jax.ops import teacher_forcing as tf
-
     params = _gather_globals(params, cfg, parallel)
     x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames)
     attend = _training_attend(tf.block_causal, parallel)
@@ -222,8 +221,6 @@ def teacher_forcing(
     Returns:
       [batch, chunk, frame, h, w, channel] in noisy's dtype.
     """
-    from longlive_jax.ops import teacher_forcing as tf
-
     params = _gather_globals(params, cfg, parallel)
     if clean_timesteps is None:
         clean_timesteps = jnp.zeros_like(timesteps)

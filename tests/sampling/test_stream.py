@@ -387,7 +387,8 @@ def test_2000_latent_frames_cost_the_same_to_the_end():
     assert int(state.chunk) * cfg.model.chunk_frames == 2000
     assert sampler.step._cache_size() == 1
     assert max(arrays[10:]) <= arrays[10] + 2
-    assert np.median(times[-100:]) < 1.5 * np.median(times[20:120])
+    # The fast tenth: other work on the machine slows some chunks, growth would slow them all.
+    assert np.percentile(times[-100:], 10) < 1.3 * np.percentile(times[20:120], 10)
 
 
 def test_the_state_is_updated_in_place():
