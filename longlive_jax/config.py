@@ -18,6 +18,8 @@ SPATIAL_COMPRESSION = 16  # pixels a latent covers, each way
 TEMPORAL_COMPRESSION = 4  # frames a latent covers, after the first, which covers one
 FRAMES_PER_SECOND = 24
 PATCH = 2  # latents a token covers, each way
+# What a training block keeps for its gradient, from least memory to least recomputation.
+REMAT = ("block", "attention", "qkv", "ffn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,76 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Data:
+    """What a trainer reads. Pictures are brought to sample.height x sample.width."""
+
+    path: str = ""  # folder with video/ and caption/, or one that launch.encode_dataset wrote
+    cached: bool = False  # `path` holds latents and text embeddings, ready made
+    eval_path: str = ""  # held-out captions, in any form that launch.sample reads
+    workers: int = 2  # processes that decode, on each host
+    max_chunks_per_shot: int = 0  # then a cut inside a long video, one second skipped; 0: no limit
+    single_shot: bool = False  # a sample is one video file, not a row of them
+    allow_padding: bool = False  # folders too short for a sample are padded, the rest masked
+    min_chunks: int = 1  # least real chunks of a padded sample
+    max_bad_share: float = 0.1  # unreadable samples, of those read, before the run stops
+    encode: str = "width"  # how the VAE is spread over `seq`: "width", or "halo" (whole chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorRecycling:
+    """The model's own errors, kept and added to later inputs (SVI, arXiv 2510.09212).
+
+    Errors are kept by noise level, in `buckets` rings of `slots` chunks each.
+    """
+
+    enabled: bool = False
+    buckets: int = 50
+    slots: int = 16  # chunks kept a bucket; the memory is spread over all devices
+    positions: bool = False  # a ring for each chunk of the video as well
+    start_step: int = 0
+    context_probability: float = 0.9  # that clean context is corrupted
+    latent_probability: float = 0.9  # that clean latents are, before noise is added
+    noise_probability: float = 0.01  # that the noise is
+    clean_probability: float = 0.2  # that a batch is left alone, whatever the three above say
+    clean_update_probability: float = 0.1  # that the errors of such a batch are kept
+    modulation: float = 0.3  # an error is scaled by 1 - modulation to 1 + modulation
+    replacement: str = "random"  # of a full ring's entries: "random", "oldest" or "nearest"
+    skip_first_chunk: bool = False  # its context stays clean
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Autoregressive teacher forcing. The defaults are the paper's; frames are latent frames."""
+
+    seed: int = 0
+    steps: int = 600
+    batch_size: int = 1  # videos at a time, over the whole mesh
+    accumulation: int = 1  # such batches a step
+    latent_frames: int = 96
+    teacher_forcing: bool = True  # chunks see clean ones before them; False: noisy ones
+    context_levels: int = 0  # clean context is noised to one of so many lowest levels; 0: clean
+    text_encoder: bool = False  # the text encoder is trained too
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    beta1: float = 0.0
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.99
+    ema_start: int = 100  # steps before the average begins
+    remat: str = "attention"  # what a block keeps for its gradient: REMAT above
+    error_recycling: ErrorRecycling = ErrorRecycling()
+    save_every: int = 50
+    keep_last: int = 3  # checkpoints
+    keep_every: int = 0  # every such step's checkpoint is kept for good; 0: none
+    eval_every: int = 0  # steps between evaluations; 0: none
+    eval_steps: int = 50  # of the solver
+    eval_chunks: int = 4
+    max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything. `dtype` is the dtype of compute; parameters are kept in their own."""
 
@@ -119,6 +191,8 @@ class Config:
     umt5: UMT5 = UMT5()
     mesh: Mesh = Mesh()
     sample: Sample = Sample()
+    data: Data = Data()
+    train: Train = Train()
     dtype: str = "bfloat16"
 
     @property
@@ -207,6 +281,76 @@ def validate(config: Config) -> None:
     _divides("model.num_heads", m.num_heads, "mesh.seq", mesh.seq)
     _divides("model.chunk_frames", m.chunk_frames, "mesh.seq", mesh.seq)
     _divides("model.dim", m.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)
+
+
+def validate_training(config: Config) -> None:
+    """Refuses what a trainer cannot do. Apart from `validate`: a sampler needs none of it.
+
+    Raises:
+      InputError: the setting, its value, the limit and the way out.
+    """
+    m, t, d, mesh = config.model, config.train, config.data, config.mesh
+    for name in ("steps", "batch_size", "accumulation", "latent_frames", "save_every", "keep_last",
+                 "eval_steps", "eval_chunks", "max_bad_steps"):  # fmt: skip
+        if getattr(t, name) < 1:
+            _refuse(f"train.{name}={getattr(t, name)}", "must be at least 1")
+    for name in ("warmup_steps", "keep_every", "eval_every", "ema_start", "weight_decay"):
+        if getattr(t, name) < 0:
+            _refuse(f"train.{name}={getattr(t, name)}", "must be 0 or more")
+    for name in ("learning_rate", "epsilon", "max_grad_norm"):
+        if not (getattr(t, name) > 0 and math.isfinite(getattr(t, name))):
+            _refuse(f"train.{name}={getattr(t, name)}", "must be positive")
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(t, name) < 1:
+            _refuse(f"train.{name}={getattr(t, name)}", "must be at least 0 and below 1")
+    if not 0 <= t.context_levels <= 1000:
+        _refuse(f"train.context_levels={t.context_levels}", "must be 0 to 1000, the noise levels")
+    if t.remat not in REMAT:
+        _refuse(f"train.remat={t.remat!r}", f"must be one of {', '.join(REMAT)}")
+    _divides("train.latent_frames", t.latent_frames, "model.chunk_frames", m.chunk_frames)
+    chunks = t.latent_frames // m.chunk_frames
+    _divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
+    _divides("train.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if d.workers < 0:
+        _refuse(f"data.workers={d.workers}", "must be 0 (decode in the trainer itself) or more")
+    if d.max_chunks_per_shot < 0:
+        _refuse(f"data.max_chunks_per_shot={d.max_chunks_per_shot}", "must be 0 (no limit) or more")
+    if not 1 <= d.min_chunks <= chunks:
+        _refuse(f"data.min_chunks={d.min_chunks}", f"must be 1 to {chunks}, a sample's chunks")
+    if not 0 <= d.max_bad_share <= 1:
+        _refuse(f"data.max_bad_share={d.max_bad_share}", "must be 0 to 1")
+    if d.encode not in ("width", "halo"):
+        _refuse(f"data.encode={d.encode!r}", "must be 'width' or 'halo'")
+    if d.encode == "width" and not d.cached:
+        width = config.sample.width // SPATIAL_COMPRESSION
+        if width % mesh.seq:
+            _refuse(
+                f"sample.width={config.sample.width}, {width} latents,",
+                f"must be a multiple of mesh.seq={mesh.seq} latents for data.encode='width'; "
+                "set data.encode='halo'",
+            )
+    _validate_recycling(t.error_recycling)
+
+
+def _validate_recycling(r: ErrorRecycling) -> None:
+    for name in ("context", "latent", "noise", "clean", "clean_update"):
+        value = getattr(r, f"{name}_probability")
+        if not 0 <= value <= 1:
+            _refuse(f"train.error_recycling.{name}_probability={value}", "must be 0 to 1")
+    if not 0 <= r.modulation <= 1:
+        _refuse(f"train.error_recycling.modulation={r.modulation}", "must be 0 to 1")
+    if r.slots < 1 or r.start_step < 0:
+        _refuse(
+            f"train.error_recycling.slots={r.slots}, start_step={r.start_step}",
+            "must be at least 1 and at least 0",
+        )
+    if not 1 <= r.buckets <= 1000:
+        _refuse(f"train.error_recycling.buckets={r.buckets}", "must be 1 to 1000, the noise levels")
+    if r.replacement not in ("random", "oldest", "nearest"):
+        _refuse(
+            f"train.error_recycling.replacement={r.replacement!r}",
+            "must be 'random', 'oldest' or 'nearest'",
+        )
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
