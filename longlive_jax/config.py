@@ -19,7 +19,7 @@ TEMPORAL_COMPRESSION = 4  # frames a latent covers, after the first, which cover
 FRAMES_PER_SECOND = 24
 PATCH = 2  # latents a token covers, each way
 # What a training block keeps for its gradient, from least memory to least recomputation.
-REMAT = ("block", "attention", "qkv", "ffn")
+REMAT = ("block", "attention", "output", "ffn", "qkv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Train:
     max_grad_norm: float = 10.0
     ema_decay: float = 0.99
     ema_start: int = 100  # steps before the average begins
-    remat: str = "attention"  # what a block keeps for its gradient: REMAT above
+    remat: str = "output"  # what a block keeps for its gradient, one of REMAT
     error_recycling: ErrorRecycling = ErrorRecycling()
     save_every: int = 50
     keep_last: int = 3  # checkpoints
@@ -180,6 +180,27 @@ class Train:
     eval_steps: int = 50  # of the solver
     eval_chunks: int = 4
     max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainVAE:
+    """A small VAE from scratch, on the videos of `data.path`. Frames here are pixel frames."""
+
+    seed: int = 0
+    steps: int = 8000
+    batch_size: int = 16  # clips, over the whole mesh
+    frames: int = 17  # of a clip
+    learning_rate: float = 1e-3  # at the end of the warm-up; from there a cosine down to 0
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999  # of the weights that are the result
+    edge_weight: float = 0.5  # of the error's differences between neighbouring pixels
+    kl_weight: float = 1e-3  # of the posterior's divergence from a unit Gaussian
+    held_out: int = 4  # folders of videos, the last by name, that are for measuring only
+    memory_gib: float = 8.0  # most that all videos, decoded, may take on each device
+    save_every: int = 500
+    log_every: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +214,7 @@ class Config:
     sample: Sample = Sample()
     data: Data = Data()
     train: Train = Train()
+    train_vae: TrainVAE = TrainVAE()
     dtype: str = "bfloat16"
 
     @property
@@ -330,6 +352,44 @@ def validate_training(config: Config) -> None:
                 "set data.encode='halo'",
             )
     _validate_recycling(t.error_recycling)
+
+
+def validate_vae_training(config: Config) -> None:
+    """Refuses what the trainer of a VAE cannot do; as `validate_training`.
+
+    Raises:
+      InputError: the setting, its value, the limit and the way out.
+    """
+    t, v, mesh = config.train_vae, config.vae, config.mesh
+    for name in ("steps", "batch_size", "held_out", "save_every", "log_every"):
+        if getattr(t, name) < 1:
+            _refuse(f"train_vae.{name}={getattr(t, name)}", "must be at least 1")
+    for name in ("warmup_steps", "weight_decay", "edge_weight", "kl_weight"):
+        if getattr(t, name) < 0:
+            _refuse(f"train_vae.{name}={getattr(t, name)}", "must be 0 or more")
+    for name in ("learning_rate", "max_grad_norm", "memory_gib"):
+        if not (getattr(t, name) > 0 and math.isfinite(getattr(t, name))):
+            _refuse(f"train_vae.{name}={getattr(t, name)}", "must be positive")
+    if not 0 <= t.ema_decay < 1:
+        _refuse(f"train_vae.ema_decay={t.ema_decay}", "must be at least 0 and below 1")
+    if t.frames < 1 + TEMPORAL_COMPRESSION or t.frames % TEMPORAL_COMPRESSION != 1:
+        _refuse(
+            f"train_vae.frames={t.frames}",
+            f"must be 5, 9, 13, ...: a latent covers {TEMPORAL_COMPRESSION} frames, the first 1",
+        )
+    if t.warmup_steps >= t.steps:
+        _refuse(
+            f"train_vae.warmup_steps={t.warmup_steps}", f"must be below train_vae.steps={t.steps}"
+        )
+    if any(v.latent_mean) or any(value != 1 for value in v.latent_std):
+        _refuse(
+            f"vae.latent_mean={v.latent_mean}, vae.latent_std={v.latent_std}",
+            "must be zeros and ones: the trainer puts the statistics that it measures into the "
+            "weights",
+        )
+    if mesh.seq != 1:
+        _refuse(f"mesh.seq={mesh.seq}", "must be 1: clips are spread whole, over data and fsdp")
+    _divides("train_vae.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
 
 
 def _validate_recycling(r: ErrorRecycling) -> None:

@@ -85,20 +85,30 @@ def unflatten(leaves: Mapping[Path, Any]) -> Tree:
     return traverse_util.unflatten_dict(dict(leaves))
 
 
-def init(specs: Tree, key: jax.Array, dtype=jnp.float32) -> Tree:
-    """Initial values. Each depends on its path alone, not on the mesh or on other parameters."""
+def init(
+    specs: Tree,
+    key: jax.Array,
+    dtype=jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: dict = mesh_lib.RULES,
+) -> Tree:
+    """Initial values. Each depends on its path alone, not on the mesh or on other parameters.
+
+    With a mesh they are made where they belong: no device ever holds more than its shards.
+    """
 
     def one(path: Path, s: ParamSpec):
         leaf_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-        return _draw(leaf_key, init=s.init, shape=s.shape, dtype=dtype)
+        where = mesh_lib.sharding(mesh, s.axes, rules) if mesh is not None else None
+        return _draw(s.init, s.shape, jnp.dtype(dtype), where)(leaf_key)
 
     return unflatten({path: one(path, s) for path, s in flatten(specs).items()})
 
 
 # A program for each shape: one program for a whole model takes XLA minutes to compile.
-@functools.partial(jax.jit, static_argnames=("init", "shape", "dtype"))
-def _draw(key, *, init, shape, dtype):
-    return init(key, shape, dtype)
+@functools.cache
+def _draw(init, shape, dtype, where):
+    return jax.jit(lambda key: init(key, shape, dtype), out_shardings=where)
 
 
 def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: dict = mesh_lib.RULES) -> Tree:
@@ -131,18 +141,37 @@ def count(specs: Tree) -> int:
     return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
 
 
-def gather(tree: Tree, specs: Tree, rules: dict) -> Tree:
+def gather(tree: Tree, specs: Tree, rules: dict, dtype=None) -> Tree:
     """Inside a manual `shard_map`: whole parameters from this device's shards.
 
     Its transpose is a reduce-scatter, so gradients come back sharded. `specs` has the structure of
-    `tree`; a leading "layer" axis may already be scanned away.
+    `tree`; a leading "layer" axis may already be scanned away. With `dtype`, parameters that lie on
+    several devices are cast before they travel, and their gradients are summed in their own dtype.
     """
 
     def one(s: ParamSpec, w: jax.Array) -> jax.Array:
         axes = s.axes[-w.ndim :] if w.ndim else ()
         for i, name in enumerate(axes):
             if rules.get(name) is not None:
-                w = jax.lax.all_gather(w, rules[name], axis=i, tiled=True)
+                w = _all_gather(w, rules[name], i, w.dtype if dtype is None else jnp.dtype(dtype))
         return w
 
     return jax.tree.map(one, specs, tree, is_leaf=is_spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(w, mesh_axis, axis, dtype):
+    return jax.lax.all_gather(w.astype(dtype), mesh_axis, axis=axis, tiled=True)
+
+
+def _all_gather_fwd(w, mesh_axis, axis, dtype):
+    return _all_gather(w, mesh_axis, axis, dtype), jnp.zeros((), w.dtype)
+
+
+def _all_gather_bwd(mesh_axis, axis, dtype, like, g):
+    del dtype
+    g = g.astype(like.dtype)
+    return (jax.lax.psum_scatter(g, mesh_axis, scatter_dimension=axis, tiled=True),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
@@ -27,12 +28,15 @@ from longlive_jax import params as params_lib
 from longlive_jax.ops import rope, ulysses
 from longlive_jax.ops import teacher_forcing as tf
 from longlive_jax.ops.attention import attention
+from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.params import ParamSpec
 
 PATCH = config_lib.PATCH
 TIME_SLOTS = 6  # shift, scale, gate of self-attention, then of the FFN
+# What each of config.REMAT after the first keeps of a training block, besides its input.
+KEPT = ((tf.OUT, tf.LSE), ("output",), ("ffn",), ("qkv",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,37 @@ class Parallel:
 
     seq: str | None = None  # mesh axis over which chunks or frames are sharded
     rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
+    dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
 
     @classmethod
     def sampling(cls) -> "Parallel":
         return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()))
+
+    @classmethod
+    def training(cls, dtype: jnp.dtype | None = None) -> "Parallel":
+        return cls(mesh_lib.SEQ, tuple(mesh_lib.RULES.items()), dtype)
+
+    def gather(self, tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
+        """Whole parameters on this device."""
+        return params_lib.gather(tree, specs, self.shards, self.dtype)
+
+    def sum(self, tree):
+        """Each array's sum over all devices."""
+        return _sum_over(tree, mesh_lib.AXES)
+
+    def sum_gradients(self, gradient: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
+        """Gradients of `gather`'s argument, summed over the devices that hold equal parameters.
+
+        Over the others `gather` has summed already.
+        """
+        shards = self.shards
+
+        def one(spec, g):
+            gathered = [shards[name] for name in spec.axes if name in shards]
+            done = {a for axis in gathered for a in ((axis,) if isinstance(axis, str) else axis)}
+            return _sum_over(g, [axis for axis in mesh_lib.AXES if axis not in done])
+
+        return jax.tree.map(one, specs, gradient, is_leaf=params_lib.is_spec)
 
     @property
     def seq_axis(self) -> str | None:
@@ -55,6 +86,11 @@ class Parallel:
     def shards(self) -> dict[str, str | tuple[str, ...]]:
         """Of `rules`, those that put a part of a parameter on another device."""
         return {name: axis for name, axis in self.rules if _with_others(axis) is not None}
+
+
+def _sum_over(tree, axes):
+    axes = tuple(axis for axis in axes if _with_others(axis) is not None)
+    return jax.lax.psum(tree, axes) if axes else tree
 
 
 def _with_others(axis):
@@ -188,7 +224,9 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     return cache.write(last, slot, k, v)
 
 
-def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Parallel()):
+def block_causal(
+    params, cfg, latents, timesteps, frames, context, parallel=Parallel(), remat="qkv"
+):
     """Velocity of every chunk; a chunk sees the chunks up to itself, all of them noisy.
 
     Args:
@@ -196,6 +234,7 @@ def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Para
       timesteps: float32 [batch, chunk, frame].
       frames: int32 [batch, chunk, frame], temporal positions.
       context: [batch, chunk, text_len, text_dim], one prompt embedding a chunk.
+      remat: of `config.REMAT`, what each block keeps for its gradient.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
@@ -203,19 +242,20 @@ def block_causal(params, cfg, latents, timesteps, frames, context, parallel=Para
     params = _gather_globals(params, cfg, parallel)
     x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames)
     attend = _training_attend(tf.block_causal, parallel)
-    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat)
     return _head(params["head"], cfg, x, e, latents.shape[3:5])
 
 
 def teacher_forcing(
-    params, cfg, clean, noisy, timesteps, frames, context, clean_timesteps=None, parallel=Parallel()
-):
+    params, cfg, clean, noisy, timesteps, frames, context, clean_timesteps=None,
+    parallel=Parallel(), remat="qkv",
+):  # fmt: skip
     """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
 
     Args:
       clean, noisy: [batch, chunk, frame, h, w, channel], compute dtype.
       timesteps: float32 [batch, chunk, frame], of the noisy copy.
-      frames, context: as `block_causal`; both copies share them.
+      frames, context, remat: as `block_causal`; both copies share them.
       clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
 
     Returns:
@@ -228,7 +268,7 @@ def teacher_forcing(
     timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
     x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames[:, :, None])
     attend = _training_attend(tf.teacher_forcing, parallel)
-    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat)
     return _head(params["head"], cfg, x[:, :, 1], e[:, :, 1], noisy.shape[3:5])
 
 
@@ -239,7 +279,7 @@ def teacher_forcing(
 def embed_text(params, context):
     """[.., text_len, text_dim] -> [.., text_len, dim]. Padded rows are keys like any other."""
     p = params["text_embedding"]
-    return linear(p["2"], jax.nn.gelu(linear(p["0"], context), approximate=True))
+    return linear(p["2"], gelu(linear(p["0"], context)))
 
 
 def text_keys_values(params, cfg, context, parallel=Parallel()):
@@ -313,13 +353,15 @@ def _block(p, cfg, x, modulation, angle, attend, text_kv):
     with jax.named_scope("self_attention"):
         q, k, v = _self_qkv(p, cfg, x, m, angle)
         y = attend(*(_tokens(z) for z in (q, k, v)))
-        x = _gated(x, linear(p["self_attn"]["o"], y.reshape(x.shape)), m[..., 2:3, :])
+        y = checkpoint_name(linear(p["self_attn"]["o"], y.reshape(x.shape)), "output")
+        x = _gated(x, y, m[..., 2:3, :])
     with jax.named_scope("cross_attention"):
-        x = x + _cross_attention(p, cfg, x, text_kv)
+        x = x + checkpoint_name(_cross_attention(p, cfg, x, text_kv), "output")
     with jax.named_scope("ffn"):
         h = layer_norm(x, 1 + m[..., 4:5, :], m[..., 3:4, :])
-        h = jax.nn.gelu(linear(p["ffn"]["0"], h), approximate=True)
-        return _gated(x, linear(p["ffn"]["2"], h), m[..., 5:6, :])
+        h = gelu(checkpoint_name(linear(p["ffn"]["0"], h), "ffn"))
+        y = checkpoint_name(linear(p["ffn"]["2"], h), "output")
+        return _gated(x, y, m[..., 5:6, :])
 
 
 def _modulation(p, time):
@@ -336,7 +378,7 @@ def _self_qkv(p, cfg, x, m, angle):
     """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
     h = layer_norm(x, 1 + m[..., 1:2, :], m[..., 0:1, :])
     p = p["self_attn"]
-    q, k, v = jnp.split(linear(p["qkv"], h), 3, axis=-1)
+    q, k, v = jnp.split(checkpoint_name(linear(p["qkv"], h), "qkv"), 3, axis=-1)
     q = _heads(rms_norm(q, p["norm_q"]["weight"]), cfg)
     k = _heads(rms_norm(k, p["norm_k"]["weight"]), cfg)
     return rope.rotate(q, angle), rope.rotate(k, angle), _heads(v, cfg)
@@ -402,15 +444,22 @@ def _training_attend(attend: Callable, parallel: Parallel) -> Callable:
     return around
 
 
-def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel):
+def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat):
     text = embed_text(params, context)
     specs = spec(cfg)["blocks"]
+    names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
 
+    # Gathered inside: a layer's whole weights are not kept either. A scan is barrier enough against
+    # the compiler's undoing it.
+    @functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(*names),
+        prevent_cse=False,
+    )
     def layer(x, block):
-        block = params_lib.gather(block, specs, parallel.shards)
-        return _block(
-            block, cfg, x, modulation, angle, attend, _text_kv(block["cross_attn"], cfg, text)
-        ), None
+        block = parallel.gather(block, specs)
+        text_kv = _text_kv(block["cross_attn"], cfg, text)
+        return _block(block, cfg, x, modulation, angle, attend, text_kv), None
 
     return jax.lax.scan(layer, x, params["blocks"])[0]
 
@@ -424,11 +473,11 @@ def _block_params(params, cfg, i, parallel, only=None):
     blocks, specs = params["blocks"], spec(cfg)["blocks"]
     if only is not None:
         blocks, specs = {only: blocks[only]}, {only: specs[only]}
-    return params_lib.gather(_layer(blocks, i), specs, parallel.shards)
+    return parallel.gather(_layer(blocks, i), specs)
 
 
 def _gather_globals(params, cfg, parallel):
     """Everything outside the blocks, whole on this device."""
     rest = {k: v for k, v in params.items() if k != "blocks"}
     specs = {k: v for k, v in spec(cfg).items() if k != "blocks"}
-    return params_lib.gather(rest, specs, parallel.shards) | {"blocks": params["blocks"]}
+    return parallel.gather(rest, specs) | {"blocks": params["blocks"]}

@@ -1,0 +1,76 @@
+"""A step's random numbers: keys folded by (step, sample, chunk, use), never by device.
+
+So a result does not depend on the mesh, and a run that is started again draws what it would have
+drawn.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.diffusion import schedule
+
+# Uses of a chunk's key. Error recycling folds its own, from 16 on.
+NOISE, LEVEL, CONTEXT_NOISE, CONTEXT_LEVEL = range(4)
+
+
+class Draws(struct.PyTreeNode):
+    """noise: float32 [batch, chunk, frame, h, w, channel]; levels: int32 [batch, chunk], indices of
+    `diffusion.schedule.training_schedule`. The same of the clean context when
+    train.context_levels asks for it, else None.
+    """
+
+    noise: jax.Array
+    levels: jax.Array
+    context_noise: jax.Array | None = None
+    context_levels: jax.Array | None = None
+
+
+def draw(
+    cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array, shape
+) -> Draws:
+    """Draws for the samples `rows` (int32 [batch], their numbers in the step), global arrays.
+
+    Args:
+      key: the step's.
+      shape: of the latents, [batch, chunk, frame, h, w, channel].
+    """
+    context = cfg.train.context_levels
+
+    def one(key, row, chunk):
+        here = jax.random.fold_in(jax.random.fold_in(key, row), chunk)
+
+        def noise(use):
+            return jax.random.normal(jax.random.fold_in(here, use), shape[2:])
+
+        def level(use, least):
+            # Every level is as likely; the shift is in what the levels stand for.
+            return jax.random.randint(jax.random.fold_in(here, use), (), least, schedule.LEVELS)
+
+        return Draws(
+            noise(NOISE),
+            level(LEVEL, 0),
+            noise(CONTEXT_NOISE) if context else None,
+            level(CONTEXT_LEVEL, schedule.LEVELS - context) if context else None,
+        )
+
+    def local(key, rows, chunks):
+        return jax.vmap(lambda row: jax.vmap(lambda chunk: one(key, row, chunk))(chunks))(rows)
+
+    latents = mesh_lib.spec(("batch", "chunk", None, None, None, None))
+    levels = mesh_lib.spec(("batch", "chunk"))
+    specs = Draws(latents, levels, *((latents, levels) if context else ()))
+    place = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(jax.P(), mesh_lib.spec(("batch",)), mesh_lib.spec(("chunk",))),
+        out_specs=specs,
+        check_vma=False,
+    )
+    rows, chunks = (
+        jax.reshard(x, mesh_lib.sharding(mesh, (name,)))
+        for x, name in ((rows, "batch"), (jnp.arange(shape[1], dtype=jnp.int32), "chunk"))
+    )
+    return place(key, rows, chunks)
