@@ -1,6 +1,6 @@
 """Measures one part of the system on random weights, warm-up excluded.
 
-    python -m launch.bench stream|vae|attention --config=configs/sample_5b.py [--chunks=20]
+    python -m launch.bench stream|vae|attention|train --config=configs/sample_5b.py [--chunks=20]
 
 Prints a readable report, then one JSON line of all figures.
 """
@@ -14,10 +14,10 @@ from absl import flags
 from launch import command
 from longlive_jax.errors import InputError
 
-BENCHMARKS = ("stream", "vae", "attention")
+BENCHMARKS = ("stream", "vae", "attention", "train")
 
-flags.DEFINE_integer("chunks", 20, "Chunks to measure, after the warm-up.", lower_bound=2)
-flags.DEFINE_string("profile", None, "Folder for a jax.profiler trace of two measured chunks.")
+flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)
+flags.DEFINE_string("profile", None, "Folder for a jax.profiler trace of what is measured.")
 
 
 def main(name: str) -> None:

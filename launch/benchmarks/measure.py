@@ -14,14 +14,14 @@ from longlive_jax import params as params_lib
 PEAK_TFLOPS = {"NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA A100-SXM4-80GB": 312.0}
 
 
-def random_params(specs, mesh, dtype, seed=0):
+def random_params(specs, mesh, dtype, seed=0, rules=mesh_lib.SAMPLING_RULES):
     """Random weights that keep activations finite and nothing zero: zeros would run faster."""
     flat = params_lib.flatten(specs)
 
     def one(i, spec):
         fan_in = int(np.prod(spec.shape[1 if spec.axes[0] == "layer" else 0 : -1])) or 1
         scale = min(0.02, fan_in**-0.5)
-        sharding = mesh_lib.sharding(mesh, spec.axes, mesh_lib.SAMPLING_RULES)
+        sharding = mesh_lib.sharding(mesh, spec.axes, rules)
         if spec.init is params_lib.ones:
             return jnp.ones(spec.shape, dtype, device=sharding)
         return _noise(spec.shape, dtype, sharding)(np.uint32(1000 * seed + i), scale)

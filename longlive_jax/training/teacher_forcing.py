@@ -115,7 +115,7 @@ class Step:
             return self._batch(state, errors, key, rows, batch, count)
 
         if cfg.accumulation == 1:
-            batch = jax.tree.map(lambda x: x.reshape(x.shape[1:]), batches)
+            batch = jax.tree.map(lambda x: jax.lax.squeeze(x, (0,)), batches)
             errors, (gradient, told) = one(state.errors, jnp.int32(0), batch)
         else:
 

@@ -1,0 +1,48 @@
+"""Floating-point operations of a training step, by formula: what a reported rate divides."""
+
+from longlive_jax import config as config_lib
+from longlive_jax.config import PATCH, REMAT
+from longlive_jax.training import state as state_lib
+
+
+def video_tokens(cfg: config_lib.Config) -> int:
+    """Of one training sample, each of its two copies."""
+    _, height, width, _ = state_lib.chunk_shape(cfg)
+    return cfg.train.latent_frames * (height // PATCH) * (width // PATCH)
+
+
+def forward_flops(cfg: config_lib.Config) -> int:
+    """Of the transformer's blocks on one training sample.
+
+    Matrix products of the linears, of self-attention over the chunk pairs that attend (N^2 + N of
+    them with a clean and a noisy copy of N chunks, (N^2 + N) / 2 with one) and of cross-attention;
+    a multiply and an add count as two.
+    """
+    m, tokens, n = cfg.model, video_tokens(cfg), state_lib.chunks(cfg)
+    copies = 2 if cfg.train.teacher_forcing else 1
+    d = m.dim
+    linears = 2 * copies * tokens * (6 * d * d + 2 * d * m.ffn_dim)
+    text = 2 * n * m.text_len * 2 * d * d  # keys and values, once a chunk
+    pairs = copies * (n * n + n) // 2 * (tokens // n) ** 2
+    attention = 4 * d * (pairs + copies * tokens * m.text_len)
+    return m.num_layers * (linears + text + attention)
+
+
+def step_flops(cfg: config_lib.Config) -> int:
+    """Model FLOPs of a step: three forwards of each video; no recomputation counted."""
+    return 3 * forward_flops(cfg) * cfg.train.batch_size * cfg.train.accumulation
+
+
+def recomputed_flops(cfg: config_lib.Config) -> int:
+    """Of matrix products and attention that a step's backward does again, by train.remat."""
+    m, tokens, n = cfg.model, video_tokens(cfg), state_lib.chunks(cfg)
+    kept = REMAT.index(cfg.train.remat)
+    copies = 2 if cfg.train.teacher_forcing else 1
+    d = m.dim
+    linears = {"output": 2 * d * d + d * m.ffn_dim, "ffn": d * m.ffn_dim, "qkv": 3 * d * d}
+    again = sum(flops for name, flops in linears.items() if kept < REMAT.index(name)) + d * d
+    again = 2 * copies * tokens * again + 4 * d * copies * tokens * m.text_len
+    again += 2 * n * m.text_len * 2 * d * d
+    if kept < REMAT.index("attention"):
+        again += 4 * d * (copies * (n * n + n) // 2 * (tokens // n) ** 2)
+    return m.num_layers * again * cfg.train.batch_size * cfg.train.accumulation
