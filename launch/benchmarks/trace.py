@@ -10,7 +10,7 @@ from jax.profiler import ProfileData
 KINDS = (
     ("collectives", r"nccl|all-?to-?all|all-?gather|reduce-?scatter|all-?reduce|SendRecv"),
     ("attention", r"fmha|flash|sdpa|attention|mha"),
-    ("convolution", r"conv|fprop|dgrad|wgrad|implicit"),
+    ("convolution", r"conv(?!ert)|fprop|dgrad|wgrad|implicit"),
     ("matrix_products", r"gemm|cublas|cutlass|nvjet|xmma|dot"),
     ("copies", r"memcpy|memset|copy|transpose|concatenate|slice|pad"),
     ("reductions", r"reduce|norm|softmax"),

@@ -27,8 +27,7 @@ def run(cfg: config_lib.Config) -> dict:
     params = measure.random_params(step.specs, mesh, jnp.float32, rules=mesh_lib.RULES)
     state = state_lib.init(cfg, mesh, params)
     batches = jax.tree.map(_random, step.batch_abstract())
-    for _ in range(2):
-        state, report = compiled(state, batches)
+    state, report = compiled(state, batches)
     first = float(report.told.loss)
     times = []
     for _ in range(flags.FLAGS.chunks):

@@ -1,0 +1,275 @@
+"""Training videos into latents and prompt embeddings, read by data.cached=True.
+
+    python -m launch.encode_dataset --config=configs/train_ar_5b.py --config.data.path=VIDEOS \\
+        --checkpoint=CKPT --output=DIR [--epochs=1]
+
+Every folder of VIDEOS/video gives one sample an epoch, from another start each time. The devices
+of config.mesh encode together: most clips an hour with all of them on mesh.data. Stopped at any
+moment, the same command goes on after the last whole file. Then train with
+--config.data.path=DIR --config.data.cached=True.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags
+
+from launch import command, parts
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.data import records
+from longlive_jax.data.clips import VideoFolder
+from longlive_jax.data.images import to_float
+from longlive_jax.data.source import Health, Sample, Source, batches
+from longlive_jax.errors import InputError
+from longlive_jax.models import umt5
+from longlive_jax.models.vae_spec import SHARDED, check_mesh
+from longlive_jax.sampling import decode
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
+flags.DEFINE_string("output", None, "The folder to make, or to go on with.")
+flags.DEFINE_integer("epochs", 1, "Samples of each folder of videos.", lower_bound=1)
+
+
+def main() -> None:
+    start = time.monotonic()
+    cfg = _config()
+    source = VideoFolder(cfg)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    check_mesh(mesh, _replicas(mesh), _latent_shape(cfg)[2])
+    parts.check(FLAGS.checkpoint, "vae", cfg, parts.ENCODER)
+    if not cfg.train.text_encoder:
+        parts.read_tokenizer(FLAGS.checkpoint, cfg)
+    settings = _settings(cfg, source)
+    folder = pathlib.Path(FLAGS.output)
+    if (folder / records.MANIFEST).is_file():
+        records.check_settings(folder, records.read_manifest(folder)["settings"], settings)
+        (folder / records.PROGRESS).unlink(missing_ok=True)
+    else:
+        whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)
+        head = {"settings": settings, "clips_per_file": whole_batches}
+        with records.Progress(folder, head) as progress:
+            _encode(cfg, mesh, source, progress)
+            if not cfg.train.text_encoder:
+                _embed(cfg, mesh, progress)
+            _finish(cfg, progress)
+    print(f"{_summary(folder)}, {time.monotonic() - start:.1f} s: {folder}")
+
+
+def _config() -> config_lib.Config:
+    cfg = command.config()
+    if not FLAGS.output:
+        raise InputError("--output is missing; give the folder to make")
+    if cfg.data.cached:
+        raise InputError(
+            "config: data.cached=True, but videos are encoded here; give "
+            "--config.data.cached=False and the folder of videos as --config.data.path"
+        )
+    if cfg.vae.z_dim != cfg.model.in_dim:
+        raise InputError(
+            f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}, since "
+            "the transformer reads the VAE's latents"
+        )
+    config_lib.validate_training(cfg)
+    return cfg
+
+
+def _settings(cfg: config_lib.Config, source: Source) -> dict:
+    """What the files depend on, by the names of the flags. Of the mesh only rounding does."""
+    data = ("path", "max_chunks_per_shot", "single_shot", "allow_padding", "min_chunks")
+    names = {
+        "data": data,
+        "train": ("seed", "latent_frames", "text_encoder"),
+        "sample": ("height", "width", "scene_cut_prefix"),
+        "model": ("chunk_frames", "in_dim"),
+        "vae": [field.name for field in dataclasses.fields(cfg.vae)],
+    }
+    if not cfg.train.text_encoder:
+        names["model"] += ("text_len", "text_dim")
+        names["umt5"] = [field.name for field in dataclasses.fields(cfg.umt5)]
+    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
+    return values | {
+        "data.path": os.path.abspath(cfg.data.path),
+        "dtype": cfg.dtype,
+        "--epochs": FLAGS.epochs,
+        "--checkpoint": os.path.abspath(FLAGS.checkpoint),
+        "the number of folders": len(source),
+    }
+
+
+def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
+    """Writes the files of latents that are missing."""
+    total = len(source) * FLAGS.epochs
+    done = _lines(progress, "latents")
+    records.Shards(progress.folder, _shards(done))  # refuses files that are gone
+    # The report and the count of failures are made again from those of the whole files.
+    report = progress.folder / records.FAILURES
+    report.unlink(missing_ok=True)
+    health, used = Health(cfg.data.max_bad_share, report), set()
+    for name, failures in itertools.chain.from_iterable(line["read"] for line in done):
+        used.add((health.read // len(source), name))
+        health.add(Sample(name, (), 0, failures=tuple((path, why) for path, why in failures)))
+    if health.read == total:
+        return
+    params = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
+    stream = batches(source, (0,), 1, health.read, cfg.train.seed, cfg.data.workers)
+    bar = tqdm.tqdm(total=total, initial=health.read, unit=" clips", disable=None)
+    with contextlib.closing(stream), bar:
+        for number in itertools.count(len(done)):
+            count = min(progress.head["clips_per_file"], total - health.read)
+            if not count:
+                return
+            line = {"kind": "latents", "read": [], "prompts": [], "chunks": []}
+            samples = _take(itertools.islice(stream, count), len(source), health, used, line, bar)
+            shard = records.write_shard(
+                progress.folder / f"latents-{number:05d}.arrayrecord",
+                _packed(cfg, mesh, params, samples),
+            )
+            progress.add(line | {"shard": dataclasses.asdict(shard)})
+
+
+def _take(stream, folders: int, health: Health, used: set, line: dict, bar) -> Iterator[Sample]:
+    """The samples to encode, and into `line` what is to be known of them.
+
+    In place of a folder that gives none, the source gives a sample of another; a folder is used
+    once an epoch.
+    """
+    for (sample,) in stream:
+        key = health.read // folders, sample.name
+        health.add(sample)
+        bar.update()
+        line["read"].append((sample.name, sample.failures))
+        if key in used:
+            continue
+        used.add(key)
+        line["chunks"].append(sample.chunks)
+        line["prompts"] = list(dict.fromkeys([*line["prompts"], *sample.prompts]))
+        yield sample
+
+
+def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
+    """Records of samples, encoded one a replica of the mesh at a time."""
+    replicas = _replicas(mesh)
+    for batch in itertools.batched(samples, replicas):
+        frames = [sample.frames for sample in batch]
+        frames += frames[-1:] * (replicas - len(frames))
+        latents = decode.encode(
+            cfg, params, mesh, functools.partial(_read, mesh, frames), len(frames[0])
+        )
+        for sample, one in zip(batch, latents):
+            if not np.isfinite(one).all():
+                raise InputError(
+                    f"{sample.name}: its latents are not finite (NaN or infinity): the VAE's "
+                    "weights are damaged or do not belong to this config; convert them again"
+                )
+            fields = {"name": sample.name, "prompts": sample.prompts, "chunks": sample.chunks}
+            yield records.pack(fields, one.astype(cfg.compute_dtype))
+
+
+def _read(mesh, frames: list[np.ndarray], start: int, stop: int) -> jax.Array:
+    """Frames start..stop-1 of each clip in [-1, 1], [clip, frame, height, width, 3]."""
+    where = mesh_lib.sharding(mesh, SHARDED)
+    pixels = np.stack([clip[start:stop] for clip in frames])
+    return _floats(jax.device_put(pixels, where), where)
+
+
+# On the devices: the host would take as long for it as a device for the latents. By a table,
+# because XLA turns the division by 127.5 into a product, which rounds otherwise.
+@functools.partial(jax.jit, static_argnums=1)
+def _floats(pixels, where):
+    table = jnp.asarray(to_float(np.arange(256, dtype=np.uint8)))
+    return table.at[pixels].get(mode="promise_in_bounds", out_sharding=where)
+
+
+def _embed(cfg, mesh, progress: records.Progress) -> None:
+    """Writes the files of embeddings that are missing."""
+    prompts, done = _prompts(progress), _lines(progress, "text")
+    there = len(records.Shards(progress.folder, _shards(done)))
+    if there == len(prompts):
+        return
+    read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
+    params = parts.load(FLAGS.checkpoint, "umt5", cfg, mesh)
+    bar = tqdm.tqdm(total=len(prompts), initial=there, unit=" prompts", disable=None)
+    groups = itertools.batched(prompts[there:], records.PROMPTS_PER_FILE)
+    for number, group in enumerate(groups, len(done)):
+        ids, mask = read(group, cfg.model.text_len)
+        rows = umt5.encode_prompts(
+            params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
+        )
+        shard = records.write_shard(
+            progress.folder / f"text-{number:05d}.arrayrecord",
+            (
+                records.pack({"prompt": prompt}, row[:length])
+                for prompt, row, length in zip(group, rows, mask.sum(axis=1))
+            ),
+        )
+        progress.add({"kind": "text", "shard": dataclasses.asdict(shard)})
+        bar.update(len(group))
+    bar.close()
+
+
+def _finish(cfg, progress: records.Progress) -> None:
+    latents = _lines(progress, "latents")
+    report = (progress.folder / records.FAILURES).read_text(encoding="utf-8")
+    progress.finish(
+        samples=sum(len(line["chunks"]) for line in latents),
+        dtype=cfg.dtype,
+        latent_shape=_latent_shape(cfg),
+        least_chunks=min(min(line["chunks"], default=math.inf) for line in latents),
+        failures=len(report.splitlines()),
+        latents=_shards(latents),
+        text=_shards(_lines(progress, "text")),
+        prompts=_prompts(progress),
+        settings=progress.head["settings"],
+    )
+
+
+def _lines(progress, kind: str) -> list[dict]:
+    return [line for line in progress.lines if line["kind"] == kind]
+
+
+def _shards(lines) -> list[records.Shard]:
+    return [records.Shard(**line["shard"]) for line in lines]
+
+
+def _prompts(progress) -> list[str]:
+    """The distinct prompts, in the order met."""
+    lines = _lines(progress, "latents")
+    return list(dict.fromkeys(itertools.chain.from_iterable(line["prompts"] for line in lines)))
+
+
+def _replicas(mesh: jax.sharding.Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _latent_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
+    """[latent frame, h, w, channel] of a sample."""
+    scale = config_lib.SPATIAL_COMPRESSION
+    size = cfg.sample.height // scale, cfg.sample.width // scale
+    return cfg.train.latent_frames, *size, cfg.vae.z_dim
+
+
+def _summary(folder: pathlib.Path) -> str:
+    manifest = records.read_manifest(folder)
+    files = [*manifest["latents"], *manifest["text"]]
+    return (
+        f"{manifest['samples']} clips, {len(manifest['prompts'])} prompts, "
+        f"{manifest['failures']} failures, {len(files)} files, "
+        f"{sum(shard.bytes for shard in files) / 2**30:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,303 @@
+"""Folders of captioned video files as training samples: rows of shots, cut where chunks meet.
+
+`plan` decides which frames of which files make a sample, from their lengths alone. `VideoFolder`
+reads the files.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from absl import logging
+
+from longlive_jax import config as config_lib
+from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
+from longlive_jax.data.source import Sample, first
+from longlive_jax.data.video import VideoFile, frame_indices, probe
+from longlive_jax.errors import InputError
+from longlive_jax.models.tokenizer import clean
+
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+STARTS = 50  # places in a file where a sample may start, about
+FPS = (1, 1000)  # what a file may say of itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video file: its length in source frames, at `fps` a second."""
+
+    path: pathlib.Path
+    caption: str
+    frames: int
+    fps: Fraction
+
+    @property
+    def interval(self) -> float:
+        """Source frames from one frame of a sample to the next."""
+        return float(self.fps) / FRAMES_PER_SECOND
+
+    def holds(self, start: int, frames: int) -> bool:
+        """Whether `frames` of a sample are there, from source frame `start` on."""
+        return round(start + (frames - 1) * self.interval) < self.frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How a sample is made of clips. Fields of `config.Data` of the same name are meant."""
+
+    chunks: int
+    chunk_frames: int  # latent frames
+    min_chunks: int  # real ones; those after them are padding
+    max_chunks_per_shot: int = 0
+    single_shot: bool = False
+
+    def frames(self, chunk: int) -> int:
+        """Frames of a chunk: the video's first latent covers one frame, not four."""
+        return TEMPORAL_COMPRESSION * self.chunk_frames - (0 if chunk else TEMPORAL_COMPRESSION - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A chunk of a sample: `frames` of clip number `clip`, from source frame `start` on."""
+
+    clip: int
+    start: int
+    frames: int
+    cut: bool  # a new shot begins with it
+
+
+def plan(clips: Sequence[Clip], rules: Rules, rng: np.random.Generator) -> list[Segment]:
+    """A random sample of these clips: a segment for each real chunk, or [] if they are too short.
+
+    It starts at any of the candidates (`starts`) from which the clips fill it to the end. Where
+    there are none, it starts with a first frame, and has at least `min_chunks` segments.
+    """
+    heads = range(len(clips)) if rules.single_shot else range(1)
+    fills = [fill(clips, rules, head, 0) for head in heads]
+    # No start fills more than the first frame of the first clip does, or of its own clip where a
+    # sample is a single shot.
+    full = [head for head in heads if len(fills[head]) == rules.chunks]
+    if full:
+        candidates = starts(clips, rules, full if rules.single_shot else range(len(clips)))
+        for i in rng.permutation(len(candidates)):
+            segments = fill(clips, rules, *candidates[i])
+            if len(segments) == rules.chunks:
+                return segments
+    enough = [segments for segments in fills if len(segments) >= rules.min_chunks]
+    return enough[rng.integers(len(enough))] if enough else []
+
+
+def starts(clips: Sequence[Clip], rules: Rules, which: Sequence[int]) -> list[tuple[int, int]]:
+    """(clip, source frame) of the evenly spaced places where a first chunk may start."""
+    found = []
+    for i in which:
+        last = int(np.floor(clips[i].frames - 1 - (rules.frames(0) - 1) * clips[i].interval))
+        places = range(0, last + 1, max(1, last // STARTS))
+        found += [(i, start) for start in places if clips[i].holds(start, rules.frames(0))]
+    return found
+
+
+def fill(clips: Sequence[Clip], rules: Rules, clip: int, start: int) -> list[Segment]:
+    """The segments of a sample that starts there: all of them, or those before the clips end.
+
+    A segment lies in one clip. After `max_chunks_per_shot` of them a second is skipped, so that
+    what follows, if it is long enough, is a shot of its own.
+    """
+    segments, in_shot = [], 0
+    while len(segments) < rules.chunks:
+        frames, cut = rules.frames(len(segments)), False
+        if rules.max_chunks_per_shot and in_shot == rules.max_chunks_per_shot:
+            start += round(float(clips[clip].fps))
+            in_shot, cut = 0, True
+        while not clips[clip].holds(start, frames):
+            clip, start = clip + 1, 0
+            in_shot, cut = 0, bool(segments)
+            if clip == len(clips) or rules.single_shot:
+                return segments
+        segments.append(Segment(clip, start, frames, cut))
+        start = round(start + frames * clips[clip].interval)
+        in_shot += 1
+    return segments
+
+
+class VideoFolder:
+    """A `Source`: each folder in `<data.path>/video/` is a record, with its shots in their order.
+
+    `video/<sample>/NNNNNN.mp4` is a shot, `caption/<sample>/NNNNNN.json` holds its text under
+    "caption". Samples have `train.latent_frames` latent frames of sample.height x sample.width
+    pixels, 24 a second. The prompt of a chunk that begins a shot has `sample.scene_cut_prefix`
+    before it, the very first one excepted.
+
+    Raises:
+      InputError: there is no such folder, or nothing in it.
+    """
+
+    def __init__(self, cfg: config_lib.Config):
+        data, chunks = cfg.data, cfg.train.latent_frames // cfg.model.chunk_frames
+        self._size = cfg.sample.height, cfg.sample.width
+        self._prefix = cfg.sample.scene_cut_prefix
+        self._rules = Rules(
+            chunks,
+            cfg.model.chunk_frames,
+            data.min_chunks if data.allow_padding else chunks,
+            data.max_chunks_per_shot,
+            data.single_shot,
+        )
+        self._captions = pathlib.Path(data.path) / "caption"
+        videos = pathlib.Path(data.path) / "video"
+        self._folders = _folders(videos) if data.path and self._captions.is_dir() else []
+        if not self._folders:
+            raise InputError(
+                f"config: data.path={data.path!r} must be a folder with video/NAME/000000.mp4 and "
+                "caption/NAME/000000.json files, at least one; launch.make_tiny_world writes one"
+            )
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    def sample(self, index: int, key: int) -> Sample:
+        """A sample of folder `index`, or where it gives none of the next one that does.
+
+        `key` decides where in the folder it starts.
+
+        Raises:
+          InputError: no folder gives a sample.
+        """
+        failures: list[tuple[str, str]] = []
+        for tried in range(len(self)):
+            folder = self._folders[(index + tried) % len(self)]
+            sample = self._try(folder, key, failures)
+            if sample is not None:
+                return dataclasses.replace(sample, failures=tuple(failures))
+            if tried % 100 == 99:  # a long search must not look like a hang
+                where, why = failures[-1]
+                logging.warning("data: %d folders give no sample; %s: %s", tried + 1, where, why)
+        raise InputError(
+            f"data: none of the {len(self)} folders in {self._folders[0].parent} gives a sample of "
+            f"{self._rules.chunks} chunks. {first(failures)}. Mend the files, lower "
+            "train.latent_frames, or set data.allow_padding=True"
+        )
+
+    def _try(self, folder: pathlib.Path, key: int, failures: list) -> Sample | None:
+        clips = self._clips(folder, failures)
+        while clips:
+            segments = plan(clips, self._rules, np.random.default_rng(key))
+            if not segments:
+                seconds = sum(float(clip.frames / clip.fps) for clip in clips)
+                failures.append(
+                    (
+                        str(folder),
+                        f"too short: {len(clips)} usable file(s) of {seconds:.1f} s in all do not "
+                        f"give {self._rules.min_chunks} chunks",
+                    )
+                )
+                return None
+            frames, bad = self._decode(clips, segments, failures)
+            if bad is None:
+                prompts = self._prompts(clips, segments)
+                return Sample(folder.name, prompts, len(segments), frames)
+            clips.remove(bad)  # then what the others give
+        failures.append((str(folder), "holds no video that can be used"))
+        return None
+
+    def _clips(self, folder: pathlib.Path, failures: list) -> list[Clip]:
+        """What is usable in a folder; the rest goes to `failures`."""
+        clips = []
+        for path in _files(folder, failures):
+            text = self._captions / folder.name / f"{path.stem}.json"
+            try:
+                caption = _caption(text).removeprefix(self._prefix)
+                info = probe(path)
+                if not FPS[0] <= info.fps <= FPS[1]:
+                    raise InputError(
+                        f"{path}: says it has {float(info.fps):g} frames a second; must be "
+                        f"{FPS[0]} to {FPS[1]}"
+                    )
+                clips.append(Clip(path, caption, info.frames, info.fps))
+            except (InputError, OSError) as error:
+                failures.append(_failure(error, path, text))
+        return clips
+
+    def _decode(self, clips, segments, failures) -> tuple[np.ndarray | None, Clip | None]:
+        """uint8 [frame, height, width, 3] and None, or None and the clip that cannot be read."""
+        rules = self._rules
+        total = sum(rules.frames(chunk) for chunk in range(rules.chunks))
+        frames, done = np.empty((total, *self._size, 3), np.uint8), 0
+        for number in dict.fromkeys(segment.clip for segment in segments):
+            clip = clips[number]
+            indices = np.concatenate(
+                [
+                    frame_indices(clip.frames, clip.fps, s.frames, FRAMES_PER_SECOND, s.start)
+                    for s in segments
+                    if s.clip == number
+                ]
+            )
+            try:
+                with VideoFile(clip.path, *self._size) as video:
+                    for frame in video.pick(indices):
+                        frames[done] = frame
+                        done += 1
+            except (InputError, OSError) as error:
+                failures.append(_failure(error, clip.path))
+                return None, clip
+        frames[done:] = frames[done - 1]
+        return frames, None
+
+    def _prompts(self, clips, segments) -> tuple[str, ...]:
+        prompts = [self._prefix * s.cut + clips[s.clip].caption for s in segments]
+        # Padding begins no shot, so it never has the prefix.
+        padding = self._rules.chunks - len(segments)
+        return (*prompts, *[clips[segments[-1].clip].caption] * padding)
+
+
+def _folders(videos: pathlib.Path) -> list[pathlib.Path]:
+    if not videos.is_dir():
+        return []
+    return sorted(p for p in videos.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _files(folder: pathlib.Path, failures: list) -> list[pathlib.Path]:
+    """Video files by number; names that are no number come last."""
+
+    def order(path: pathlib.Path):
+        numeric = re.fullmatch("[0-9]+", path.stem) is not None
+        return not numeric, int(path.stem) if numeric else 0, path.name
+
+    try:
+        paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
+    except OSError as error:
+        failures.append((str(folder), error.strerror))
+        return []
+    return sorted((p for p in paths if not p.name.startswith(".")), key=order)
+
+
+def _caption(path: pathlib.Path) -> str:
+    """The text under "caption".
+
+    Raises:
+      InputError: the file is missing, no JSON object, or its text is empty.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file, so the video has no caption") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly deep
+        raise InputError(f"{path}: not JSON: {error}") from error
+    caption = value.get("caption") if isinstance(value, dict) else None
+    if not isinstance(caption, str):
+        raise InputError(f'{path}: must be an object with a text under "caption"')
+    if not clean(caption):
+        raise InputError(f"{path}: the caption is empty")
+    return caption.strip()
+
+
+def _failure(error: Exception, *paths: pathlib.Path) -> tuple[str, str]:
+    """(path, reason): the path of `paths` that the error names, else the first."""
+    for path in paths:
+        if str(error).startswith(f"{path}: "):
+            return str(path), str(error).removeprefix(f"{path}: ")
+    return str(paths[0]), str(error)

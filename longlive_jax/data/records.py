@@ -1,0 +1,413 @@
+"""Cached training data: latents and the prompts' embeddings, in files that are read at random.
+
+    DIR/latents-00000.arrayrecord   samples: latents with their name, prompts and real chunks
+    DIR/text-00000.arrayrecord      the embedding of each distinct prompt, without its padding
+    DIR/failures.jsonl              what could not be read
+    DIR/progress.jsonl              until it is whole: settings, and a line for each whole file
+    DIR/manifest.json               what there is and what it fits; written last
+
+`launch.encode_dataset` writes such a folder. A record is a head of twelve bytes, a line of JSON,
+and the bytes of one array, little-endian; a CRC-32 in the head covers all that follows.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import struct
+import sys
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from array_record.python import array_record_module
+
+from longlive_jax import config as config_lib
+from longlive_jax.data.atomic import atomic_path, no_space
+from longlive_jax.data.source import Sample
+from longlive_jax.errors import InputError
+
+FORMAT, VERSION = "longlive_jax records", 1
+MANIFEST, PROGRESS, FAILURES = "manifest.json", "progress.jsonl", "failures.jsonl"
+# What a killed run does again, at most. At full size, files have half a gigabyte.
+CLIPS_PER_FILE, PROMPTS_PER_FILE = 16, 256
+
+_KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompts", "settings")
+
+_HEAD = struct.Struct("<4sII")  # magic, CRC-32 of the rest, bytes of the JSON
+_MAGIC = b"LLR1"
+_ALIGN = 64  # bytes: where an array begins in its record
+# A record a group: one is read without its neighbours. Latents hardly compress.
+_WRITE = "group_size:1,uncompressed"
+_READ = "readahead_buffer_size:0,max_parallelism:0"
+_AGAIN = "copy the folder again, or encode to a new one with python -m launch.encode_dataset"
+
+
+def pack(fields: Mapping[str, Any], array: np.ndarray) -> bytes:
+    """A record: `fields`, which JSON can hold, and an array of any shape and dtype."""
+    assert sys.byteorder == "little"
+    text = json.dumps({**fields, "shape": array.shape, "dtype": array.dtype.name}).encode()
+    text += b" " * (-(_HEAD.size + len(text)) % _ALIGN)
+    body = text + array.tobytes()
+    return _HEAD.pack(_MAGIC, zlib.crc32(body), len(text)) + body
+
+
+def unpack(record: bytes) -> tuple[dict[str, Any], np.ndarray]:
+    """The inverse of `pack`. The array is read-only; fields have its shape and dtype too.
+
+    Raises:
+      ValueError: the record is not whole, or not one of ours.
+    """
+    if len(record) < _HEAD.size:
+        raise ValueError(f"{len(record)} bytes are too few")
+    magic, crc, length = _HEAD.unpack_from(record)
+    if magic != _MAGIC:
+        raise ValueError(f"it begins with {magic!r} and not {_MAGIC!r}")
+    body = memoryview(record)[_HEAD.size :]
+    if zlib.crc32(body) != crc:
+        raise ValueError("its checksum is wrong")
+    fields = json.loads(bytes(body[:length]))
+    array = np.frombuffer(body[length:], jnp.dtype(fields["dtype"]))
+    return fields, array.reshape(fields["shape"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records."""
+
+    file: str
+    count: int
+    bytes: int
+
+
+def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> Shard:
+    """Writes a file of records, whole or not at all.
+
+    Raises:
+      InputError: nothing can be written at `path`.
+      OSError: ENOSPC, naming `path`.
+    """
+    path, count = pathlib.Path(path), 0
+    with atomic_path(path) as partial:
+        try:
+            writer = array_record_module.ArrayRecordWriter(str(partial), _WRITE)
+            try:
+                for record in records:
+                    writer.write(record)
+                    count += 1
+            finally:
+                writer.close()
+        except RuntimeError as error:
+            if "No space left" in str(error):
+                raise no_space(path) from error
+            raise
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        size = partial.stat().st_size
+    return Shard(path.name, count, size)
+
+
+class Shards:
+    """Files of records, in a row. One is open only while a record is read.
+
+    Raises:
+      InputError: a file is missing, or has another size than when it was written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, shards: Sequence[Shard]):
+        self._folder, self._shards = pathlib.Path(folder), tuple(shards)
+        self._ends = list(itertools.accumulate(shard.count for shard in shards))
+        for shard in shards:
+            path = self._folder / shard.file
+            if not path.is_file():
+                raise InputError(f"{path}: is gone; {_AGAIN}")
+            if (size := path.stat().st_size) != shard.bytes:
+                raise InputError(
+                    f"{path}: {size} bytes, {shard.bytes} were written: it is truncated or "
+                    f"damaged; {_AGAIN}"
+                )
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> tuple[dict[str, Any], np.ndarray]:
+        """Fields and array of record `index`.
+
+        Raises:
+          InputError: it is damaged; the message names the file and the record.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path), _READ)
+            try:
+                (record,) = reader.read([row])
+            finally:
+                reader.close()
+            return unpack(record)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: record {row} of {shard.count} is damaged ({error}); {_AGAIN}"
+            ) from error
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of a folder's manifest.json.
+
+    Raises:
+      InputError: there is none, because the folder is unfinished or something else; or it is
+        damaged, or of another version.
+    """
+    folder = pathlib.Path(folder)
+    file = folder / MANIFEST
+    if not file.is_file():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; make one: python -m launch.encode_dataset")
+        if (folder / PROGRESS).is_file():
+            raise InputError(
+                f"{folder}: is unfinished, it has no {MANIFEST}; run launch.encode_dataset again "
+                "with the same flags: it goes on where it stopped"
+            )
+        raise InputError(
+            f"{folder}: holds no cached training data (no {MANIFEST}); make it with python -m "
+            "launch.encode_dataset, or set data.cached=False for a folder of videos"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        form, version = manifest["format"], manifest["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: is damaged ({error}); {_AGAIN}") from error
+    if form != FORMAT or version != VERSION:
+        raise InputError(
+            f"{file}: has format {form!r} version {version}, this program reads {FORMAT!r} "
+            f"version {VERSION}; encode again with python -m launch.encode_dataset"
+        )
+    try:
+        for name in ("latents", "text"):
+            manifest[name] = [Shard(**shard) for shard in manifest[name]]
+        return {name: manifest[name] for name in ("latents", "text", *_KEYS)}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: is damaged ({error}); {_AGAIN}") from error
+
+
+def write_manifest(folder: str | os.PathLike, **values) -> None:
+    """Writes a folder's manifest.json in one step; `values`: shards by name, and what JSON holds.
+
+    Raises:
+      OSError: ENOSPC, naming the file.
+    """
+    values = {"format": FORMAT, "version": VERSION} | values
+    with atomic_path(pathlib.Path(folder) / MANIFEST) as partial, partial.open("w") as file:
+        json.dump(values, file, indent=1, default=dataclasses.asdict)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Progress:
+    """A folder that is being written: what it is made with, and the files that are whole.
+
+    A file of records first gets its name, then its line here; without a line it is written again.
+    One process holds the folder, until `close` or its end.
+
+    Args:
+      head: what a new folder is made with. An unfinished one must have the same "settings" in it;
+        the rest of its own head counts.
+
+    Attributes:
+      head: the one the folder was begun with.
+      lines: one a whole file, in the order they were added.
+
+    Raises:
+      InputError: it is somebody else's folder, or held by another process, or was begun with
+        another setting, or cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, head: Mapping[str, Any]):
+        self.folder = pathlib.Path(folder)
+        self._file = _lock(self.folder)
+        try:
+            for partial in self.folder.glob(".*.partial-*"):  # of a process that was killed
+                partial.unlink()
+            lines = self._read()
+            if not lines:
+                self._append(head)
+                lines = [json.loads(json.dumps(head))]
+            self.head, *self.lines = lines
+            check_settings(self.folder, self.head["settings"], head["settings"])
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Notes a file that is whole, with whatever the rest of the work needs to know of it."""
+        self._append(line)
+        self.lines.append(json.loads(json.dumps(line)))
+
+    def finish(self, **manifest) -> None:
+        """Writes the manifest: the folder is whole, and needs its progress no more."""
+        write_manifest(self.folder, **manifest)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Lets others write to the folder. Closing twice does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _read(self):
+        whole, _, torn = self._file.read().rpartition(b"\n")
+        if torn:  # its writer was killed
+            self._file.truncate(len(whole) + bool(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise InputError(
+                f"{self._file.name}: is damaged ({error}); give a new --output"
+            ) from error
+
+    def _append(self, line):
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _lock(folder):
+    """Opens progress.jsonl of an unfinished or new folder, and holds its lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        if strangers and PROGRESS not in strangers:
+            raise InputError(
+                f"--output={folder}: holds {strangers[0]!r} and no cached training data; give a "
+                "new folder"
+            )
+        file = (folder / PROGRESS).open("a+b")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise no_space(folder) from error
+        raise InputError(f"--output={folder}: {error.strerror}; give a folder to write") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(
+            f"--output={folder}: another process is writing to it; wait for it, or give another"
+        ) from error
+    file.seek(0)
+    return file
+
+
+def check_settings(folder: pathlib.Path, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
+    """Refuses settings that differ from those a folder was begun with.
+
+    Raises:
+      InputError: names the first setting that differs, with both values.
+    """
+    has = json.loads(json.dumps(has))
+    for name in sorted({*had, *has}):
+        if had.get(name) != has.get(name):
+            raise InputError(
+                f"--output={folder}: was begun with {name}={had.get(name)!r}, now it is "
+                f"{has.get(name)!r}; give the same again, or another --output"
+            )
+
+
+class Records:
+    """A Source of what `launch.encode_dataset` wrote: latents, with the prompts' embeddings.
+
+    Raises:
+      InputError: the folder is unfinished, damaged, or does not fit the config.
+    """
+
+    def __init__(self, path: str | os.PathLike, cfg: config_lib.Config):
+        manifest = read_manifest(path)
+        _check(path, manifest, cfg)
+        self._latent_frames = cfg.train.latent_frames
+        self._chunks = cfg.train.latent_frames // cfg.model.chunk_frames
+        self._text_shape = cfg.model.text_len, cfg.model.text_dim
+        self._samples = Shards(path, manifest["latents"])
+        self._text = None if cfg.train.text_encoder else Shards(path, manifest["text"])
+        self._prompts = {prompt: i for i, prompt in enumerate(manifest["prompts"])}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int, key: int) -> Sample:
+        """Record `index`; nothing in it is random.
+
+        Longer ones are cut to the config's `train.latent_frames`.
+
+        Returns:
+          A Sample with latents and, unless the text encoder is trained, context; both in the dtype
+          they were stored in, float32 or bfloat16.
+
+        Raises:
+          InputError: a record is damaged; the message names the file and the record.
+        """
+        del key
+        fields, latents = self._samples.read(index)
+        prompts = tuple(fields["prompts"][: self._chunks])
+        return Sample(
+            name=fields["name"],
+            prompts=prompts,
+            chunks=min(fields["chunks"], self._chunks),
+            latents=latents[: self._latent_frames],
+            context=None if self._text is None else self._context(prompts),
+        )
+
+    def _context(self, prompts):
+        rows = {prompt: self._text.read(self._prompts[prompt])[1] for prompt in set(prompts)}
+        context = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
+        for padded, prompt in zip(context, prompts):
+            padded[: len(rows[prompt])] = rows[prompt]
+        return context
+
+
+def _check(path, manifest, cfg):
+    stored = manifest["settings"]
+    wanted = {
+        "model.chunk_frames": cfg.model.chunk_frames,
+        "model.in_dim": cfg.model.in_dim,
+        "sample.height": cfg.sample.height,
+        "sample.width": cfg.sample.width,
+    }
+    if not cfg.train.text_encoder:
+        if not manifest["text"]:
+            raise InputError(
+                f"{path}: holds no embeddings of its prompts, it was encoded with "
+                "train.text_encoder=True; train with that, or encode to a new folder without"
+            )
+        wanted |= {"model.text_len": cfg.model.text_len, "model.text_dim": cfg.model.text_dim}
+    for name, value in wanted.items():
+        if stored[name] != value:
+            raise InputError(
+                f"{path}: was encoded with {name}={stored[name]}, the config says {value}; give "
+                f"--config.{name}={stored[name]}, or encode to a new folder"
+            )
+    if cfg.train.latent_frames > stored["train.latent_frames"]:
+        raise InputError(
+            f"{path}: holds {stored['train.latent_frames']} latent frames a sample, the config's "
+            f"train.latent_frames={cfg.train.latent_frames} is more; lower it, or encode to a new "
+            "folder"
+        )
+    chunks = cfg.train.latent_frames // cfg.model.chunk_frames
+    least = cfg.data.min_chunks if cfg.data.allow_padding else chunks
+    if manifest["least_chunks"] < least:
+        raise InputError(
+            f"{path}: holds padded samples of {manifest['least_chunks']} real chunk(s), the "
+            f"config's least is {least}; give --config.data.allow_padding=True "
+            f"--config.data.min_chunks={manifest['least_chunks']}, or encode to a new folder"
+        )

@@ -1,0 +1,216 @@
+"""Samples for a trainer: what one is, where they come from, in which order, and how many are bad.
+
+Which samples a step sees is a function of the seed and of the step's number alone. It depends
+neither on the mesh, nor on the number of hosts or of processes that decode, nor on restarts.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from longlive_jax.errors import InputError
+
+LEAST_READ = 20  # samples before their bad share means something
+_SHARED_MEMORY = "/dev/shm"  # where pictures travel from a decoding process to the trainer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One training video, as pictures or as latents, with a prompt a chunk.
+
+    name: of the folder it came from.
+    prompts: one a chunk.
+    chunks: real ones; those after them are padding, to be masked.
+    frames: uint8 [1 + 4 (latent_frames - 1), height, width, 3], or None.
+    latents: [latent_frames, h, w, channel], normalised, or None.
+    context: [chunk, text_len, text_dim], the prompts' embeddings, or None.
+    failures: (path, reason) of what could not be read on the way to this sample.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    chunks: int
+    frames: np.ndarray | None = None
+    latents: np.ndarray | None = None
+    context: np.ndarray | None = None
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+class Source(Protocol):
+    """Records, each of which gives samples. It is pickled to the processes that decode."""
+
+    def __len__(self) -> int:
+        """Number of records, at least one."""
+
+    def sample(self, index: int, key: int) -> Sample:
+        """A sample of record `index`; `key` decides what is random. A pure function of both.
+
+        Raises:
+          InputError: no record at all gives a sample.
+        """
+
+
+def batches(
+    source: Source, rows: Sequence[int], batch: int, start: int, seed: int, workers: int
+) -> Iterator[list[Sample]]:
+    """This process's samples of each step from `start` on, without end.
+
+    Sample g of a run is row g % batch of step g // batch. The records are shuffled anew each epoch;
+    g and the seed decide which one it is, and its key.
+
+    Args:
+      rows: of the global batch, those that this process's devices hold.
+      batch: rows of the global batch.
+      start: the first step.
+      workers: processes that decode, ahead of the trainer; 0: a thread of this process does.
+
+    Yields:
+      A sample for each of `rows`, in their order. Close the generator, which ends the processes.
+
+    Raises:
+      InputError: from the source, or a decoding process died.
+    """
+    rows = tuple(rows)
+    if not rows or not all(0 <= row < batch for row in rows):
+        raise ValueError(f"{rows=} must be at least one of the {batch} rows of the batch")
+    if not flags.FLAGS.is_parsed():  # in a notebook, say; Grain looks at flags of its own
+        flags.FLAGS.mark_as_parsed()
+    load = _Load(source, rows, batch, start, seed % 2**32)
+    # A sample can be a gigabyte, so one is kept ready and no more.
+    read = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=1)
+    samples = grain.MapDataset.range(sys.maxsize).map(load).to_iter_dataset(read)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return _batches(samples.mp_prefetch(options, worker_init_fn=_start_worker), len(rows))
+
+
+def _batches(dataset: grain.IterDataset, count: int) -> Iterator[list[Sample]]:
+    iterator = iter(dataset)
+    try:
+        while True:
+            yield [_sample(next(iterator)) for _ in range(count)]
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        room = _SHARED_MEMORY
+        if os.path.isdir(room):
+            room = f"{room} ({shutil.disk_usage(room).free / 2**30:.1f} GiB free)"
+        raise InputError(
+            f"data: a process that decodes died: {error} Often memory or {room} is too small for "
+            "some samples a process; enlarge it, or lower data.workers (0: none)"
+        ) from error
+    finally:
+        iterator.close()
+
+
+def _sample(fields: dict) -> Sample:
+    # Of shared memory Grain makes a subclass of np.ndarray. A plain view keeps it alive.
+    plain = {k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}
+    return Sample(**plain)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Load:
+    """From the number of a sample of this process to the sample, as a dict.
+
+    Grain passes the arrays of a dict by shared memory; those of a dataclass it would pickle.
+    """
+
+    source: Source
+    rows: tuple[int, ...]
+    batch: int
+    start: int
+    seed: int
+
+    def __call__(self, i: int) -> dict:
+        step, row = divmod(i, len(self.rows))
+        g = (self.start + step) * self.batch + self.rows[row]
+        record = grain.MapDataset.range(len(self.source)).shuffle(self.seed).repeat()[g]
+        key = np.random.SeedSequence((self.seed, g)).generate_state(1, np.uint64)
+        sample = self.source.sample(int(record), int(key[0]))
+        return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    # A terminal's Ctrl-C and a scheduler's notice reach all processes of a job. The trainer still
+    # needs samples to finish its step, and ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Ends this process when its parent is gone, however that ended."""
+    multiprocessing.parent_process().join()
+    os._exit(0)
+
+
+class Health:
+    """Counts the samples read and those that met something unreadable, and knows when to stop.
+
+    Args:
+      max_bad_share: of the samples read.
+      report: JSON lines {"path": ..., "reason": ...} are added to this file, one a failure.
+
+    Attributes:
+      read, failed: samples.
+      failures: (path, reason), each once, in the order met.
+
+    Raises:
+      InputError: `report` cannot be written.
+    """
+
+    def __init__(self, max_bad_share: float, report: str | os.PathLike):
+        self.read = self.failed = 0
+        self.failures: list[tuple[str, str]] = []
+        self._max_bad_share = max_bad_share
+        self._report = pathlib.Path(report)
+        self._seen: set[tuple[str, str]] = set()
+        try:
+            self._report.parent.mkdir(parents=True, exist_ok=True)
+            with self._report.open("a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise InputError(f"{self._report}: cannot be written: {error.strerror}") from error
+
+    def add(self, sample: Sample) -> None:
+        """Counts a sample that was read.
+
+        Raises:
+          InputError: of LEAST_READ samples or more, too large a share is bad.
+        """
+        self.read += 1
+        self.failed += bool(sample.failures)
+        new = [f for f in dict.fromkeys(sample.failures) if f not in self._seen]
+        self._seen.update(new)
+        self.failures += new
+        if new:
+            lines = [json.dumps({"path": p, "reason": r}, ensure_ascii=False) for p, r in new]
+            # One write: lines stay whole where several processes share the file.
+            with self._report.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        if self.read >= LEAST_READ and self.failed > self._max_bad_share * self.read:
+            raise InputError(
+                f"data: {self.failed} of {self.read} samples read met something unreadable, "
+                f"{self.failed / self.read:.0%}; the limit is data.max_bad_share="
+                f"{self._max_bad_share}. {first(self.failures)}. Mend or remove them (all are in "
+                f"{self._report}), or raise the limit"
+            )
+
+
+def first(failures: Sequence[tuple[str, str]], count: int = 5) -> str:
+    """The first of (path, reason), as a part of a message."""
+    listed = "; ".join(f"{path}: {reason}" for path, reason in failures[:count])
+    return f"The first {min(count, len(failures))} of {len(failures)}: {listed}"

@@ -1,0 +1,351 @@
+"""Records: files of arrays, the folder that is being written, and the source that reads it."""
+
+import dataclasses
+import errno
+import itertools
+import pickle
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlive_jax import config as config_lib
+from longlive_jax.data import records
+from longlive_jax.data.source import batches
+from longlive_jax.errors import InputError
+
+CONFIG = config_lib.Config(
+    model=config_lib.Model(in_dim=4, out_dim=4, text_dim=8, text_len=6, chunk_frames=2),
+    vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
+    sample=config_lib.Sample(height=32, width=64),
+    train=config_lib.Train(latent_frames=4),
+)
+PROMPTS = ["a red boat", "a cat", "Eine Brücke über den Fluß"]
+TOKENS = [3, 1, 6]
+STORED = 6  # latent frames, more than the config reads
+SETTINGS = {
+    "model.chunk_frames": 2, "model.in_dim": 4, "model.text_len": 6, "model.text_dim": 8,
+    "sample.height": 32, "sample.width": 64, "train.latent_frames": STORED,
+}  # fmt: skip
+
+
+def config(**fields):
+    """CONFIG with other values: section_name=value."""
+    cfg = CONFIG
+    for key, value in fields.items():
+        section, _, name = key.partition("_")
+        part = dataclasses.replace(getattr(cfg, section), **{name: value})
+        cfg = dataclasses.replace(cfg, **{section: part})
+    return cfg
+
+
+def clip(i):
+    """Latents, prompts and real chunks of sample i."""
+    latents = np.random.default_rng(i).standard_normal((STORED, 2, 4, 4)).astype(jnp.bfloat16)
+    return latents, [PROMPTS[i % 3], PROMPTS[i % 3], PROMPTS[(i + 1) % 3]], 3 - (i == 4)
+
+
+def embedding(i):
+    return np.random.default_rng(9 + i).standard_normal((TOKENS[i], 8)).astype(jnp.bfloat16)
+
+
+def make(folder, counts=(2, 0, 3), text=True, **manifest):
+    """Five samples in three files, one of them empty; three prompts in two."""
+    folder.mkdir()
+    number, latents = itertools.count(), []
+    for k, count in enumerate(counts):
+        packed = []
+        for i in itertools.islice(number, count):
+            array, prompts, chunks = clip(i)
+            packed.append(
+                records.pack({"name": f"v{i}", "prompts": prompts, "chunks": chunks}, array)
+            )
+        latents.append(records.write_shard(folder / f"latents-{k:05d}.arrayrecord", packed))
+    rows = [records.pack({"prompt": p}, embedding(i)) for i, p in enumerate(PROMPTS)]
+    texts = [
+        records.write_shard(folder / f"text-0000{k}.arrayrecord", part)
+        for k, part in enumerate((rows[:2], rows[2:]) if text else ())
+    ]
+    values = dict(
+        samples=5, dtype="bfloat16", latent_shape=[STORED, 2, 4, 4], least_chunks=2, failures=0,
+        latents=latents, text=texts, prompts=PROMPTS, settings=SETTINGS,
+    )  # fmt: skip
+    records.write_manifest(folder, **values | manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("records") / "r")
+
+
+# A record.
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    dtype=st.sampled_from(["float32", "bfloat16", "uint8"]),
+    name=st.sampled_from(["", "v1", "Brücke 橋", '"\n']),
+)
+@settings(deadline=None, max_examples=30)
+def test_a_record_comes_back(shape, dtype, name):
+    array = (np.arange(np.prod(shape, dtype=int)) / 3).reshape(shape).astype(jnp.dtype(dtype))
+    fields, back = records.unpack(records.pack({"name": name}, array))
+    assert fields["name"] == name
+    assert back.dtype == array.dtype
+    assert back.flags.aligned
+    np.testing.assert_array_equal(back, array)
+
+
+RECORD = records.pack({"name": "v"}, np.full((2, 5), 0x20202020, np.uint32))  # spaces, as in JSON
+
+
+@given(i=st.integers(0, len(RECORD) - 1), bit=st.integers(0, 7))
+def test_no_wrong_bit_goes_unseen(i, bit):
+    wrong = bytearray(RECORD)
+    wrong[i] ^= 1 << bit
+    with pytest.raises(ValueError):
+        records.unpack(bytes(wrong))
+
+
+@given(st.integers(0, len(RECORD) - 1))
+def test_no_missing_end_goes_unseen(length):
+    with pytest.raises(ValueError):
+        records.unpack(RECORD[:length])
+
+
+# A file of records.
+
+
+def test_equal_records_make_equal_files(tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    shards = [records.write_shard(f, [b"one" * 1000, b"two"]) for f in files]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert shards[0] == records.Shard("a", 2, files[0].stat().st_size)
+
+
+def test_a_failed_file_is_not_there(tmp_path):
+    def packed():
+        yield b"one"
+        raise InputError("stop")
+
+    with pytest.raises(InputError, match="stop"):
+        records.write_shard(tmp_path / "a", packed())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_reported_as_such(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *args):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device; writing a; at byte 0")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError) as error:
+        records.write_shard(tmp_path / "a", [b"one"])
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(tmp_path / "a")
+
+
+# The source.
+
+
+def test_samples(folder):
+    source = records.Records(folder, CONFIG)
+    assert len(source) == 5
+    for i in range(5):
+        sample = source.sample(i, key=i)
+        latents, prompts, chunks = clip(i)
+        assert sample.name == f"v{i}"
+        assert sample.prompts == tuple(prompts[:2])
+        assert sample.chunks == min(chunks, 2)
+        assert sample.frames is None
+        assert sample.latents.dtype == sample.context.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(sample.latents, latents[:4])
+        assert sample.context.shape == (2, 6, 8)
+        for context, prompt in zip(sample.context, prompts):
+            which = PROMPTS.index(prompt)
+            np.testing.assert_array_equal(context[: TOKENS[which]], embedding(which))
+            assert not context[TOKENS[which] :].any()
+    with pytest.raises(IndexError):
+        source.sample(5, key=0)
+
+
+def test_a_whole_sample(folder):
+    sample = records.Records(
+        folder, config(train_latent_frames=6, data_allow_padding=True, data_min_chunks=2)
+    ).sample(4, 0)
+    assert (sample.chunks, len(sample.prompts), sample.latents.shape[0]) == (2, 3, 6)
+
+
+def test_without_embeddings(tmp_path):
+    folder = make(tmp_path / "r", text=False)
+    sample = records.Records(folder, config(train_text_encoder=True)).sample(0, 0)
+    assert sample.context is None
+    assert sample.prompts == tuple(clip(0)[1][:2])
+    with pytest.raises(InputError, match=r"train.text_encoder=True"):
+        records.Records(folder, CONFIG)
+
+
+def test_it_travels_to_other_processes(folder):
+    source = pickle.loads(pickle.dumps(records.Records(folder, CONFIG)))
+    assert source.sample(3, 0).name == "v3"
+
+
+def test_it_is_read_by_grain(folder):
+    source = records.Records(folder, CONFIG)
+    read = {w: batches(source, (0, 1), 2, 0, 0, workers=w) for w in (0, 1)}
+    for _ in range(5):  # two epochs
+        here, there = (next(read[w]) for w in (0, 1))
+        for a, b in zip(here, there):
+            assert (a.name, a.prompts, a.chunks) == (b.name, b.prompts, b.chunks)
+            assert b.latents.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(a.latents, b.latents)
+            np.testing.assert_array_equal(a.context, b.context)
+    for iterator in read.values():
+        iterator.close()
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("sample_height", 64, r"sample.height=32, the config says 64; .*--config.sample.height=32"),
+        ("sample_width", 32, r"sample.width=64, the config says 32"),
+        ("model_chunk_frames", 4, r"model.chunk_frames=2, the config says 4"),
+        ("model_text_len", 7, r"model.text_len=6, the config says 7"),
+        ("model_text_dim", 16, r"model.text_dim=8, the config says 16"),
+        ("train_latent_frames", 8, r"6 latent frames a sample.*train.latent_frames=8 is more"),
+        ("train_latent_frames", 6, r"padded samples of 2 real .*least is 3.*allow_padding=True"),
+    ],
+)
+def test_a_config_that_does_not_fit(folder, field, value, message):
+    with pytest.raises(InputError, match=message):
+        records.Records(folder, config(**{field: value}))
+
+
+def test_a_damaged_record(tmp_path):
+    folder = make(tmp_path / "r")
+    file = folder / "latents-00002.arrayrecord"
+    content = bytearray(file.read_bytes())
+    content[content.index(clip(3)[0].tobytes()) + 100] ^= 1
+    file.write_bytes(content)
+    source = records.Records(folder, CONFIG)
+    for i in (0, 1, 2, 4):
+        source.sample(i, 0)
+    with pytest.raises(InputError, match=r"latents-00002.arrayrecord: record 1 of 3 is damaged"):
+        source.sample(3, 0)
+
+
+def test_a_record_of_something_else(tmp_path):
+    folder = make(tmp_path / "r")
+    shard = records.write_shard(folder / "latents-00000.arrayrecord", [b"one", b"two"])
+    assert shard.bytes == records.read_manifest(folder)["latents"][0].bytes
+    with pytest.raises(InputError, match=r"record 0 of 2 is damaged \(3 bytes are too few\)"):
+        records.Records(folder, CONFIG).sample(0, 0)
+
+
+def test_files_that_are_not_whole(tmp_path):
+    folder = make(tmp_path / "r")
+    file = folder / "text-00001.arrayrecord"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"text-00001.arrayrecord: 131071 bytes, 131072 were"):
+        records.Records(folder, CONFIG)
+    file.unlink()
+    with pytest.raises(InputError, match=r"text-00001.arrayrecord: is gone; copy the folder again"):
+        records.Records(folder, CONFIG)
+
+
+def test_no_folder_of_records(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        records.Records(tmp_path / "none", CONFIG)
+    with pytest.raises(InputError, match=r"data.cached=False for a folder of videos"):
+        records.Records(tmp_path, CONFIG)
+    with records.Progress(tmp_path / "begun", {"settings": {}}):
+        pass
+    with pytest.raises(InputError, match=r"is unfinished.*again with the same flags"):
+        records.Records(tmp_path / "begun", CONFIG)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format": "longlive_jax records", "version": 1, "latents": []}', "is damaged"),
+        ('{"format": "longlive_jax records", "version": 2}', "version 2, this program reads"),
+    ],
+)
+def test_another_manifest(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        records.Records(tmp_path, CONFIG)
+
+
+# The folder that is being written.
+
+
+def head(**values):
+    return {"settings": {"train.seed": 0, "vae.latent_mean": (0.0, 1.0)} | values, "clips": 3}
+
+
+def test_progress_goes_on(tmp_path):
+    with records.Progress(tmp_path / "p", head()) as progress:
+        progress.add({"kind": "latents", "names": ("a", "b")})
+    (tmp_path / "p" / ".latents-00001.partial-7.arrayrecord").write_bytes(b"killed")
+    with (tmp_path / "p" / records.PROGRESS).open("ab") as file:
+        file.write(b'{"kind": "late')  # and its last line
+    for _ in range(2):
+        with records.Progress(tmp_path / "p", head() | {"clips": 5}) as progress:
+            assert progress.head["clips"] == 3
+            assert progress.lines[0] == {"kind": "latents", "names": ["a", "b"]}
+            progress.add({"kind": "text"})
+    assert [line["kind"] for line in progress.lines] == ["latents", "text", "text"]
+    assert [p.name for p in (tmp_path / "p").iterdir()] == [records.PROGRESS]
+
+
+def test_progress_that_has_just_begun(tmp_path):
+    (tmp_path / records.PROGRESS).write_bytes(b'{"settings": {"tr')
+    with records.Progress(tmp_path, head()) as progress:
+        assert progress.lines == []
+    assert records.Progress(tmp_path, head()).head["clips"] == 3
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"train.seed": 1}, r"begun with train.seed=0, now it is 1"),
+        ({"--epochs": 2}, r"begun with --epochs=None, now it is 2"),
+        ({"vae.latent_mean": (0.0, 2.0)}, r"vae.latent_mean=\[0.0, 1.0\], now"),
+    ],
+)
+def test_progress_with_other_settings(tmp_path, other, message):
+    records.Progress(tmp_path, head()).close()
+    with pytest.raises(InputError, match=message):
+        records.Progress(tmp_path, head(**other))
+
+
+def test_progress_of_one_process(tmp_path):
+    with records.Progress(tmp_path, head()), pytest.raises(InputError, match="another process"):
+        records.Progress(tmp_path, head())
+    records.Progress(tmp_path, head()).close()
+
+
+def test_progress_in_a_folder_of_something_else(tmp_path):
+    (tmp_path / "video").mkdir()
+    with pytest.raises(InputError, match=r"holds 'video' and no cached training data"):
+        records.Progress(tmp_path, head())
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file: .*give a folder"):
+        records.Progress(tmp_path / "file", head())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / records.PROGRESS).write_text("{\n{\n")
+    with pytest.raises(InputError, match=r"progress.jsonl: is damaged"):
+        records.Progress(tmp_path / "damaged", head())
