@@ -1,0 +1,88 @@
+"""A training run small enough to compile in seconds."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import config as lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.training import state as state_lib
+from longlive_jax.training import teacher_forcing
+
+MODEL = lib.Model(
+    dim=32, ffn_dim=48, num_heads=4, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=8,
+    freq_dim=16, chunk_frames=4,
+)  # fmt: skip
+UMT5 = lib.UMT5(vocab_size=32, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
+
+
+def config(mesh=lib.Mesh(), image_to_video=False, dtype="float32", **train) -> lib.Config:
+    settings = dict(
+        latent_frames=16, batch_size=2, learning_rate=1e-3, ema_start=1, ema_decay=0.5, remat="qkv"
+    )
+    cfg = lib.Config(
+        model=MODEL,
+        vae=lib.VAE(dim=8, dec_dim=8, z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
+        umt5=UMT5,
+        mesh=mesh,
+        sample=lib.Sample(
+            height=64, width=64, window_frames=16, sink_frames=4, image_to_video=image_to_video
+        ),
+        data=lib.Data(cached=True),
+        train=lib.Train(**(settings | train)),
+        dtype=dtype,
+    )
+    lib.validate_training(cfg)
+    return cfg
+
+
+@functools.cache
+def step_of(cfg: lib.Config) -> teacher_forcing.Step:
+    return teacher_forcing.Step(cfg, mesh_lib.make_mesh(cfg.mesh))
+
+
+def random_state(cfg: lib.Config, scale: float = 0.2) -> state_lib.TrainState:
+    """Every weight random, the last layer's too, so that every gradient is something."""
+    step = step_of(cfg)
+    draw = np.random.default_rng(0)
+
+    def weight(like):
+        x = scale * draw.standard_normal(like.shape).astype(np.float32)
+        return jax.device_put(x, like.sharding)
+
+    abstract = state_lib.abstract(cfg, step.mesh)
+    return state_lib.init(cfg, step.mesh, jax.tree.map(weight, abstract.params))
+
+
+def batches(cfg: lib.Config, seed: int = 0) -> state_lib.Batch:
+    """Random data of the config's shapes, on its mesh."""
+    draw = np.random.default_rng(seed)
+
+    def array(like):
+        if like.dtype == jnp.bool_:
+            x = np.ones(like.shape, bool)
+        elif like.dtype == jnp.int32:
+            x = draw.integers(1, 3, like.shape).astype(np.int32)
+        else:
+            x = draw.standard_normal(like.shape).astype(like.dtype)
+        return jax.device_put(x, like.sharding)
+
+    return jax.tree.map(array, step_of(cfg).batch_abstract())
+
+
+def run(cfg: lib.Config, steps: int, data: state_lib.Batch | None = None):
+    """The state after so many steps on the same data, and (loss, grad_norm) of each."""
+    state = random_state(cfg)
+    data = batches(cfg) if data is None else data
+    told = []
+    for _ in range(steps):
+        state, report = step_of(cfg).step(state, data)
+        told.append((float(report.told.loss), float(report.grad_norm)))
+    return state, np.array(told)
+
+
+def replaced(cfg: lib.Config, **train) -> lib.Config:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **train))
