@@ -6,6 +6,10 @@ import os
 ON_GPU = os.environ.get("LONGLIVE_TEST_PLATFORM") == "gpu"
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # A test compiles for longer than it runs: code that LLVM does not optimise is there in a
+    # quarter of the time.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest

@@ -20,7 +20,7 @@ from longlive_jax.config import FRAMES_PER_SECOND
 HEIGHT, WIDTH = 128, 192
 ASPECT = WIDTH / HEIGHT  # where objects move; a picture of other proportions shows more or less
 SHOTS = (2, 4)  # of a clip, least and most
-FRAMES = (29, 125)  # of a shot
+FRAMES = (64, 125)  # of a shot: two always give a sample of four chunks
 
 COLOURS = {
     "red": (226, 38, 38),

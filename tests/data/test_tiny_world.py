@@ -33,7 +33,7 @@ def test_a_clip_depends_on_the_seed_and_its_number():
     assert few == many[:3] and len({shots[0].caption for shots in many}) > 3
     assert few != list(world.clips(6, 3)) and few != list(world.clips(5, 3, held_out=True))
     assert all(2 <= len(shots) <= 4 for shots in many)
-    assert all(29 <= shot.frames <= 125 for shots in many for shot in shots)
+    assert all(64 <= shot.frames <= 125 for shots in many for shot in shots)
 
 
 def test_held_out_combinations_are_never_trained_on():

@@ -1,0 +1,282 @@
+"""Training a VAE: what it learns, that it can be stopped, and what is made of its weights."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.errors import InputError
+from longlive_jax.models import vae
+from longlive_jax.training import autoencoder, autoencoder_run
+
+Z = 4
+CFG = config_lib.Config(
+    vae=config_lib.VAE(4, 8, Z, (0.0,) * Z, (1.0,) * Z),
+    sample=config_lib.Sample(height=32, width=32),
+    train_vae=config_lib.TrainVAE(
+        steps=16, batch_size=2, frames=5, learning_rate=5e-3, warmup_steps=2, held_out=1,
+        kl_weight=1e-4, save_every=8, log_every=1,
+    ),
+    dtype="float32",
+)  # fmt: skip
+# Compiling is most of the time of these tests.
+_FAST = {"xla_backend_optimization_level": 0}
+_make_step = autoencoder.make_step
+
+
+def change(cfg=CFG, **settings):
+    return dataclasses.replace(cfg, train_vae=dataclasses.replace(cfg.train_vae, **settings))
+
+
+def mesh_of(**sizes):
+    return mesh_lib.make_mesh(config_lib.Mesh(**sizes))
+
+
+def smooth(seed, count, height=32, width=32):
+    """A disc that moves over a gradient, uint8 [count, height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    colours, y, x = rng.integers(0, 256, (3, 3)), *np.mgrid[:height, :width]
+    ground = colours[0] + (colours[1] - colours[0]) * (x / width)[..., None]
+    discs = [(y - height / 2) ** 2 + (x - 2 * t) ** 2 < (height / 3) ** 2 for t in range(count)]
+    return np.stack([np.where(d[..., None], colours[2], ground) for d in discs]).astype(np.uint8)
+
+
+def videos(*counts):
+    frames = [smooth(seed, count) for seed, count in enumerate(counts)]
+    return autoencoder_run.Videos(
+        tuple(f"{i}.mp4" for i in range(len(counts))),
+        np.concatenate(frames),
+        np.cumsum([0, *counts]),
+    )
+
+
+def write(root, *folders, size=(32, 32)):
+    """`folders`: the numbers of frames of each folder's files."""
+    for i, counts in enumerate(folders):
+        for j, count in enumerate(counts):
+            with VideoWriter(root / "video" / f"clip-{i}" / f"{j:06d}.mp4", *size) as writer:
+                writer.write(smooth(10 * i + j, count, *size))
+    return root
+
+
+@functools.cache
+def fast_step(cfg, mesh):
+    step = _make_step(cfg, mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=_FAST)
+
+
+@functools.cache
+def random_params():
+    """Initial weights, with biases that are not zero."""
+    state = autoencoder.init(CFG, mesh_of())
+    rng = np.random.default_rng(1)
+    noise = 0.1 * rng.standard_normal(state.params.shape, np.float32)
+    return autoencoder.tree(np.asarray(state.params) + noise, CFG.vae)
+
+
+# Steps.
+
+
+@pytest.mark.slow
+def test_loss_falls_and_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "make_step", fast_step)
+    run = functools.partial(autoencoder_run.fit, CFG, mesh_of(), videos(6), show=lambda _: None)
+    whole = run(tmp_path / "whole")
+    lines = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 17))
+    assert set(lines[0]) == {"step", "loss", "l1", "kl", "psnr", "grad_norm", "seconds"}
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 3
+
+    def stops(cfg, mesh):
+        def step(state, frames, windows):
+            if int(state.step) == 12:
+                raise KeyboardInterrupt
+            return fast_step(cfg, mesh)(state, frames, windows)
+
+        return step
+
+    monkeypatch.setattr(autoencoder, "make_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    monkeypatch.setattr(autoencoder, "make_step", fast_step)
+    with (tmp_path / "stopped/metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # what a kill may leave
+    resumed = run(tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    again = [json.loads(x) for x in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
+    assert [x | {"seconds": 0} for x in again] == [x | {"seconds": 0} for x in lines]
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "stopped"), whole)
+
+
+@pytest.mark.slow
+def test_gradient_does_not_depend_on_the_mesh():
+    results = []
+    for sizes in ({}, {"data": 2}):
+        mesh = mesh_of(**sizes)
+        arrays = autoencoder.init(CFG, mesh).params, np.int32(3), videos(9).frames, np.arange(5)
+        arrays = autoencoder.place(arrays, mesh)
+        call = jax.jit(autoencoder.make_gradients(CFG, mesh), compiler_options=_FAST)
+        results.append(jax.tree.map(np.asarray, call(*arrays)))
+    (one, figures), (two, same) = results
+    assert np.abs(one).max() > 1e-3
+    np.testing.assert_allclose(two, one, atol=1e-5 * np.abs(one).max(), rtol=1e-4)
+    for name, value in figures.items():
+        assert float(same[name]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}
+    monkeypatch.setattr(autoencoder, "make_step", lambda *_: lambda state, *_: (state, metrics))
+    with pytest.raises(InputError, match=r"step 1: loss nan.*learning_rate"):
+        autoencoder_run.fit(CFG, mesh_of(), videos(7), tmp_path, print)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "make_step", lambda *_: lambda *_: 1 / 0)
+    start = functools.partial(autoencoder_run.fit, mesh=mesh_of(), directory=tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        start(CFG, videos=videos(7))
+    with pytest.raises(ZeroDivisionError):
+        start(change(log_every=7), videos=videos(7))  # changes nothing that is trained
+    with pytest.raises(InputError, match=r"train_vae\.seed=0, this one has 1"):
+        start(change(seed=1), videos=videos(7))
+    with pytest.raises(InputError, match=r"videos\.shape"):
+        start(CFG, videos=videos(8))
+
+
+# The model.
+
+
+def test_parameters_as_a_vector_and_back():
+    params = random_params()
+    turned = params_lib.unflatten(dict(reversed(params_lib.flatten(params).items())))
+    for tree in (params, turned):
+        again = autoencoder.tree(autoencoder.flat(tree), CFG.vae)
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert autoencoder.flat(params).size == params_lib.count(vae.spec(CFG.vae))
+
+
+def test_moments_are_the_encoders_means_and_log_variances():
+    params = random_params()
+    frames = jnp.asarray(smooth(0, 5)[None] / 127.5 - 1, jnp.float32)
+    encode = jax.jit(vae.encode_video, static_argnums=(1, 3), compiler_options=_FAST)
+    means = encode(params, CFG.vae, frames, 1)
+    mesh, whole = mesh_of(), jax.P()
+
+    @functools.partial(jax.jit, compiler_options=_FAST)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=whole, out_specs=whole)
+    def both(params, frames):
+        return autoencoder.moments(params, CFG.vae, frames)
+
+    mean, log_var = both(*autoencoder.place((params, frames), mesh))
+    np.testing.assert_allclose(mean, means, atol=1e-5)
+    halves = {k: np.split(v, 2, axis=-1) for k, v in params["conv1"].items()}
+    conv1 = {k: np.concatenate([b, a], axis=-1) for k, (a, b) in halves.items()}
+    params = params | {"conv1": conv1}
+    np.testing.assert_allclose(encode(params, CFG.vae, frames, 1), log_var, atol=1e-5)
+
+
+def test_folded_statistics_leave_pictures_as_they_were():
+    params, data, mesh = random_params(), videos(10, 5, 6), mesh_of(data=2)
+    mean, std = autoencoder_run.statistics(params, CFG, mesh, data)
+    assert np.abs(mean).max() > 0.05
+    assert np.abs(std - 1).max() > 0.05
+    folded = autoencoder.fold(params, CFG.vae, mean, std)
+    new_mean, new_std = autoencoder_run.statistics(folded, CFG, mesh, data)
+    np.testing.assert_allclose(new_mean, 0, atol=1e-5)
+    np.testing.assert_allclose(new_std, 1, atol=1e-5)
+    before, after = (
+        list(autoencoder_run.reconstructions(p, CFG, mesh, data)) for p in (params, folded)
+    )
+    assert [len(made) for _, made in before] == [2, 2]
+    for (source, made), (_, again), start in zip(before, after, ([0, 5], [10, 15])):
+        np.testing.assert_array_equal(source, [data.frames[i : i + 5] for i in start])
+        np.testing.assert_allclose(made.astype(int), again.astype(int), atol=1)  # a rounding apart
+        assert np.mean(made == again) > 0.999
+
+
+# Videos.
+
+
+def test_windows_lie_in_one_file():
+    assert videos(7, 5, 6).windows(5, 1).tolist() == [0, 1, 2, 7, 12, 13]
+    assert videos(10, 5, 6).windows(5, 5).tolist() == [0, 5, 10, 15]
+
+
+def test_videos_are_read_and_held_out_by_folder(tmp_path):
+    root = write(tmp_path, (6, 7), (5,), (8, 9))
+    train, held_out = autoencoder_run.read_videos(with_data(root))
+    assert [p.parent.name for p in train.paths] == ["clip-0", "clip-0", "clip-1"]
+    assert train.starts.tolist() == [0, 6, 13, 18]
+    assert held_out.starts.tolist() == [0, 8, 17]
+    written = np.concatenate([smooth(20, 8), smooth(21, 9)]).astype(int)
+    assert np.abs(held_out.frames - written).mean() < 6  # what the codec keeps of them
+
+
+def with_data(root, **settings):
+    data = dataclasses.replace(CFG.data, path=str(root))
+    return dataclasses.replace(change(**settings), data=data)
+
+
+@pytest.mark.parametrize(
+    ("folders", "size", "settings", "message"),
+    [
+        ([], None, {}, r"no .*video.*make_tiny_world"),
+        ([(6,)], None, {}, r"1 folders of videos, train_vae\.held_out=1 leaves none"),
+        ([(6,), (4,)], None, {}, r"000000\.mp4: 4 frames, fewer than train_vae\.frames=5"),
+        ([(6,), (6,)], (32, 48), {}, r"32x48 pixels.*--config\.sample\.width=48"),
+        ([(6,), (6,)], None, {"memory_gib": 1e-5}, r"more than train_vae\.memory_gib=1e-05"),
+    ],
+)
+def test_videos_that_cannot_be_used(tmp_path, folders, size, settings, message):
+    root = write(tmp_path, *folders, size=size or (32, 32))
+    with pytest.raises(InputError, match=message):
+        autoencoder_run.read_videos(with_data(root, **settings))
+
+
+def test_a_damaged_video_is_named(tmp_path):
+    file = write(tmp_path, (6,), (6,)) / "video/clip-1/000000.mp4"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"clip-1/000000\.mp4"):
+        autoencoder_run.read_videos(with_data(tmp_path))
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames": 16}, r"train_vae\.frames=16 must be 5, 9, 13"),
+        ({"frames": 1}, r"train_vae\.frames=1"),
+        ({"steps": 0}, r"train_vae\.steps=0"),
+        ({"warmup_steps": 16}, r"must be below train_vae\.steps=16"),
+        ({"learning_rate": 0.0}, r"train_vae\.learning_rate"),
+        ({"ema_decay": 1.0}, r"train_vae\.ema_decay"),
+        ({"kl_weight": -1.0}, r"train_vae\.kl_weight"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(InputError, match=message):
+        config_lib.validate_vae_training(change(**settings))
+
+
+def test_meshes_and_latents_that_cannot_work():
+    def refused(message, **sections):
+        with pytest.raises(InputError, match=message):
+            config_lib.validate_vae_training(dataclasses.replace(CFG, **sections))
+
+    refused(r"mesh\.seq=2", mesh=config_lib.Mesh(seq=2))
+    refused(r"batch_size=2 must be a multiple", mesh=config_lib.Mesh(data=4))
+    refused(r"latent_mean", vae=dataclasses.replace(CFG.vae, latent_std=(2.0,) * Z))
+    config_lib.validate_vae_training(CFG)
