@@ -1,4 +1,8 @@
-"""Parts of a checkpoint, on the devices and in the dtype that a command wants them."""
+"""Parts of a checkpoint, on the devices and in the dtype that a command wants them.
+
+A training run's folder is a checkpoint too: of what it trains, and of the parts of the checkpoint
+that it was given.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,12 +12,12 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.checkpoints import store
+from longlive_jax.checkpoints import store, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit, tokenizer, umt5, vae
 from longlive_jax.sampling.script import Text
 
-_MODELS = {"dit": dit, "vae": vae, "umt5": umt5}
+MODELS = {"dit": dit, "vae": vae, "umt5": umt5}
 
 # What the two directions of the VAE need: a checkpoint may hold a decoder alone.
 ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")
@@ -21,8 +25,12 @@ ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")
 
 def check(checkpoint: str | None, part: str, cfg: config_lib.Config, only: Sequence[str] = ()):
     """Refuses, without reading an array, what `load` of the same arguments would refuse."""
-    section, spec = _spec(part, cfg, only)
-    store.Stored(_directory(checkpoint), part).check(spec, section)
+    section, tree = spec(part, cfg, only)
+    trained = _trained(checkpoint, part)
+    if trained is not None:
+        trained.check(part, tree, section)
+    else:
+        store.Stored(directory(checkpoint), part).check(tree, section)
 
 
 def load(
@@ -31,16 +39,34 @@ def load(
     cfg: config_lib.Config,
     mesh: jax.sharding.Mesh,
     only: Sequence[str] = (),
+    *,
+    weights: str = "average",
+    dtype=None,
+    rules: dict | None = None,
 ):
-    """Parameters of "dit", "vae" or "umt5" in compute dtype, sharded for sampling.
+    """Parameters of "dit", "vae" or "umt5", by default in compute dtype, sharded for sampling.
 
-    `only`: top-level subtrees to read; default all.
+    `only`: top-level subtrees to read; default all. `weights`: which of a training run's, of
+    `workdir.WEIGHTS`.
     """
-    section, spec = _spec(part, cfg, only)
-    # The text encoder runs whole on every device; it is there for a moment only.
-    rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
-    where = _directory(checkpoint)
-    return store.load(where, part, spec, mesh, cfg.compute_dtype, rules, config=section)
+    section, tree = spec(part, cfg, only)
+    dtype = cfg.compute_dtype if dtype is None else dtype
+    if rules is None:
+        # The text encoder runs whole on every device; it is there for a moment only.
+        rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
+    trained = _trained(checkpoint, part)
+    if trained is not None:
+        return trained.load(part, tree, mesh, dtype, rules, weights)
+    where = directory(checkpoint)
+    return store.load(where, part, tree, mesh, dtype, rules, config=section)
+
+
+def parts(checkpoint: str) -> tuple[str, ...]:
+    """The parts that a checkpoint, or a training run with the checkpoint it was given, has."""
+    if not workdir.is_run(checkpoint):
+        return store.parts(checkpoint)
+    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint)["checkpoint"] else ()
+    return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
 
 
 def embed(
@@ -49,6 +75,7 @@ def embed(
     mesh: jax.sharding.Mesh,
     prompts: Sequence[str],
     guided: bool,
+    weights: str = "average",
 ) -> Text:
     """Embeddings of prompts and, if `guided`, of the config's negative prompt, in compute dtype.
 
@@ -60,7 +87,7 @@ def embed(
     if guided:
         negative = read([cfg.sample.negative_prompt], cfg.model.text_len, allow_empty=True)
         ids, mask = np.concatenate([ids, negative[0]]), np.concatenate([mask, negative[1]])
-    params = load(checkpoint, "umt5", cfg, mesh)
+    params = load(checkpoint, "umt5", cfg, mesh, weights=weights)
     rows = umt5.encode_prompts(params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype)
     return Text(rows[: len(prompts)], rows[-1] if guided else None)
 
@@ -73,7 +100,7 @@ def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.
             "since the transformer reads the text encoder's output"
         )
     check(checkpoint, "umt5", cfg)
-    return tokenizer.Tokenizer.from_file(os.path.join(checkpoint, tokenizer.FILE))
+    return tokenizer.Tokenizer.from_file(os.path.join(directory(checkpoint), tokenizer.FILE))
 
 
 def vae_mesh(
@@ -91,13 +118,23 @@ def vae_mesh(
     return mesh_lib.make_mesh(config_lib.Mesh(), devices[device : device + 1])
 
 
-def _directory(checkpoint):
+def directory(checkpoint: str | None) -> str:
+    """The checkpoint that holds what a training run does not train; any other as it is."""
     if not checkpoint:
         raise InputError("--checkpoint is missing; make one with python -m launch.convert")
-    return checkpoint
+    return workdir.parts(checkpoint) if workdir.is_run(checkpoint) else checkpoint
 
 
-def _spec(part, cfg, only):
+def _trained(checkpoint, part):
+    """The state of a training run that has this part, or None."""
+    if not checkpoint or not workdir.is_run(checkpoint):
+        return None
+    state = workdir.State(checkpoint)
+    return state if part in state.trained else None
+
+
+def spec(part: str, cfg: config_lib.Config, only: Sequence[str] = ()):
+    """A part's section of the config, and its parameter specs."""
     section = getattr(cfg, {"dit": "model"}.get(part, part))
-    spec = _MODELS[part].spec(section)
-    return section, {name: tree for name, tree in spec.items() if not only or name in only}
+    whole = MODELS[part].spec(section)
+    return section, {name: tree for name, tree in whole.items() if not only or name in only}

@@ -18,6 +18,7 @@ from absl import flags
 
 from launch import command, parts
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import workdir
 from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
@@ -28,6 +29,10 @@ from longlive_jax.sampling import decode, pictures, render, script, shots, strea
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert or launch.train.")
+flags.DEFINE_enum(
+    "weights", "average", list(workdir.WEIGHTS),
+    "Of a training run: their moving average, or the last step's.",
+)  # fmt: skip
 flags.DEFINE_string("prompts", None, "A .txt or .json file, or a folder of captions.")
 flags.DEFINE_string("output", None, "The .mp4 to write.")
 flags.DEFINE_string("noise", None, "An .npz with noise [batch, frame, channel, h, w].")
@@ -58,9 +63,9 @@ def main() -> None:
     clip = _open_clip(cfg, batches)
     _check_parts(cfg, vae_mesh, batches)
     if text is None:
-        text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg))
+        text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg), FLAGS.weights)
     batches = _with_pictures(cfg, vae_mesh, batches, clip)
-    params = parts.load(FLAGS.checkpoint, "dit", cfg, mesh)
+    params = parts.load(FLAGS.checkpoint, "dit", cfg, mesh, weights=FLAGS.weights)
     if FLAGS.output:
         vae = parts.load(FLAGS.checkpoint, "vae", cfg, vae_mesh, parts.DECODER)
 

@@ -30,6 +30,8 @@ RULES = {
 # `fsdp` is there to save memory.
 SAMPLING_RULES = RULES | {"embed": "fsdp"}
 
+HEARTBEAT_SECONDS = 60  # without a sign of life from a process, all others end
+
 
 def make_mesh(
     config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
@@ -68,14 +70,17 @@ def start(
     """Joins this process to the others of a multi-host run; call it before any other JAX call.
 
     With no arguments the cluster is found by itself (SLURM, Kubernetes, TPU, MPI); where there is
-    none, the process stays alone.
+    none, the process stays alone. If a process dies, the others end with a message that names it.
     """
+    limits = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        if num_processes is None or process_id is None:
+            raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
+        jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
         return
     if num_processes is not None or process_id is not None:
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**limits)
     except ValueError:  # JAX found no cluster to ask for a coordinator
         return

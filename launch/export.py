@@ -1,0 +1,60 @@
+"""A training run to a checkpoint that stands alone: its weights, VAE, text encoder and tokenizer.
+
+    python -m launch.export --config=configs/train_ar_tiny_world.py --checkpoint=WORKDIR \\
+        --output=CKPT [--weights=average|latest]
+
+Weights are written in the config's compute dtype, without optimiser: a training state is eight
+times as large.
+"""
+
+import os
+import time
+
+from absl import flags
+
+from launch import command, parts
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import store, workdir
+from longlive_jax.errors import InputError
+from longlive_jax.models import tokenizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("checkpoint", None, "The folder of a training run.")
+flags.DEFINE_string("output", None, "The checkpoint to make.")
+flags.DEFINE_enum(
+    "weights", "average", list(workdir.WEIGHTS), "Their moving average, or the last step's."
+)
+
+
+def main() -> None:
+    cfg = command.config()
+    if not FLAGS.checkpoint or not workdir.is_run(FLAGS.checkpoint):
+        raise InputError(
+            f"--checkpoint={FLAGS.checkpoint}: is not the folder of a training run; give the "
+            "--workdir of launch.train"
+        )
+    if not FLAGS.output:
+        raise InputError("--output is missing; give the checkpoint's directory")
+    mesh = mesh_lib.make_mesh(config_lib.Mesh())
+    found = [part for part in parts.parts(FLAGS.checkpoint) if part in parts.MODELS]
+    for part in found:
+        parts.check(FLAGS.checkpoint, part, cfg)
+    for part in found:
+        start = time.monotonic()
+        section, spec = parts.spec(part, cfg)
+        tree = parts.load(FLAGS.checkpoint, part, cfg, mesh, weights=FLAGS.weights)
+        pieces = store.tree_pieces(tree, spec)
+        summary = store.save(FLAGS.output, part, pieces, spec, section=section)
+        print(
+            f"{part}: {summary.parameters:,} parameters, {'/'.join(summary.dtypes)}, "
+            f"{summary.bytes / 2**20:,.1f} MiB, {time.monotonic() - start:.1f} s",
+            flush=True,
+        )
+    if "umt5" in found:
+        words = os.path.join(parts.directory(FLAGS.checkpoint), tokenizer.FILE)
+        store.save_tokenizer(FLAGS.output, words)
+
+
+if __name__ == "__main__":
+    command.run(main)

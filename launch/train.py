@@ -1,0 +1,197 @@
+"""Trains the transformer by teacher forcing, on one host or many: the same command on each.
+
+    python -m launch.train --config=configs/train_ar_5b.py --workdir=DIR --checkpoint=CKPT
+
+The same command goes on where it stopped, on any mesh and any number of hosts. DIR gets
+  checkpoints/        the states; launch.sample --checkpoint=DIR samples from the newest
+  metrics.jsonl       a line a step; tensorboard/ has the same
+  evaluation/         videos of data.eval_path, every train.eval_every steps
+  failures.jsonl      what of the data could not be read
+  run.json            what the run is, and where its --checkpoint lies
+CKPT gives the weights to begin with, the VAE and the text encoder. With data.cached=True and no
+evaluation it may be left out: then the weights are random.
+
+Where no cluster tells the hosts of each other, add --coordinator=HOST:PORT --num_processes=N
+--process_id=I. SIGTERM to one of them makes all save and end. --dry_run compiles the step, prints
+its memory, and ends: no array is made, no data read.
+
+Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
+"""
+
+import os
+import pathlib
+import sys
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from launch import command, parts
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.errors import InputError
+from longlive_jax.models import umt5
+from longlive_jax.sampling import script, stream
+from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop, state
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Folder of the run, on a disk that all hosts share.")
+flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells.")
+flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "With --coordinator: this one's.", lower_bound=0)
+flags.DEFINE_bool("dry_run", False, "Compile the step, print its memory, and end.")
+
+
+def main() -> None:
+    try:
+        _train()
+    except InputError:
+        raise
+    except loop.DivergedError as error:
+        _end(f"error: {error}")
+    except Exception:
+        _end(traceback.format_exc())
+
+
+def _train() -> None:
+    cfg = command.config()
+    config_lib.validate_training(cfg)
+    mesh_lib.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    if not mesh.local_devices:
+        raise InputError(
+            f"config: mesh of {mesh.size} devices, which leaves none to process "
+            f"{jax.process_index()} of {jax.process_count()}; {jax.device_count()} are there: "
+            "raise mesh.data, mesh.fsdp or mesh.seq, or start fewer processes"
+        )
+    if FLAGS.dry_run:
+        _show(dry_run.report(cfg, mesh))
+        return
+    if not FLAGS.workdir:
+        raise InputError("--workdir is missing; give the folder of the run")
+    root = pathlib.Path(os.path.abspath(FLAGS.workdir))
+    source, identity = feed.open_source(cfg)
+    prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None
+    _check_parts(cfg, prompts)
+    # Weights may come from another run; its other parts lie where its own checkpoint does.
+    others = parts.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
+    with checkpoint.claimed(root, checkpoint.settings(cfg, identity), others):
+        evaluator, encoders = _models(cfg, mesh, root, prompts)
+        done = loop.run(
+            cfg, mesh, root, source, encoders, lambda: _initial(cfg, mesh), evaluator, _show
+        )
+    how = "stopped by a signal; the same command goes on" if done.stopped else "done"
+    _show(f"step {done.step} of {cfg.train.steps}: {how}: {root}")
+
+
+def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:
+    """Refuses a --checkpoint that the run would stumble over later."""
+    trained = state.specs(cfg)
+    for part in trained:
+        if FLAGS.checkpoint and part in parts.parts(FLAGS.checkpoint):
+            parts.check(FLAGS.checkpoint, part, cfg)
+    subtrees = _vae_subtrees(cfg, prompts)
+    if subtrees:
+        parts.check(FLAGS.checkpoint, "vae", cfg, subtrees)
+        if cfg.vae.z_dim != cfg.model.in_dim:
+            raise InputError(
+                f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}: "
+                "the transformer works on the VAE's latents"
+            )
+    if prompts or "umt5" in trained or not cfg.data.cached:
+        parts.read_tokenizer(FLAGS.checkpoint, cfg)
+
+
+def _vae_subtrees(cfg, prompts) -> tuple[str, ...]:
+    """What of the VAE the run needs: videos are encoded, or evaluations decoded."""
+    encodes = not cfg.data.cached or (prompts and prompts.batch.pictured)
+    return (parts.ENCODER if encodes else ()) + (parts.DECODER if prompts else ())
+
+
+def _models(cfg, mesh, root, prompts) -> tuple[evaluate.Evaluator | None, feed.Encoders]:
+    """What is not trained, loaded as far as it is needed."""
+    trains_text = cfg.train.text_encoder
+    subtrees = _vae_subtrees(cfg, prompts)
+    vae = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, subtrees) if subtrees else None
+    evaluator = None
+    if prompts:
+        embed = _embed_by_average(cfg, mesh, prompts) if trains_text else _embed(cfg, mesh, prompts)
+        evaluator = evaluate.Evaluator(cfg, mesh, root, prompts, vae, embed)
+    read = texts = None
+    if trains_text:
+        read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
+    elif not cfg.data.cached:
+        # Each process has prompts of its own.
+        here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
+        weights = parts.load(FLAGS.checkpoint, "umt5", cfg, here)
+        texts = feed.Texts(cfg, weights, parts.read_tokenizer(FLAGS.checkpoint, cfg))
+    return evaluator, feed.Encoders(None if cfg.data.cached else vae, texts, read)
+
+
+def _embed(cfg, mesh, prompts):
+    """Embeddings of the evaluations' prompts, made once."""
+    text = parts.embed(FLAGS.checkpoint, cfg, mesh, prompts.texts, stream.guided(cfg))
+    return lambda average: text
+
+
+def _embed_by_average(cfg, mesh, prompts):
+    """The same, by the text encoder that is trained."""
+    read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
+    rows = list(zip(*[read(prompts.texts, cfg.model.text_len)]))
+    if stream.guided(cfg):
+        negative = read([cfg.sample.negative_prompt], cfg.model.text_len, allow_empty=True)
+        rows = [(*row, more) for row, more in zip(rows, negative)]
+    ids, mask = (np.concatenate(row) for row in rows)
+    whole = jax.jit(
+        lambda tree: jax.tree.map(lambda w: w.astype(cfg.compute_dtype), tree),
+        out_shardings=jax.NamedSharding(mesh, jax.P()),
+    )
+
+    def embed(average):
+        made = umt5.encode_prompts(
+            whole(average["umt5"]), cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
+        )
+        count = len(prompts.texts)
+        return script.Text(made[:count], made[-1] if stream.guided(cfg) else None)
+
+    return embed
+
+
+def _initial(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> params_lib.Tree:
+    """Weights to begin with: the checkpoint's where it has them, else random."""
+    has = parts.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
+    params = {}
+    for part, spec in state.specs(cfg).items():
+        if part in has:
+            params[part] = parts.load(
+                FLAGS.checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES
+            )
+        else:
+            _show(f"{part}: the weights begin at random, as --checkpoint gives none")
+            key = jax.random.key(cfg.train.seed)
+            params |= params_lib.init({part: spec}, key, jnp.float32, mesh)
+    return params
+
+
+def _show(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _end(text: str) -> None:
+    """Ends after a crash, without waiting for others, which may wait for this process."""
+    print(text, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        # Where another process died, JAX soon says which, and ends this one.
+        time.sleep(mesh_lib.HEARTBEAT_SECONDS + 15)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,156 @@
+"""The folder of a training run, for those who read weights from it.
+
+WORKDIR/run.json          what the run is, and the checkpoint that it takes its other parts from
+WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after step 50
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import directory as directory_lib
+from longlive_jax.errors import InputError
+
+FORMAT, VERSION = "longlive_jax training run", 1
+RUN, STATES = "run.json", "checkpoints"
+# Of a training state's weights: the moving average, and those after the last step.
+WEIGHTS = {"average": "average", "latest": "params"}
+
+
+def is_run(directory: str | os.PathLike) -> bool:
+    """Whether a training run has, or had, its folder there."""
+    return (pathlib.Path(directory) / RUN).is_file()
+
+
+def read(directory: str | os.PathLike) -> dict[str, Any]:
+    """Of a run: "settings", by the names of the flags, and "checkpoint", a path or None.
+
+    Raises:
+      InputError: run.json is damaged, or of another version.
+    """
+    file = pathlib.Path(directory) / RUN
+    try:
+        run = json.loads(file.read_text())
+        form, version = run["format"], run["version"]
+        settings, checkpoint = dict(run["settings"]), run["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: is damaged ({error}); give another --workdir") from error
+    if form != FORMAT or version != VERSION:
+        raise InputError(
+            f"{file}: has format {form!r} version {version}, this program reads {FORMAT!r} "
+            f"version {VERSION}; update it, or give another --workdir"
+        )
+    return {"settings": settings, "checkpoint": checkpoint}
+
+
+def write(
+    directory: str | os.PathLike, settings: Mapping[str, Any], checkpoint: str | None
+) -> None:
+    """Writes run.json in one step."""
+    run = {"format": FORMAT, "version": VERSION, "settings": settings, "checkpoint": checkpoint}
+    directory_lib.write_json(pathlib.Path(directory) / RUN, run)
+
+
+def parts(directory: str | os.PathLike) -> str:
+    """The checkpoint that holds what the run does not train.
+
+    Raises:
+      InputError: the run was given none.
+    """
+    checkpoint = read(directory)["checkpoint"]
+    if checkpoint is None:
+        raise InputError(
+            f"{directory}: its run was given no --checkpoint, so nobody knows its VAE and text "
+            "encoder; give it one: run its command of launch.train again with --checkpoint=CKPT"
+        )
+    return checkpoint
+
+
+class State:
+    """The newest whole state of a run, on disk.
+
+    Attributes:
+      step: its number.
+      trained: the parts whose weights it holds.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._root = pathlib.Path(os.path.abspath(directory))
+        steps = [int(p.name) for p in (self._root / STATES).glob("*") if p.name.isdecimal()]
+        if not steps:
+            raise InputError(
+                f"{self._root}: its training run has saved nothing yet; wait for step "
+                "train.save_every"
+            )
+        self.step = max(steps)
+        self._path = self._root / STATES / str(self.step)
+        try:
+            self._shapes = {
+                tuple(path): tuple(leaf.shape)
+                for path, leaf in params_lib.flatten(
+                    ocp.metadata(self._path).metadata["average"]
+                ).items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise damaged(self._path, error) from error
+        self.trained = tuple(sorted({path[0] for path in self._shapes}))
+
+    def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
+        """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
+        wanted = {(part, *path): s.shape for path, s in params_lib.flatten(spec).items()}
+        wrong = [
+            f"{'/'.join(p)} is {wanted.get(p)} by the config, {self._shapes.get(p)} in the run"
+            for p in sorted({*wanted, *(p for p in self._shapes if p[0] == part)})
+            if wanted.get(p) != self._shapes.get(p)
+        ]
+        # What no shape tells.
+        heads = read(self._root)["settings"].get("model.num_heads")
+        if part == "dit" and heads != section.num_heads:
+            wrong += [f"model.num_heads is {section.num_heads} by the config, {heads} in the run"]
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise InputError(
+                f"{self._root}: its {part} has other sizes than the config: "
+                f"{'; '.join(wrong[:5])}{more}; give the config of its training"
+            )
+
+    def load(
+        self,
+        part: str,
+        spec: params_lib.Tree,
+        mesh: jax.sharding.Mesh,
+        dtype: Any,
+        rules: Mapping,
+        weights: str,
+    ) -> params_lib.Tree:
+        """`spec`'s tree of arrays, placed as `rules` say; `weights`: one of WEIGHTS.
+
+        Raises:
+          InputError: they are damaged.
+        """
+        tree = WEIGHTS[weights]
+        abstract = params_lib.abstract(spec, mesh, dtype, dict(rules))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with context:
+                return ocp.load(self._path, {tree: {part: abstract}})[tree][part]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise damaged(self._path, error) from error
+
+
+def damaged(path: pathlib.Path, error: Exception) -> InputError:
+    """What to say of a state that cannot be read."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return InputError(
+        f"{path}: is damaged ({reason}); remove it, and the one before it, if there is one, counts"
+    )

@@ -1,0 +1,135 @@
+"""Videos of a model in training: a few prompts through the sampler, on the training mesh."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.data.images import ContactSheet
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.errors import InputError
+from longlive_jax.models import dit
+from longlive_jax.models.vae_spec import check_mesh
+from longlive_jax.sampling import batches, decode, pictures, render, script, shots, stream
+
+MOST_VIDEOS = 4
+FOLDER = "evaluation"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """What evaluations make videos of. scripts: those of the videos, at most MOST_VIDEOS.
+
+    batch: the scripts, repeated to fill the mesh. texts: the prompts that they stand for.
+    """
+
+    scripts: Sequence[script.Script]
+    batch: batches.Batch
+    texts: Sequence[str]
+
+
+def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
+    """The first videos of data.eval_path, of train.eval_chunks chunks each.
+
+    Raises:
+      InputError: they cannot be read, image-to-video lacks an image, or the mesh cannot decode.
+    """
+    if not cfg.data.eval_path:
+        raise InputError(
+            f"config: train.eval_every={cfg.train.eval_every} needs data.eval_path, prompts in any "
+            "form that launch.sample reads; or set train.eval_every=0"
+        )
+    videos = shots.read(
+        cfg.data.eval_path,
+        chunks=cfg.train.eval_chunks,
+        chunk_frames=cfg.model.chunk_frames,
+        scene_cut_prefix=cfg.sample.scene_cut_prefix,
+    )[:MOST_VIDEOS]
+    scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
+    scripts = [script.shorten(s, min(s.chunks for s in scripts)) for s in scripts]
+    replicas = cfg.mesh.data * cfg.mesh.fsdp
+    count = math.ceil(len(scripts) / replicas) * replicas
+    repeated = [scripts[i % len(scripts)] for i in range(count)]
+    made = batches.make(cfg, repeated, size=count)
+    if len(made) > 1:
+        raise InputError(
+            f"{cfg.data.eval_path}: some videos begin with an image, or change their prompt, where "
+            "others do not; evaluation makes all of them together: give prompts of one kind"
+        )
+    check_mesh(mesh, count, made[0].width)
+    pictures.check_images(made)
+    return Prompts(scripts, made[0], texts)
+
+
+class Evaluator:
+    """`evaluator(step, average)` writes WORKDIR/evaluation/step-000050/NAME.mp4 and NAME.png.
+
+    Every process calls it; the first one writes.
+
+    Args:
+      vae: parameters, whole on every device of the mesh: the decoder's and, where videos begin
+        with images, the encoder's.
+      embed: the averages of all that is trained -> embeddings of the prompts.
+    """
+
+    def __init__(
+        self,
+        cfg: config_lib.Config,
+        mesh: jax.sharding.Mesh,
+        root: pathlib.Path,
+        prompts: Prompts,
+        vae: params_lib.Tree,
+        embed: Callable[[params_lib.Tree], script.Text],
+    ):
+        self._root, self._prompts, self._vae, self._embed = root / FOLDER, prompts, vae, embed
+        self._batch, self._mesh = prompts.batch, mesh
+        if self._batch.pictured:
+            # On a device of each process: the result is wanted on the host of every one.
+            here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
+            local = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vae)
+            self._batch = pictures.with_images(cfg, local, here, self._batch)
+        sample = dataclasses.replace(
+            cfg.sample,
+            steps=cfg.train.eval_steps,
+            image_to_video=self._batch.first_frame is not None,
+        )
+        self._cfg = dataclasses.replace(cfg, sample=sample)
+        self._sampler = stream.Sampler(self._cfg, mesh)
+        where = params_lib.shardings(dit.spec(cfg.model), mesh, mesh_lib.SAMPLING_RULES)
+        self._cast = jax.jit(
+            lambda tree: jax.tree.map(lambda w: w.astype(cfg.compute_dtype), tree),
+            out_shardings=where,
+        )
+        self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+    def __call__(self, step: int, average: params_lib.Tree) -> pathlib.Path:
+        """Returns the folder with the videos."""
+        folder = self._root / f"step-{step:06d}"
+        text = self._embed(average)
+        decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
+        chunks = render.render(
+            self._sampler, self._cast(average["dit"]), self._batch, text, decoder=decoder
+        )
+        first = jax.process_index() == 0
+        with contextlib.ExitStack() as stack:
+            outputs = []
+            for one in self._prompts.scripts if first else ():
+                path = folder / f"{one.name}.mp4"
+                writer = stack.enter_context(VideoWriter(path, *self._batch.pixels))
+                outputs.append((writer, ContactSheet(), path.with_suffix(".png")))
+            for _, pieces in chunks:
+                for piece in pieces:
+                    frames = np.asarray(self._collect(piece))
+                    for row, (writer, sheet, _) in enumerate(outputs):
+                        writer.write(frames[row])
+                        sheet.add(frames[row])
+        for _, sheet, path in outputs:
+            sheet.save(path)
+        return folder

@@ -1,0 +1,330 @@
+"""From a source's samples to a step's batches on the mesh, one step ahead of the trainer.
+
+A thread reads, tokenises and moves pictures or latents to the devices. What runs on several devices
+at once, the VAE, is dispatched by the trainer's own thread: in every process in the same order.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.data import records
+from longlive_jax.data.clips import VideoFolder
+from longlive_jax.data.images import to_float
+from longlive_jax.data.source import Health, Sample, Source, batches
+from longlive_jax.errors import InputError
+from longlive_jax.models import umt5, vae
+from longlive_jax.models.tokenizer import Tokenizer
+from longlive_jax.training.state import Batch
+
+HALO = 28  # latents before its own that an encoder sees: all that the first of its own depends on
+_EMBEDDINGS = 256  # of prompts, kept on the host
+_NAME_BYTES = 128  # of a sample's name, on its way to the first process
+
+
+def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
+    """What the config's data.path holds, and what tells it from other data, wherever it lies.
+
+    Raises:
+      InputError: nothing there, or it does not fit the config.
+    """
+    if cfg.data.cached:
+        source = records.Records(cfg.data.path, cfg)
+        content = (pathlib.Path(cfg.data.path) / records.MANIFEST).read_bytes()
+    else:
+        source = VideoFolder(cfg)
+        content = "\n".join(sorted(os.listdir(pathlib.Path(cfg.data.path) / "video"))).encode()
+    return source, f"{len(source)} records, {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+class Texts:
+    """Embeddings of prompts by the text encoder; of those used last, none is made twice.
+
+    params: on one device, since each process has prompts of its own.
+    """
+
+    def __init__(self, cfg: config_lib.Config, params: params_lib.Tree, tokenizer: Tokenizer):
+        self._cfg, self._params, self._tokenizer = cfg, params, tokenizer
+        self._rows: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """[prompt, text_len, text_dim] in compute dtype."""
+        cfg, wanted = self._cfg, dict.fromkeys(prompts)
+        new = [prompt for prompt in wanted if prompt not in self._rows]
+        if new:
+            ids, mask = self._tokenizer(new, cfg.model.text_len)
+            made = umt5.encode_prompts(
+                self._params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
+            )
+            self._rows.update(zip(new, made))
+        for prompt in wanted:
+            self._rows.move_to_end(prompt)
+        rows = np.stack([self._rows[prompt] for prompt in prompts])
+        while len(self._rows) > _EMBEDDINGS:
+            self._rows.popitem(last=False)
+        return rows
+
+
+class Encoders(NamedTuple):
+    """What turns pictures and prompts into a batch; None what the config does not need.
+
+    vae: parameters of the encoder, in compute dtype, whole on every device of the mesh.
+    texts: prompts to embeddings. tokenizer: for a text encoder that is trained.
+    """
+
+    vae: params_lib.Tree | None = None
+    texts: Texts | None = None
+    tokenizer: Tokenizer | None = None
+
+
+class Feed:
+    """Yields (Batch, names) of each step from `start` to `stop`, as `Step.batch_abstract` says.
+
+    names: uint8 [accumulation, batch, byte], the samples' names in UTF-8, whole on every device;
+      `decode_names` reads them.
+
+    Raises:
+      InputError: from the source; too many samples are bad.
+    """
+
+    def __init__(
+        self,
+        cfg: config_lib.Config,
+        like: Batch,
+        source: Source,
+        encoders: Encoders,
+        health: Health,
+        start: int,
+        stop: int,
+    ):
+        self._cfg, self._like, self._encoders, self._health = cfg, like, encoders, health
+        self._left = stop - start
+        mesh = like.latents.sharding.mesh
+        self._names = jax.ShapeDtypeStruct(
+            (*like.latents.shape[:2], _NAME_BYTES), jnp.uint8,
+            sharding=jax.NamedSharding(mesh, jax.P(None, *mesh_lib.spec(("batch", None)))),
+        )  # fmt: skip
+        self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
+        self._pictures = picture_abstract(cfg, like) if encoders.vae is not None else None
+        self._encode = make_encode(cfg, mesh) if encoders.vae is not None else None
+        self._rows = _local_rows(like.latents)
+        total = cfg.train.batch_size * cfg.train.accumulation
+        self._samples = batches(source, self._rows, total, start, cfg.train.seed, cfg.data.workers)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
+        self._next = self._pool.submit(self._load) if self._left else None
+
+    def __iter__(self) -> Iterator[tuple[Batch, jax.Array]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, jax.Array]:
+        if not self._left:
+            raise StopIteration
+        batch, names = self._next.result()
+        self._left -= 1
+        self._next = self._pool.submit(self._load) if self._left else None
+        if self._encode is not None:
+            batch = batch.replace(latents=self._encode(self._encoders.vae, batch.latents))
+        return batch, self._collect(names)
+
+    def close(self) -> None:
+        """Ends the thread and the processes that decode."""
+        self._left = 0
+        self._pool.shutdown(cancel_futures=True)
+        self._samples.close()
+
+    def _load(self) -> tuple[Batch, jax.Array]:
+        samples = dict(zip(self._rows, next(self._samples)))
+        for sample in samples.values():
+            self._health.add(sample)
+        like, place = self._like, functools.partial(_global, samples)
+        latents = (
+            place(like.latents, functools.partial(_latents, like.latents))
+            if self._pictures is None
+            else place(self._pictures, functools.partial(_window, self._cfg, self._pictures))
+        )
+        chunks = like.real.shape[2]
+        batch = Batch(
+            latents=latents,
+            real=place(like.real, lambda sample: np.arange(chunks) < sample.chunks),
+            **self._text(samples, place),
+        )
+        return batch, place(self._names, _name)
+
+    def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, jax.Array]:
+        """The batch's context, or its ids and mask."""
+        like, cfg = self._like, self._cfg
+        prompts = {id(s): s.prompts for s in samples.values()}
+        if cfg.train.text_encoder:
+            read = functools.partial(self._encoders.tokenizer, text_len=cfg.model.text_len)
+            pairs = {key: read(texts) for key, texts in prompts.items()}
+            return {
+                "ids": place(like.ids, lambda sample: pairs[id(sample)][0]),
+                "mask": place(like.mask, lambda sample: pairs[id(sample)][1]),
+            }
+        if cfg.data.cached:
+            return {"context": place(like.context, lambda sample: sample.context)}
+        rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
+        return {"context": place(like.context, lambda sample: rows[id(sample)])}
+
+
+def decode_names(names: np.ndarray) -> list[str]:
+    """The names of a step's samples in their order: what `Feed` yields, on the host."""
+    rows = names.reshape(-1, names.shape[-1])
+    return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
+
+
+def _name(sample: Sample) -> np.ndarray:
+    text = sample.name.encode()[:_NAME_BYTES]
+    return np.frombuffer(text.ljust(_NAME_BYTES, b"\0"), np.uint8)
+
+
+def _local_rows(like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The rows of a step's samples that this process's devices hold."""
+    accumulation, batch = like.shape[:2]
+    held = set()
+    for _, rows, *_ in like.sharding.addressable_devices_indices_map(like.shape).values():
+        held.update(range(*rows.indices(batch)))
+    return tuple(sorted(a * batch + row for a in range(accumulation) for row in held))
+
+
+def _global(
+    samples: Mapping[int, Sample],
+    like: jax.ShapeDtypeStruct,
+    pick: Callable[[Sample], np.ndarray],
+) -> jax.Array:
+    """The array [accumulation, batch, ...] of what `pick` makes of each sample."""
+    picked = functools.cache(lambda row: pick(samples[row]))
+    batch = like.shape[1]
+
+    def local(index):
+        accumulated, rows, *rest = index
+        shape = [len(range(*s.indices(n))) for s, n in zip(index, like.shape)]
+        out = np.empty(shape, like.dtype)
+        for i, a in enumerate(range(*accumulated.indices(like.shape[0]))):
+            for j, row in enumerate(range(*rows.indices(batch))):
+                out[i, j] = picked(a * batch + row)[tuple(rest)]
+        return out
+
+    return jax.make_array_from_callback(like.shape, like.sharding, local)
+
+
+def _latents(like: jax.ShapeDtypeStruct, sample: Sample) -> np.ndarray:
+    shape = like.shape[2:]
+    wanted = (shape[0] * shape[1], *shape[2:])
+    if sample.latents.shape != wanted:
+        raise InputError(
+            f"data: {sample.name}: latents of shape {sample.latents.shape}, the config says "
+            f"{wanted}; encode the data again"
+        )
+    return sample.latents.reshape(shape)
+
+
+# Pictures to latents on the mesh.
+
+
+def picture_abstract(cfg: config_lib.Config, like: Batch) -> jax.ShapeDtypeStruct:
+    """Of the pictures that `make_encode` takes, uint8 [accumulation, batch, rank, frame, height,
+    width, 3]: with data.encode="halo" each rank of `seq` has a window of its own, with "width" a
+    share of the width.
+    """
+    mesh, ranks, latents = like.latents.sharding.mesh, 1, cfg.train.latent_frames
+    if cfg.data.encode == "halo":
+        ranks = mesh.shape[mesh_lib.SEQ]
+        latents = window(cfg, ranks)[0]
+    frames = 1 + (latents - 1) * config_lib.TEMPORAL_COMPRESSION
+    return jax.ShapeDtypeStruct(
+        (*like.latents.shape[:2], ranks, frames, cfg.sample.height, cfg.sample.width, 3),
+        jnp.uint8,
+        sharding=jax.NamedSharding(mesh, _pictures(cfg)),
+    )
+
+
+def _pictures(cfg) -> jax.P:
+    halo = cfg.data.encode == "halo"
+    spread = ("chunk", None, None, None) if halo else (None, None, None, "width")
+    return jax.P(None, *mesh_lib.spec(("batch", *spread, None)))
+
+
+def window(cfg: config_lib.Config, ranks: int) -> tuple[int, list[int]]:
+    """How many latents each of `ranks` encodes of a video, and which one is the first it does.
+
+    Its own, the HALO before them, and one more: a window that begins inside the video begins with
+    the last frame of a latent, which encoded alone is none, but puts the groups of four frames
+    after it where they are in the whole video.
+    """
+    own = cfg.train.latent_frames // ranks
+    count = min(cfg.train.latent_frames, HALO + 1 + own)
+    return count, [max(0, rank * own - HALO - 1) for rank in range(ranks)]
+
+
+def _window(cfg: config_lib.Config, like: jax.ShapeDtypeStruct, sample: Sample) -> "_Windows":
+    ranks, frames = like.shape[2:4]
+    starts = window(cfg, ranks)[1] if cfg.data.encode == "halo" else [0]
+    return _Windows(sample.frames, [config_lib.TEMPORAL_COMPRESSION * s for s in starts], frames)
+
+
+class _Windows(NamedTuple):
+    """[rank, frame, ...] of a video, without a copy of it: windows overlap."""
+
+    frames: np.ndarray
+    starts: Sequence[int]
+    length: int
+
+    def __getitem__(self, index):
+        ranks, *rest = index
+        starts = self.starts[ranks]
+        return np.stack([self.frames[s : s + self.length][tuple(rest)] for s in starts])
+
+
+def make_encode(cfg: config_lib.Config, mesh: jax.sharding.Mesh):
+    """(params, pictures) -> latents [accumulation, batch, chunk, frame, h, w, channel], compiled.
+
+    With data.encode="width" the devices of `seq` encode a video together, and exchange columns;
+    with "halo" each encodes its own chunks and what they depend on, and nothing is exchanged. One
+    batch after the other, so that memory does not depend on train.accumulation.
+    """
+    dtype, seq = cfg.compute_dtype, mesh.shape[mesh_lib.SEQ]
+    # By a table: XLA would turn the division by 127.5 into a product, which rounds otherwise.
+    table = to_float(np.arange(256, dtype=np.uint8)).astype(dtype)
+    own = cfg.train.latent_frames // seq
+    starts = window(cfg, seq)[1]
+
+    def encode(params, pictures, axis):
+        pixels = jnp.asarray(table)[pictures[:, 0]]
+        return vae.encode_video(params, cfg.vae, pixels, cfg.sample.vae_latents_per_call, axis)
+
+    def width(params, pictures):
+        latents = encode(params, pictures, mesh_lib.SEQ)
+        return jax.lax.all_to_all(latents, mesh_lib.SEQ, split_axis=1, concat_axis=3, tiled=True)
+
+    def halo(params, pictures):
+        rank = jax.lax.axis_index(mesh_lib.SEQ)
+        first = rank * own - jnp.asarray(starts, jnp.int32)[rank]
+        return jax.lax.dynamic_slice_in_dim(encode(params, pictures, None), first, own, axis=1)
+
+    one = halo if cfg.data.encode == "halo" else width
+
+    def local(params, pictures):
+        latents = jax.lax.map(functools.partial(one, params), pictures)
+        chunked = (*latents.shape[:2], -1, cfg.model.chunk_frames, *latents.shape[3:])
+        return latents.reshape(chunked)
+
+    latents = jax.P(None, *mesh_lib.spec(("batch", "chunk", None, None, None, None)))
+    # Nothing is differentiated, so varying-axes types have nothing to check.
+    return jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(jax.P(), _pictures(cfg)), out_specs=latents, check_vma=False
+        )
+    )
