@@ -9,9 +9,7 @@ import numpy as np
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-
-# Dense bf16 peak of a card, TFLOP/s, by the vendor's data sheet.
-PEAK_TFLOPS = {"NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA A100-SXM4-80GB": 312.0}
+from longlive_jax.training import cost
 
 
 def random_params(specs, mesh, dtype, seed=0, rules=mesh_lib.SAMPLING_RULES):
@@ -75,7 +73,7 @@ def device_figures() -> dict:
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "peak_memory_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
-        "device_peak_tflops": PEAK_TFLOPS.get(device.device_kind),
+        "device_peak_tflops": cost.PEAK_TFLOPS.get(device.device_kind),
     }
 
 

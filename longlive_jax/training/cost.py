@@ -4,6 +4,18 @@ from longlive_jax import config as config_lib
 from longlive_jax.config import PATCH, REMAT
 from longlive_jax.training import state as state_lib
 
+# Dense bfloat16 peak of a device, TFLOP/s, by the vendors' data sheets.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+}
+
 
 def video_tokens(cfg: config_lib.Config) -> int:
     """Of one training sample, each of its two copies."""

@@ -23,18 +23,6 @@ from longlive_jax.training.teacher_forcing import Report
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
-# Dense bfloat16 peak of a device, TFLOP/s, by the vendors' data sheets.
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA B200": 2250.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-}
-
 
 class _Step(NamedTuple):
     number: int
@@ -61,7 +49,7 @@ class Metrics:
         show: Callable[[str], None],
     ):
         self._cfg, self._devices, self._show = cfg, mesh.size, show
-        self._peak = PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+        self._peak = cost.PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
         self._held: _Step | None = None
         self._start = self._ended = time.perf_counter()
         self._worked = 0.0
