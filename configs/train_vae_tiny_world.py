@@ -23,5 +23,6 @@ def get_config():
             ),
             sample=lib.Sample(height=128, width=192),
             data=lib.Data(path="tiny_world"),
+            train_vae=lib.TrainVAE(steps=5300),
         )
     )

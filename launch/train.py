@@ -38,8 +38,8 @@ from longlive_jax.models import umt5
 from longlive_jax.sampling import script, stream
 from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop, state
 
-# cuDNN's attention backward cannot be captured in a CUDA graph at small sizes ("capturing stream has
-# unjoined work": H200, jax 0.11.2, 2026-11-21), and at full size a graph saves nothing.
+# cuDNN's attention backward cannot be captured in a CUDA graph at small sizes ("capturing stream
+# has unjoined work": H200, jax 0.11.2, 2026-11-21).
 if "xla_gpu_enable_command_buffer" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_gpu_enable_command_buffer="
 
