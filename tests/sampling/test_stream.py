@@ -203,7 +203,9 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
             return out.reshape(q.shape)
 
         x, e, modulation, angle = dit._embed(params, MODEL, latents, t, f)
-        x = dit._train_blocks(params, MODEL, x, modulation, angle, attend, context, dit.Parallel())
+        x = dit._train_blocks(
+            params, MODEL, x, modulation, angle, attend, context, dit.Parallel(), "qkv"
+        )
         return dit._head(params["head"], MODEL, x, e, SIZE)[0, -1]
 
     oracle = jax.jit(oracle, static_argnums=2)
