@@ -24,8 +24,9 @@ $(STAMP): requirements.txt requirements-dev.txt
 demo: $(STAMP)
 	$(PYTHON) -m launch.demo --output=out/demo
 
+# Two processes: what tests compile, XLA mostly compiles on one core.
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist=loadfile
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600

@@ -203,7 +203,7 @@ class TrainVAE:
     log_every: int = 50
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything. `dtype` is the dtype of compute; parameters are kept in their own."""
 

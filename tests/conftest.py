@@ -25,7 +25,9 @@ def compilation_cache(tmp_path_factory):
     """Equal programs of different tests and of the commands they start are compiled once."""
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if directory is None:
-        directory = str(tmp_path_factory.mktemp("compilation_cache"))
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+        # One for all processes: each has its own folder below that of the whole run.
+        parent = tmp_path_factory.getbasetemp()
+        parent = parent.parent if "PYTEST_XDIST_WORKER" in os.environ else parent
+        directory = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
