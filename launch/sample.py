@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from launch import command, parts
+from launch import command, compile_cache, parts
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.data.arrays import load_npz, save_npz
@@ -48,6 +48,7 @@ flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**3
 flags.DEFINE_integer("batch", 1, "Videos denoised together.", lower_bound=1)
 flags.DEFINE_integer("chunks_per_shot", 0, "Of captions without durations.", lower_bound=0)
 flags.DEFINE_integer("vae_device", None, "Index of a device that is the VAE's alone.")
+flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, by launch.compile.")
 
 
 def main() -> None:
@@ -56,6 +57,8 @@ def main() -> None:
     _check_flags()
     mesh = mesh_lib.make_mesh(cfg.mesh)
     vae_mesh = parts.vae_mesh(cfg, mesh, FLAGS.vae_device)
+    if FLAGS.compile_cache:
+        compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
     scripts, texts, text = _scripts(cfg, noise.chunks if noise else None)
     batches = batches_lib.make(cfg, scripts, noise, FLAGS.batch)

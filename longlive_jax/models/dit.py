@@ -208,6 +208,8 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
             nonlocal stored
             keys, values, kv_len = cache.read(i, k, v)
             out = attention(q, keys, values, kv_len)
+            # Read before written, or XLA keeps a copy of the cache to read from.
+            out, k, v = jax.lax.optimization_barrier((out, k, v))
             stored = cache.write(i, slot, k, v)
             return out
 

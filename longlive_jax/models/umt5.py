@@ -186,7 +186,8 @@ def prompt_embeddings(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "text_len", "dtype"))
-def _compiled(params, ids, mask, *, cfg, text_len, dtype):
+def encode_program(params, ids, mask, *, cfg, text_len, dtype):
+    """`prompt_embeddings`, compiled once for each batch and number of tokens."""
     return prompt_embeddings(params, cfg, ids, mask, text_len, dtype)
 
 
@@ -228,7 +229,7 @@ def encode_prompts(
             for row, prompt in enumerate(batch):
                 padded[row, : len(prompt)] = prompt
                 valid[row, : len(prompt)] = 1
-            result = _compiled(params, padded, valid, cfg=cfg, text_len=text_len, dtype=dtype)
+            result = encode_program(params, padded, valid, cfg=cfg, text_len=text_len, dtype=dtype)
             out[[unique[prompt] for prompt in batch]] = np.asarray(result)
     which = np.asarray([unique[prompt] for prompt in prompts], np.int64)
     finite = np.asarray([np.isfinite(e.astype(np.float32)).all() for e in out], bool)

@@ -83,13 +83,13 @@ def test_encode_prompts(golden, monkeypatch):
     """Any order, any lengths, repeated prompts: the golden rows, each encoded once."""
     arrays, cfg, params = golden
     seen = []
-    compiled = umt5._compiled
+    compiled = umt5.encode_program
 
     def counted(params, ids, mask, **static):
         seen.append(ids.shape)
         return compiled(params, ids, mask, **static)
 
-    monkeypatch.setattr(umt5, "_compiled", counted)
+    monkeypatch.setattr(umt5, "encode_program", counted)
     order = [2, 0, 2, 1, 0, 2]
     out = umt5.encode_prompts(
         params, cfg, arrays["ids"][order], arrays["mask"][order], 40, jnp.float32
@@ -107,7 +107,7 @@ def test_encode_prompts_in_bounded_batches(golden, monkeypatch):
         shapes.append(ids.shape)
         return np.broadcast_to(ids[:, :1, None].astype(dtype), (len(ids), text_len, cfg.dim))
 
-    monkeypatch.setattr(umt5, "_compiled", fake)
+    monkeypatch.setattr(umt5, "encode_program", fake)
     lengths = [1, 32, 33, 64, 65, 128, 129, 256, 257, 400] * 5
     ids = np.zeros((50, 512), np.int32)
     ids[:, 0] = np.arange(50)

@@ -1,0 +1,110 @@
+"""Compiles all that a sampler runs, before there are weights, into JAX's compilation cache.
+
+    python -m launch.compile --config=configs/sample_5b.py --cache=DIR
+    python -m launch.sample --config=configs/sample_5b.py --compile_cache=DIR ...
+
+Run it with the settings, `--batch` and `--vae_device` of the sampler. A second run compiles what is
+missing, damaged or of another machine or version, and nothing else. See docs/compile.md.
+"""
+
+import concurrent.futures
+import os
+import threading
+import time
+
+import jax
+from absl import flags
+
+from launch import command, compile_cache, parts
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.errors import InputError
+from longlive_jax.sampling import programs as programs_lib
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("cache", None, "Folder for the programs; a JAX_COMPILATION_CACHE_DIR.")
+flags.DEFINE_integer("batch", 1, "Videos denoised together.", lower_bound=1)
+flags.DEFINE_integer("vae_device", None, "Index of a device that is the VAE's alone.")
+
+
+def main() -> None:
+    start = time.monotonic()
+    cfg = command.config()
+    if not FLAGS.cache:
+        raise InputError("--cache is missing; give the folder for the compiled programs")
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    replicas = cfg.mesh.data * cfg.mesh.fsdp
+    if FLAGS.batch % replicas:
+        raise InputError(
+            f"--batch={FLAGS.batch}: must be a multiple of mesh data x fsdp = {replicas}; change "
+            "it or the mesh"
+        )
+    vae_mesh = parts.vae_mesh(cfg, mesh, FLAGS.vae_device)
+    programs = programs_lib.programs(cfg, mesh, vae_mesh, FLAGS.batch)
+    for line in compile_cache.renew(FLAGS.cache):
+        print(f"stale: {line}", flush=True)
+    manifest = compile_cache.Manifest.read(FLAGS.cache)
+    compile_cache.point_jax_at(FLAGS.cache)
+    # What is here must be found, however little time it takes.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    run = compile_cache.run_id(cfg, FLAGS.batch, FLAGS.vae_device)
+    before = manifest.runs.get(run, {"programs": {}})["programs"]
+    records, compiled = {}, 0
+    for name, hit, record in _compile(programs):
+        records[name] = before.get(name, record) if hit else record
+        compiled += not hit
+        _show(name, hit, record)
+    manifest.runs[run] = {
+        "source": compile_cache.source(),
+        "programs": {name: records[name] for name in programs},
+    }
+    manifest.write(FLAGS.cache)
+    what = f"{compiled} compiled, {len(records) - compiled} found" if compiled else "up to date"
+    print(f"{len(records)} programs: {what}, {time.monotonic() - start:.1f} s: {FLAGS.cache}")
+
+
+def _compile(programs):
+    """Yields (name, whether the cache had it, its record) as each is done.
+
+    XLA compiles outside of Python's lock, so threads use all cores; on a GPU it measures one
+    algorithm at a time all the same.
+    """
+    here = threading.local()
+
+    def listen(event, **_):  # called in the thread that compiles
+        if event == "/jax/compilation_cache/cache_hits":
+            here.hit = True
+
+    def one(lower):
+        start = time.monotonic()
+        lowered = lower()
+        here.hit = False
+        memory = lowered.compile().memory_analysis()
+        record = {"seconds": round(time.monotonic() - start, 2)}
+        if memory is not None:
+            record |= {
+                "argument_bytes": memory.argument_size_in_bytes,
+                "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+            }
+        return here.hit, record
+
+    jax.monitoring.register_event_listener(listen)
+    with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as pool:
+        jobs = {pool.submit(one, lower): name for name, lower in programs.items()}
+        for job in concurrent.futures.as_completed(jobs):
+            yield jobs[job], *job.result()
+
+
+def _show(name, hit, record):
+    sizes = (
+        f"{key.removesuffix('_bytes')} {value / 2**30:.3g}"
+        for key, value in record.items()
+        if key.endswith("_bytes")
+    )
+    what = "found" if hit else "compiled"
+    print(f"  {name:<30} {what:<8} {record['seconds']:7.1f} s  GiB: {', '.join(sizes)}", flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,158 @@
+"""Every program that streaming runs, from shapes alone: for compiling before there are weights.
+
+What is lowered here must be, to the bit, what `stream`, `decode` and `umt5` lower when they run:
+only then does JAX's persistent compilation cache hand one to the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.models import dit, umt5, vae, vae_spec
+from longlive_jax.sampling import decode, stream
+
+Lower = Callable[[], jax.stages.Lowered]
+
+
+def programs(
+    cfg: config_lib.Config, mesh: jax.sharding.Mesh, vae_mesh: jax.sharding.Mesh, batch: int
+) -> dict[str, Lower]:
+    """A function by name that lowers each program, the slow ones to compile first.
+
+    Those of videos of sample.height x sample.width, `batch` of them together: from text, from a
+    first frame unless all are (`sample.image_to_video`), and continued. Nothing is allocated.
+
+    Raises:
+      InputError: `vae_mesh` does not divide the batch or the width.
+    """
+    size = tuple(n // vae.PIXELS for n in (cfg.sample.height, cfg.sample.width))
+    vae_spec.check_mesh(vae_mesh, batch, size[1])
+    return dict(
+        [
+            *_decoding(cfg, vae_mesh, batch, size),
+            *_encoding(cfg, vae_mesh, batch, size),
+            *_stream(cfg, mesh, batch, size),
+            *_text(cfg, mesh),
+        ]
+    )
+
+
+def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
+    for pictured in (True,) if cfg.sample.image_to_video else (False, True):
+        sample = dataclasses.replace(cfg.sample, image_to_video=pictured)
+        one = dataclasses.replace(cfg, sample=sample)
+        sampler = stream.Sampler(one, mesh)
+        arguments = step_arguments(one, mesh, batch, *size)
+        after = " after a first frame" if pictured else ""
+        yield f"chunk_step{after}", functools.partial(sampler.step.lower, *arguments)
+        if cfg.sample.recache:
+            yield f"recache{after}", functools.partial(sampler.recache.lower, *arguments)
+        if not pictured:
+            yield "ingest", functools.partial(sampler.ingest.lower, *arguments)
+    make = functools.partial(stream.init_state, cfg, batch, *size)
+    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs())
+    yield "init_state", jax.jit(make, out_shardings=shardings).lower
+    shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)
+    samples = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    yield "noise", functools.partial(stream.noise.lower, key, 0, samples, shape)
+
+
+def step_arguments(
+    cfg: config_lib.Config, mesh: jax.sharding.Mesh, batch: int, height: int, width: int
+) -> tuple[params_lib.Tree, stream.StreamState, stream.ChunkInput]:
+    """What `Sampler.step` takes, as `jax.ShapeDtypeStruct`s. `height`, `width`: of the latents."""
+    m, dtype = cfg.model, cfg.compute_dtype
+    params = params_lib.abstract(dit.spec(m), mesh, dtype, mesh_lib.SAMPLING_RULES)
+    state = jax.eval_shape(functools.partial(stream.init_state, cfg, batch, height, width))
+    text = jax.ShapeDtypeStruct((batch, m.text_len, m.text_dim), dtype)
+    latents = (batch, m.chunk_frames, height, width, m.in_dim)
+    first = jax.ShapeDtypeStruct((batch, 1, *latents[2:]), jnp.float32)
+    inputs = stream.ChunkInput(
+        noise=jax.ShapeDtypeStruct(latents, jnp.float32),
+        context=text,
+        cut=jax.ShapeDtypeStruct((batch,), jnp.bool_),
+        negative=text if stream.guided(cfg) else None,
+        first_frame=first if cfg.sample.image_to_video else None,
+    )
+    specs = stream.state_specs(), stream.input_specs(cfg)
+    return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))
+
+
+def _decoding(cfg, mesh, batch, size):
+    params = _vae_params(cfg, mesh, "decoder", "conv2")
+    state = _vae_state(vae.init_decode_state, cfg, mesh, batch, size)
+    for first, count in _calls(cfg):
+        latents = _placed(mesh, (batch, count, *size, cfg.vae.z_dim), cfg.compute_dtype)
+        program = decode.decode_program(cfg.vae, mesh, first, vae.to_uint8)
+        name = "first" if first else count
+        yield f"decode {name}", functools.partial(program.lower, params, state, latents)
+
+
+def _encoding(cfg, mesh, batch, size):
+    """Of first frames, `batch` together; of a video to continue, once on each replica."""
+    params = _vae_params(cfg, mesh, "encoder", "conv1")
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    pixels = tuple(n * vae.PIXELS for n in size)
+    for rows in sorted({batch, replicas}):
+        state = _vae_state(vae.init_encode_state, cfg, mesh, rows, size)
+        for first, count in _calls(cfg):
+            if not first and (rows != replicas or cfg.sample.image_to_video):
+                continue
+            number = 1 if first else count * vae.FRAMES
+            frames = _placed(mesh, (rows, number, *pixels, 3), cfg.compute_dtype)
+            program = vae.encode_on_mesh(mesh, cfg.vae, first)
+            name = f"encode {'first' if first else count}" + (f" x{rows}" if rows > 1 else "")
+            yield name, functools.partial(program.lower, params, state, frames)
+
+
+def _calls(cfg):
+    """(whether a video's first, latents) of each call of the VAE, for videos of whole chunks."""
+    size, chunk = cfg.sample.vae_latents_per_call, cfg.model.chunk_frames
+    # A video's first chunk has one latent fewer for the steady calls.
+    counts = {n for left in (chunk - 1, chunk) for n in (min(size, left), left % size)}
+    return [(True, 1), *((False, n) for n in sorted(counts - {0}, reverse=True))]
+
+
+def _vae_params(cfg, mesh, *names):
+    specs = {name: tree for name, tree in vae.spec(cfg.vae).items() if name in names}
+    return params_lib.abstract(specs, mesh, cfg.compute_dtype, {})
+
+
+def _vae_state(init, cfg, mesh, batch, size):
+    state = jax.eval_shape(functools.partial(init, cfg.vae, batch, *size, cfg.compute_dtype))
+    return jax.tree.map(lambda x: _placed(mesh, x.shape, x.dtype), state)
+
+
+def _placed(mesh, shape, dtype):
+    """Latents, frames or the VAE's state, as they lie on its mesh."""
+    sharding = mesh_lib.sharding(mesh, vae_spec.SHARDED)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _text(cfg, mesh):
+    params = params_lib.abstract(umt5.spec(cfg.umt5), mesh, cfg.compute_dtype, {})
+    length = cfg.model.text_len
+    for tokens in (*(n for n in umt5.TOKEN_BUCKETS if n < length), length):
+        for batch in umt5.BATCHES:
+            ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+            yield (
+                f"text {batch}x{tokens}",
+                functools.partial(
+                    umt5.encode_program.lower, params, ids, ids,
+                    cfg=cfg.umt5, text_len=length, dtype=cfg.compute_dtype,
+                ),
+            )  # fmt: skip
+
+
+def _on(mesh, tree, specs):
+    def one(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree, specs)
