@@ -1,0 +1,126 @@
+"""FP8: 8-bit floats with one float32 scale for a whole tensor or for every row of it.
+
+A number is value * scale. The largest magnitude that shares a scale goes to the format's largest
+number (E4M3: 448, for weights and activations; E5M2: 57344, for gradients).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import exact
+
+DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+
+
+@struct.dataclass
+class FP8Tensor:
+    """An array of 8 bits a number. Indexing, scanning and mapping over leading axes work.
+
+    values: float8_e4m3fn or float8_e5m2, [..., n].
+    scale: float32. One for the tensor: [], or [layer] and so on where tensors were stacked by
+      `jax.vmap` or `jax.lax.scan`. One for each row: as many axes as `values`, that of the row of
+      size 1.
+    dtype: what it stands for, and the default of `dequantize`.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    dtype: np.dtype = struct.field(pytree_node=False)
+
+    __iter__ = None  # Python would index on for ever: JAX clamps an index that is too large
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    def __getitem__(self, index) -> "FP8Tensor":
+        """One tensor of a stack: `index` selects along axes that both arrays have."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def dequantize(self, dtype=None) -> jax.Array:
+        """The numbers, in `dtype` (default: the tensor's own), computed in float32."""
+        scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
+        y = self.values.astype(jnp.float32) * scale
+        return y.astype(self.dtype if dtype is None else dtype)
+
+    def shardings(self, sharding: jax.sharding.NamedSharding) -> "FP8Tensor":
+        """A NamedSharding for each leaf, from that of the dequantised array.
+
+        For `jax.shard_map` take their `.spec`.
+        """
+        names = [None if n == 1 else name for n, name in zip(self.scale.shape, sharding.spec)]
+        scale = jax.NamedSharding(sharding.mesh, jax.P(*names), memory_kind=sharding.memory_kind)
+        return self.replace(values=sharding, scale=scale)
+
+
+def quantize_fp8(
+    x: jax.Array, dtype=jnp.float8_e4m3fn, axis: int | None = None, amax: jax.Array | None = None
+) -> FP8Tensor:
+    """x in FP8, to nearest even: scale = amax / largest, value = x * (1 / scale), both rounded.
+
+    The product has the same bits on every backend, which a quotient has not. It differs from
+    x / scale by float32's last bit, so that a tie between two values may go the other way.
+
+    What is out of the ordinary:
+      Zeros: a row, or a tensor, of zeros gets the smallest scale, 2^-126, and is 0.
+      Inf, NaN: the row that has one decodes to NaN; with one scale, the whole tensor.
+      Given amax: what is above saturates.
+
+    Args:
+      x: [..., n], bfloat16 or float32.
+      dtype: float8_e4m3fn or float8_e5m2.
+      axis: the axis over which numbers share a scale, such as the one that a product contracts;
+        None: all of them share one.
+      amax: float32, the largest magnitudes of the whole of which x is a part, such as a maximum
+        over a mesh: [], or with `axis` of x's shape with 1 there. None: those of x.
+
+    Raises:
+      InputError: another dtype of x or of the result, an axis that x has not, an empty x, an amax
+        of another shape.
+    """
+    _validate(x, dtype, axis, amax)
+    return _quantize(x, amax, jnp.dtype(dtype), axis)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "axis"))
+def _quantize(x, amax, dtype, axis):
+    largest = float(jnp.finfo(dtype).max)
+    y = exact.round_input(x)
+    if amax is None:
+        amax = jnp.max(jnp.abs(y), axis=axis, keepdims=axis is not None)
+    scale = jnp.maximum(exact.divide_by(jnp.asarray(amax, jnp.float32), largest), exact.TINY)
+    inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
+    # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.
+    y = jnp.clip(y * inverse, -largest, largest)
+    return FP8Tensor(values=y.astype(dtype), scale=scale, dtype=x.dtype)
+
+
+def _validate(x, dtype, axis, amax):
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise InputError(f"fp8: input is {x.dtype}; it must be bfloat16 or float32: cast it")
+    if jnp.dtype(dtype) not in DTYPES:
+        raise InputError(f"fp8: dtype {dtype}; it must be float8_e4m3fn or float8_e5m2")
+    if math.prod(x.shape) == 0:
+        raise InputError(f"fp8: shape {x.shape} is empty; it must hold at least one number")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise InputError(f"fp8: axis {axis} of shape {x.shape}; it has {x.ndim} axes")
+    if amax is None:
+        return
+    shape = (
+        () if axis is None else tuple(1 if i == axis % x.ndim else n for i, n in enumerate(x.shape))
+    )
+    if jnp.shape(amax) != shape:
+        raise InputError(
+            f"fp8: amax has shape {jnp.shape(amax)}; with axis {axis} it must be {shape}"
+        )

@@ -1,0 +1,363 @@
+"""NVFP4: 4-bit floats, a scale for every 16 of them, and one number for the whole tensor.
+
+A number is code * scale * amax / d: the code E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives),
+the scale E4M3, shared by 16 values of the last axis (1-D blocks) or by 16 x 16 of the last two
+(2-D blocks), amax the tensor's largest magnitude in float32. A scale rule says how a block's scale
+comes from its largest magnitude. The static rules put it at code 6 or at code 4. The adaptive ones
+("four over six", after the original) try both and keep the one whose dequantised values have the
+smaller error over the block: the sum of squares (mse), of magnitudes (mae) or the largest
+(abs_max); at a tie, 6.
+
+Every step is rounded as the original's float32 arithmetic rounds it, on every backend (see
+`exact`), so codes, scales and amax are the original's bit for bit.
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import exact
+from longlive_jax.formats import hadamard as hadamard_lib
+
+BLOCK = 16
+BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
+# Largest code and largest scale that a rule uses. An adaptive rule's scale grows by 1.5 where it
+# picks 4, and 448, the largest E4M3 number, would leave no room for that.
+RULES = {
+    "static_6": (6, 448),
+    "static_4": (4, 448),
+    "mse": (6, 256),
+    "mae": (6, 256),
+    "abs_max": (6, 256),
+}
+ADAPTIVE = ("mse", "mae", "abs_max")
+DTYPES = ("bfloat16", "float32")
+
+
+@struct.dataclass
+class NVFP4Tensor:
+    """An array of 4.5 bits a number. Indexing, scanning and mapping over leading axes work.
+
+    values: float4_e2m1fn [..., n].
+    scales: float8_e4m3fn [..., n / 16], one for each 16 values; with 2-D blocks 16 rows have equal
+      ones.
+    amax: float32 []; [layer] and so on where tensors were stacked by `jax.vmap` or `jax.lax.scan`.
+    rule, block: what it was quantised by; `rule` also says how to decode it.
+    dtype: what it stands for, and the default of `dequantize`.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    amax: jax.Array
+    rule: str = struct.field(pytree_node=False)
+    block: tuple[int, int] = struct.field(pytree_node=False)
+    dtype: np.dtype = struct.field(pytree_node=False)
+
+    __iter__ = None  # Python would index on for ever: JAX clamps an index that is too large
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    def __getitem__(self, index) -> "NVFP4Tensor":
+        """One tensor of a stack: `index` selects along axes that all three arrays have."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def dequantize(self, dtype=None) -> jax.Array:
+        """The numbers, in `dtype` (default: the tensor's own), computed in float32.
+
+        Those below 2^-124 are 0.
+        """
+        groups = _split(self.values.astype(jnp.float32), -1, BLOCK)
+        scaled = groups * self.scales.astype(jnp.float32)[..., None]
+        amax = self.amax.reshape(self.amax.shape + (1,) * (groups.ndim - self.amax.ndim))
+        # 2^-12 in both factors keeps the product finite for any amax.
+        y = exact.divide_by(scaled * 2.0**-12 * amax, _denominator(self.rule) * 2.0**-12)
+        return y.reshape(self.shape).astype(self.dtype if dtype is None else dtype)
+
+    def codes(self) -> jax.Array:
+        """uint8 [..., n]: sign << 3 | exponent << 1 | mantissa."""
+        # Not a bitcast, which XLA's CPU backend cannot compile where it fuses it into a scan.
+        y = self.values.astype(jnp.float32)
+        return _code(jnp.abs(y), jnp.signbit(y))
+
+    @jax.jit
+    def packed(self) -> jax.Array:
+        """uint8 [..., n / 2]: two codes a byte, that of the even column in the low four bits."""
+        pairs = _split(self.codes(), -1, 2)
+        return pairs[..., 0] | pairs[..., 1] << 4
+
+    def shardings(self, sharding: jax.sharding.NamedSharding) -> "NVFP4Tensor":
+        """A NamedSharding for each leaf, from that of the dequantised array.
+
+        A device must hold whole blocks. For `jax.shard_map` take their `.spec`.
+        """
+        spec = jax.P(*sharding.spec[: self.amax.ndim])
+        amax = jax.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        return self.replace(values=sharding, scales=sharding, amax=amax)
+
+
+def quantize_nvfp4(
+    x: jax.Array,
+    rule: str = "mse",
+    block: tuple[int, int] = (1, BLOCK),
+    hadamard: bool = False,
+    key: jax.Array | None = None,
+    amax: jax.Array | None = None,
+) -> NVFP4Tensor:
+    """x in NVFP4, in blocks along the last axis.
+
+    What is out of the ordinary:
+      Zeros: a block whose scale rounds to 0 (all of it below amax / 2^18 or so) is 0. A tensor with
+        amax below 2^-126 is all 0. There is no negative zero.
+      Inf, NaN: one makes amax Inf or NaN, and the whole tensor decodes to NaN.
+      Huge: any finite amax works. What decodes above it does so by float32's last bit.
+      Given amax: a block above it saturates, at 448 / 256 of amax where the rule leaves that room
+        and at amax where it does not; one with a NaN decodes to NaN, alone.
+
+    Args:
+      x: [..., n], bfloat16 or float32; n a multiple of 16.
+      rule: a key of `RULES`.
+      block: (1, 16), or (16, 16) for [..., rows, n] with rows a multiple of 16 too.
+      hadamard: quantise `random_hadamard(x)`; what decodes is transformed as well.
+      key: round stochastically; None: to nearest even. A number between two codes becomes one of
+        them with its own value as the mean, but for what an adaptive rule's choice adds, which
+        compares the errors that the drawn codes have.
+      amax: float32 [], the largest magnitude of the whole of which x is a part, such as a maximum
+        over a mesh; None: that of x.
+
+    Raises:
+      InputError: an unknown rule or block, a shape that blocks do not divide, another dtype, an
+        amax that is not a scalar.
+    """
+    _validate(x, rule, block, amax)
+    if hadamard:
+        x = hadamard_lib.random_hadamard(x)
+    return _quantize(x, amax, key, rule, tuple(block))
+
+
+def from_packed(
+    packed: jax.Array,
+    scales: jax.Array,
+    amax: jax.Array,
+    rule: str,
+    block: tuple[int, int] = (1, BLOCK),
+    dtype=jnp.bfloat16,
+) -> NVFP4Tensor:
+    """The inverse of `NVFP4Tensor.packed`.
+
+    Args:
+      packed: uint8 [..., n / 2].
+      scales: float8_e4m3fn, or its bits as uint8, [..., n / 16] in row-major order (for the
+        hardware's see `from_hardware_order`).
+      amax: float32 with one number, or [layer] and so on for a stack.
+      rule: the one it was quantised by: a wrong one is off by a factor of up to 1.75.
+
+    Raises:
+      InputError: an unknown rule or block, other dtypes, shapes that do not belong together.
+    """
+    shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+    if packed.dtype != jnp.uint8:
+        raise InputError(f"nvfp4: packed codes are {packed.dtype}; they must be uint8")
+    if scales.dtype not in (jnp.uint8, jnp.float8_e4m3fn):
+        raise InputError(f"nvfp4: scales are {scales.dtype}; they must be float8_e4m3fn or uint8")
+    _validate_layout(shape, rule, block)
+    if scales.shape != (*shape[:-1], shape[-1] // BLOCK):
+        raise InputError(
+            f"nvfp4: scales of shape {scales.shape} beside codes for {shape}; they must be "
+            f"{(*shape[:-1], shape[-1] // BLOCK)}, in row-major order"
+        )
+    amax = jnp.asarray(amax, jnp.float32)
+    if amax.shape != shape[: amax.ndim]:
+        if amax.size != 1:
+            raise InputError(f"nvfp4: amax of shape {amax.shape} beside codes for {shape}")
+        amax = amax.reshape(())
+    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(shape)
+    if scales.dtype == jnp.uint8:
+        scales = jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
+    return NVFP4Tensor(
+        values=_values(codes),
+        scales=scales,
+        amax=amax,
+        rule=rule,
+        block=tuple(block),
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def to_hardware_order(scales: jax.Array) -> jax.Array:
+    """Scales [rows, columns] in row-major order -> flat, as in the original's files.
+
+    Padded with zeros to whole tiles of 128 rows by 4 columns. In a tile, as tensor cores want it,
+    the rows r, r + 32, r + 64 and r + 96 lie side by side, 4 columns each.
+    """
+    rows, columns = scales.shape
+    scales = jnp.pad(scales, ((0, -rows % 128), (0, -columns % 4)))
+    tiles = scales.reshape(-(-rows // 128), 4, 32, -(-columns // 4), 4)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(-1)
+
+
+def from_hardware_order(flat: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The inverse of `to_hardware_order`: scales [rows, columns], the padding cut off.
+
+    Raises:
+      InputError: `flat` has another size than so many rows and columns, padded.
+    """
+    down, across = -(-rows // 128), -(-columns // 4)
+    if flat.size != down * across * 512:
+        raise InputError(
+            f"nvfp4: {flat.size} scales in hardware order; {rows} rows of {columns}, in tiles of "
+            f"128 x 4, are {down * across * 512}"
+        )
+    tiles = flat.reshape(down, across, 32, 4, 4).transpose(0, 3, 2, 1, 4)
+    return tiles.reshape(down * 128, across * 4)[:rows, :columns]
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "block"))
+def _quantize(x, amax, key, rule, block):
+    shape, dtype = x.shape, x.dtype
+    x = exact.round_input(x)
+    amax = jnp.max(jnp.abs(x)) if amax is None else jnp.asarray(amax, jnp.float32)
+    # XLA multiplies constants first: it must not see that an amax is one.
+    amax = jax.lax.optimization_barrier(amax)
+    # Scaled by a power of two so that amax is in [2, 4): no step under- or overflows, and none
+    # rounds otherwise than it would have.
+    biased = exact.exponent(amax)
+    usable = (biased > 0) & (biased < 255)
+    unit = exact.power_of_two(jnp.clip(255 - biased, 1, 254))
+    scaled_amax = jnp.where(usable, amax * unit, 2.0)
+    # [..., rows / r, r, n / 16, 16], with blocks along the axes -3 and -1.
+    x = _split(jnp.atleast_2d(x * unit), -1, BLOCK)
+    x = _split(x, -3, block[0])
+    noise = None if key is None else _noise(key, x.shape)
+    largest_code, _ = RULES[rule]
+    encode = exact.divide(jnp.float32(_denominator(rule)), scaled_amax)
+    decode = exact.divide(jnp.float32(1), encode)
+    largest = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True)
+    wanted = largest / 4 if largest_code == 4 else exact.divide_by(largest, 6)
+    wanted = jnp.where(usable, wanted * encode, 0.0)
+
+    codes, scale = _candidate(x, wanted, decode, noise)
+    if rule in ADAPTIVE:
+        # 1.5 times the scale puts the block's largest magnitude at code 4.
+        codes_4, scale_4 = _candidate(x, wanted * 1.5, decode, noise)
+        error = _error(x, codes, scale, scaled_amax, rule)
+        four = _error(x, codes_4, scale_4, scaled_amax, rule) < error
+        codes, scale = jnp.where(four, codes_4, codes), jnp.where(four, scale_4, scale)
+
+    # From blocks back to rows, one axis at a time, as `_split`.
+    rows = (*shape[:-1], shape[-1] // BLOCK, BLOCK)
+    scales = jnp.broadcast_to(scale.squeeze(-1).astype(jnp.float8_e4m3fn), x.shape[:-1])
+    return NVFP4Tensor(
+        values=_values(_code(codes, (x < 0) & (codes > 0)).reshape(rows).reshape(shape)),
+        scales=scales.reshape(rows[:-1]),
+        amax=amax,
+        rule=rule,
+        block=block,
+        dtype=dtype,
+    )
+
+
+def _candidate(x, wanted, decode, noise):
+    """Magnitudes of the codes, and the scale, for a block's scale before its rounding: float32."""
+    scale = exact.round_to(wanted, mantissa_bits=3, min_exponent=-6, largest=448.0)
+    # A zero scale has no inverse; its block is 0.
+    inverse = exact.divide(jnp.float32(1), jnp.where(scale > 0, decode * scale, 1.0))
+    codes = exact.round_to(jnp.abs(x) * inverse, 1, 0, 6.0, noise)
+    return jnp.where(scale > 0, codes, 0.0), scale
+
+
+def _error(x, codes, scale, amax, rule):
+    """A block's error. x here is scaled as amax is."""
+    y = exact.divide_by(codes * scale * amax, _denominator(rule))
+    error = jnp.abs(y - jnp.abs(x))
+    if rule == "abs_max":
+        return jnp.max(error, axis=(-3, -1), keepdims=True)
+    # The floor is far below what can matter here. It stands between the square and the sum, which
+    # could otherwise be contracted.
+    return _sum(error if rule == "mae" else jnp.maximum(error * error, exact.TINY))
+
+
+def _sum(x):
+    """Sum over the axes -3 and -1, in the order of the original: near-ties hang on it.
+
+    Vectors of 8 numbers go round robin to 4 (one-row blocks: 2) accumulators; then accumulators are
+    added, then the 8 lanes.
+    """
+    x = _split(_split(x, -1, 8), -4, min(x.shape[-3], 2))
+    x = _add(x[..., i, :, :, :, :] for i in range(x.shape[-5]))
+    x = _add(x[..., i, :, j, :] for i in range(x.shape[-4]) for j in range(2))
+    return _add(x[..., i] for i in range(8))[..., None, :, None]
+
+
+def _split(x, axis, size):
+    """x with `axis`, counted from the end, split in two, the second of `size`.
+
+    One axis at a time: only so do shardings carry over.
+    """
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
+
+
+def _add(terms):
+    return functools.reduce(operator.add, terms)
+
+
+def _noise(key, shape):
+    """Uniform in (0, 1), in steps of 2^-16: as fine as any use of 4-bit numbers can tell."""
+    return (jax.random.bits(key, shape, jnp.uint16).astype(jnp.float32) + 0.5) * 2.0**-16
+
+
+def _denominator(rule):
+    code, scale = RULES[rule]
+    return code * scale
+
+
+def _code(magnitude, negative):
+    """uint8 codes of E2M1 numbers: from 1 up, they are a float32's bits from the 22nd on."""
+    high = (jax.lax.bitcast_convert_type(magnitude, jnp.uint32) >> 22) - 252
+    code = jnp.where(magnitude >= 1, high, (magnitude == 0.5).astype(jnp.uint32))
+    return (code | negative.astype(jnp.uint32) << 3).astype(jnp.uint8)
+
+
+def _values(codes):
+    return jax.lax.bitcast_convert_type(codes.astype(jnp.uint4), jnp.float4_e2m1fn)
+
+
+def _validate(x, rule, block, amax):
+    if x.dtype not in DTYPES:
+        raise InputError(f"nvfp4: input is {x.dtype}; it must be {' or '.join(DTYPES)}: cast it")
+    if amax is not None and jnp.shape(amax) != ():
+        raise InputError(
+            f"nvfp4: amax has shape {jnp.shape(amax)}; it must be one number: map over stacks with "
+            "jax.vmap"
+        )
+    _validate_layout(x.shape, rule, block)
+
+
+def _validate_layout(shape, rule, block):
+    if rule not in RULES:
+        raise InputError(f"nvfp4: unknown rule {rule!r}; rules: {', '.join(RULES)}")
+    if tuple(block) not in BLOCKS:
+        raise InputError(f"nvfp4: block {block} must be one of {BLOCKS}")
+    if 0 in shape:
+        raise InputError(f"nvfp4: shape {shape} is empty; it must hold at least one block")
+    if not shape or shape[-1] % BLOCK:
+        raise InputError(
+            f"nvfp4: shape {shape} must end in a multiple of {BLOCK}; pad the last axis with zeros"
+        )
+    if block[0] == BLOCK and (len(shape) < 2 or shape[-2] % BLOCK):
+        raise InputError(
+            f"nvfp4: shape {shape} in {BLOCK} x {BLOCK} blocks must have a multiple of {BLOCK} "
+            f"rows; pad them with zeros or use block (1, {BLOCK})"
+        )

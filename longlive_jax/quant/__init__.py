@@ -1,0 +1,1 @@
+"""Quantisation recipes, the linear layer they are for, and trees of quantised weights."""

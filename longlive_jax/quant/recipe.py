@@ -1,0 +1,143 @@
+"""Quantisation recipes: which number format each product of a transformer block is computed in.
+
+A linear layer is one matrix product in a forward and two more in its gradient:
+
+  forward   y = x w         x with `activation`, w with `weight`
+  dgrad     dx = dy w^T     dy with `gradients.dgrad`, w as in the forward
+  wgrad     dw = x^T dy     x with `gradients.activation`, dy with `gradients.wgrad`
+
+In the original 300 layers of 30 blocks are quantised, here the seven of `LINEARS` in each block.
+Everything else (embeddings, head, norms, rotations, softmax) stays as it is.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from longlive_jax.errors import InputError
+
+# Path of each quantised layer within a block, and how many matrices of the original its weight is
+# made of: each of them is a tensor of its own, with its own largest magnitude.
+LINEARS = {
+    "self_attn.qkv": 3,
+    "self_attn.o": 1,
+    "cross_attn.q": 1,
+    "cross_attn.kv": 2,
+    "cross_attn.o": 1,
+    "ffn.0": 1,
+    "ffn.2": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4:
+    """How `formats.quantize_nvfp4` is called. `stochastic`: rounding by a key, not to nearest."""
+
+    rule: str = "mse"
+    block: tuple[int, int] = (1, 16)
+    hadamard: bool = False
+    stochastic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8:
+    """How `formats.quantize_fp8` is called. `rows`: a scale a row, instead of one a tensor."""
+
+    dtype: str = "float8_e4m3fn"
+    rows: bool = False
+    stochastic: ClassVar[bool] = False
+
+
+Format = NVFP4 | FP8
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """Formats of the two products of a gradient.
+
+    wgrad, activation: None: the tensor that dgrad or the forward has made already, transposed,
+      which a format with one scale a tensor allows.
+    saved: what is kept of x for wgrad. "forward": the forward's tensor, dequantised and quantised
+      again; "wgrad": the one that wgrad will need, made of x itself.
+    """
+
+    dgrad: Format
+    wgrad: Format | None = None
+    activation: Format | None = None
+    saved: str = "forward"
+
+    @property
+    def stochastic(self) -> bool:
+        return any(f is not None and f.stochastic for f in (self.dgrad, self.wgrad))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The formats of one linear layer, or of all. `gradients`: None: for inference alone.
+
+    parts, index: of the layer, set by `at`: its number in `LINEARS`.
+    """
+
+    name: str
+    activation: Format
+    weight: Format
+    gradients: Gradients | None = None
+    parts: int = 1
+    index: int = 0
+
+    def at(self, path: str) -> "Recipe":
+        """The recipe of the block's layer at this path, a key of `LINEARS`."""
+        return dataclasses.replace(self, parts=LINEARS[path], index=tuple(LINEARS).index(path))
+
+
+def _nvfp4(name: str, weight_rule: str) -> Recipe:
+    """The original's training: wgrad quantises the dequantised activation a second time.
+
+    Square blocks, so that a weight and its transpose are the same numbers. Gradients are rounded
+    stochastically, and both operands of wgrad go through the Hadamard transform.
+    """
+    return Recipe(
+        name,
+        activation=NVFP4("mse"),
+        weight=NVFP4(weight_rule, (16, 16)),
+        gradients=Gradients(
+            dgrad=NVFP4("mse", stochastic=True),
+            wgrad=NVFP4("mse", hadamard=True, stochastic=True),
+            activation=NVFP4("mse", hadamard=True),
+        ),
+    )
+
+
+_TABLE = (
+    # Weights and activations with a scale for each output channel and token.
+    Recipe("fp8", activation=FP8(rows=True), weight=FP8(rows=True)),
+    # Range matters more than precision in gradients: E5M2.
+    Recipe("fp8_train", FP8(), FP8(), Gradients(dgrad=FP8("float8_e5m2"))),
+    _nvfp4("nvfp4_ar", "static_6"),
+    _nvfp4("nvfp4_dmd", "mse"),
+    # As the original exports: blocks of one row, whatever the training had.
+    Recipe("nvfp4_w4a4", NVFP4("mse"), NVFP4("mse")),
+    # Transformer Engine's defaults: both operands of wgrad are made of unquantised tensors.
+    Recipe(
+        "nvfp4_te",
+        activation=NVFP4("static_6"),
+        weight=NVFP4("static_6", (16, 16)),
+        gradients=Gradients(
+            dgrad=NVFP4("static_6", stochastic=True),
+            wgrad=NVFP4("static_6", hadamard=True, stochastic=True),
+            activation=NVFP4("static_6", hadamard=True),
+            saved="wgrad",
+        ),
+    ),
+)
+RECIPES: dict[str, Recipe | None] = {"bf16": None} | {recipe.name: recipe for recipe in _TABLE}
+
+
+def get(name: str) -> Recipe | None:
+    """The recipe of this name; None for "bf16", which quantises nothing.
+
+    Raises:
+      InputError: there is none.
+    """
+    if name not in RECIPES:
+        raise InputError(f"quant: unknown recipe {name!r}; recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,151 @@
+"""Parameter trees with quantised weights: how they are made, and what they look like.
+
+In such a tree the place of a weight [layer, in, out] is taken by an NVFP4Tensor or FP8Tensor
+[layer, part, out, in], see `quant.linear`, and in the tree of its specs by one of specs. So
+whatever maps over specs (shardings, `params.gather`) maps over these too.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.params import ParamSpec
+from longlive_jax.quant.linear import Quantized, quantize_weight
+from longlive_jax.quant.recipe import LINEARS, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec(ParamSpec):
+    """A ParamSpec of an array that has a dtype of its own."""
+
+    dtype: Any = None
+
+
+def quantize_specs(
+    specs: params_lib.Tree, recipe: Recipe | None, dtype=jnp.bfloat16
+) -> params_lib.Tree:
+    """The specs of what `quantize_params` makes of parameters with these specs.
+
+    Args:
+      specs: of a transformer, with layers stacked in "blocks".
+      dtype: as `quantize_params`.
+
+    Raises:
+      InputError: sides that the format's blocks do not divide.
+    """
+
+    def one(weight: ParamSpec, own: Recipe) -> Quantized:
+        layer, inputs, outputs = weight.axes
+        array = jax.ShapeDtypeStruct(weight.shape[1:], jnp.dtype(dtype))
+        shapes = jax.eval_shape(functools.partial(quantize_weight, recipe=own), array)
+
+        def leaf(x):
+            axes = (None, outputs, inputs)[: x.ndim]
+            # What a whole row has one of, each device has.
+            axes = tuple(None if n == 1 else name for n, name in zip(x.shape, axes))
+            return QuantSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
+
+        return jax.tree.map(leaf, shapes)
+
+    return _map(one, recipe, specs)
+
+
+def quantize_params(
+    params: params_lib.Tree,
+    specs: params_lib.Tree,
+    recipe: Recipe | None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: dict = mesh_lib.RULES,
+    dtype=jnp.bfloat16,
+) -> params_lib.Tree:
+    """The tree with the weights of the blocks' linear layers quantised.
+
+    The numbers are those of weights quantised when they are used, on any mesh. Made one array at a
+    time, layer by layer: beside argument and result, a device holds one layer's whole weight.
+
+    Args:
+      specs: of `params`.
+      mesh, rules: how they are sharded, and the result will be; None: on one device.
+      dtype: the compute dtype, which weights are cast to first.
+    """
+
+    def one(weight: jax.Array, own: Recipe, spec: Quantized) -> Quantized:
+        place = None if mesh is None else params_lib.shardings(spec, mesh, rules)
+        # Layers of equal shape share a program.
+        own = dataclasses.replace(own, index=0)
+        return _program(own, jnp.dtype(dtype), place)(weight)
+
+    return _map(one, recipe, params, quantize_specs(specs, recipe, dtype))
+
+
+@functools.cache
+def _program(recipe, dtype, place):
+    def one(weight):  # [in, out]
+        weight = weight.astype(dtype)
+        if place is None:
+            return quantize_weight(weight, recipe)
+        whole = jax.NamedSharding(place.values.mesh, jax.P())
+        q = quantize_weight(jax.sharding.reshard(weight, whole), recipe)
+        # Without the layer.
+        parts = jax.tree.map(lambda s: s.update(spec=jax.P(*s.spec[1:])), place)
+        return jax.tree.map(jax.sharding.reshard, q, parts)
+
+    return jax.jit(lambda stacked: jax.lax.map(one, stacked), out_shardings=place)
+
+
+def abstract(
+    specs: params_lib.Tree,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=jnp.float32,
+    rules: dict = mesh_lib.RULES,
+) -> params_lib.Tree:
+    """`params.abstract`, with the dtypes that specs have; `dtype`: of all others."""
+
+    def one(spec, array):
+        return array.update(dtype=spec.dtype) if isinstance(spec, QuantSpec) else array
+
+    arrays = params_lib.abstract(specs, mesh, dtype, rules)
+    return jax.tree.map(one, specs, arrays, is_leaf=params_lib.is_spec)
+
+
+def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:
+    """A tree of arrays, or of specs, with dicts for quantised weights: for a checkpoint's paths."""
+
+    def one(leaf):
+        if not isinstance(leaf, Quantized):
+            return leaf
+        fields = (field for field in dataclasses.fields(leaf))
+        return {
+            f.name: getattr(leaf, f.name) for f in fields if f.metadata.get("pytree_node", True)
+        }
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def from_dicts(tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
+    """The inverse of `as_dicts`. specs: `quantize_specs` of the recipe that quantised the tree."""
+
+    def one(spec, leaf):
+        return spec.replace(**leaf) if isinstance(spec, Quantized) else leaf
+
+    def is_leaf(x):
+        return isinstance(x, Quantized) or params_lib.is_spec(x)
+
+    return jax.tree.map(one, specs, tree, is_leaf=is_leaf)
+
+
+def _map(function, recipe, tree, *others):
+    """`tree` with `function(weight, its layer's recipe, *others' weight)` for each weight of it."""
+    if recipe is None:
+        return tree
+    leaves = params_lib.flatten(tree)
+    others = [params_lib.flatten(other) for other in others]
+    for path in LINEARS:
+        where = ("blocks", *path.split("."), "weight")
+        leaves[where] = function(leaves[where], recipe.at(path), *(o[where] for o in others))
+    return params_lib.unflatten(leaves)
