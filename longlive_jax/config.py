@@ -20,6 +20,7 @@ FRAMES_PER_SECOND = 24
 PATCH = 2  # latents a token covers, each way
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
+KV_FORMATS = ("bf16", "fp8", "nvfp4")  # what `quant.kv` knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,13 @@ class Sample:
     recache: bool = False  # on a prompt change inside a shot, run the visible past again
     chunks: int = 16  # length of a plain-text prompt's video, in chunks
     vae_latents_per_call: int = 2  # latents decoded at once: speed against memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Quant:
+    """Number formats of less than 16 bits. "bf16": none, all is in the dtype of compute."""
+
+    kv: str = "bf16"  # of the sampler's cache, one of KV_FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +220,7 @@ class Config:
     umt5: UMT5 = UMT5()
     mesh: Mesh = Mesh()
     sample: Sample = Sample()
+    quant: Quant = Quant()
     data: Data = Data()
     train: Train = Train()
     train_vae: TrainVAE = TrainVAE()
@@ -300,9 +309,18 @@ def validate(config: Config) -> None:
             f"must be at least {least}: {sinks} sink chunk(s), one recent chunk and the one being "
             f"denoised, of {m.chunk_frames} frames each",
         )
+    _validate_quant(config)
     _divides("model.num_heads", m.num_heads, "mesh.seq", mesh.seq)
     _divides("model.chunk_frames", m.chunk_frames, "mesh.seq", mesh.seq)
     _divides("model.dim", m.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)
+
+
+def _validate_quant(config):
+    kv = config.quant.kv
+    if kv not in KV_FORMATS:
+        _refuse(f"quant.kv={kv!r}", f"must be one of {', '.join(KV_FORMATS)}")
+    if kv == "nvfp4":
+        _divides("model.dim / model.num_heads", config.model.head_dim, "numbers a block", 16)
 
 
 def validate_training(config: Config) -> None:

@@ -210,7 +210,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
             out = attention(q, keys, values, kv_len)
             # Read before written, or XLA keeps a copy of the cache to read from.
             out, k, v = jax.lax.optimization_barrier((out, k, v))
-            stored = cache.write(i, slot, k, v)
+            stored = cache.write(i, slot, k, v, parallel.seq_axis)
             return out
 
         attend = _streaming_attend(attend, parallel)
@@ -223,7 +223,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     block = _block_params(params, cfg, last, parallel)
     _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle)
     k, v = (ulysses.to_heads(_tokens(y), parallel.seq_axis, token_axis=2)[:, 0] for y in (k, v))
-    return cache.write(last, slot, k, v)
+    return cache.write(last, slot, k, v, parallel.seq_axis)
 
 
 def block_causal(

@@ -56,7 +56,7 @@ def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
         if not pictured:
             yield "ingest", functools.partial(sampler.ingest.lower, *arguments)
     make = functools.partial(stream.init_state, cfg, batch, *size)
-    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs())
+    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs(cfg))
     yield "init_state", jax.jit(make, out_shardings=shardings).lower
     shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)
     samples = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -81,7 +81,7 @@ def step_arguments(
         negative=text if stream.guided(cfg) else None,
         first_frame=first if cfg.sample.image_to_video else None,
     )
-    specs = stream.state_specs(), stream.input_specs(cfg)
+    specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))
 
 

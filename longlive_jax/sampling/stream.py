@@ -281,7 +281,7 @@ class Sampler:
         specs = dit.spec(cfg.model)
         self.param_shardings = params_lib.shardings(specs, mesh, mesh_lib.SAMPLING_RULES)
         param_specs = params_lib.partition_specs(specs, mesh_lib.SAMPLING_RULES)
-        state, inputs, latents = state_specs(), input_specs(cfg), _FRAMES
+        state, inputs, latents = state_specs(cfg), input_specs(cfg), _FRAMES
         self.input_specs = inputs
 
         def compile(fn, in_specs, out_specs):
@@ -302,7 +302,7 @@ class Sampler:
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
         """The state before the first chunk. `height`, `width`: of the latents."""
         make = functools.partial(init_state, self.cfg, batch, height, width)
-        shardings = jax.tree.map(lambda s: jax.NamedSharding(self.mesh, s), state_specs())
+        shardings = jax.tree.map(lambda s: jax.NamedSharding(self.mesh, s), state_specs(self.cfg))
         return jax.jit(make, out_shardings=shardings)()
 
     def place(self, inputs: ChunkInput) -> ChunkInput:
@@ -358,11 +358,12 @@ def _spec(*axes: str | None) -> jax.P:
 _FRAMES = _spec("batch", "frame", None, None, None)
 
 
-def state_specs() -> StreamState:
+def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
-    table = _spec(*KVCache.AXES)
+    cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 1, cfg.model.num_heads))
+    tables = jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), (cache.k, cache.v))
     return StreamState(
-        cache=KVCache(k=table, v=table, chunk=_spec("batch", None)),
+        cache=cache.replace(k=tables[0], v=tables[1], chunk=_spec("batch", None)),
         chunk=jax.P(),
         shot=_spec("batch"),
         offset=_spec("batch"),

@@ -39,6 +39,10 @@ def make_config(mesh=config_lib.Mesh(), **sample) -> config_lib.Config:
 
 @functools.cache
 def random_params():
+    return draw_params(MODEL)
+
+
+def draw_params(model):
     """Every weight drawn, so that no path through the model is zero."""
     draw = np.random.default_rng(0)
 
@@ -48,7 +52,7 @@ def random_params():
             np.float32
         )
 
-    return jax.tree.map(one, dit.spec(MODEL), is_leaf=params_lib.is_spec)
+    return jax.tree.map(one, dit.spec(model), is_leaf=params_lib.is_spec)
 
 
 @functools.cache

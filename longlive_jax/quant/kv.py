@@ -1,0 +1,46 @@
+"""How the KV cache stores keys and values: as they are, in FP8 or in NVFP4.
+
+A chunk's are quantised once, when the clean pass writes them, and stored as attention takes them:
+keys rotated, neither smoothed nor transformed. (The original subtracts from the keys of the chunk
+being denoised, and from no others, their mean over head_dim, which changes what is attended to.)
+
+  nvfp4  blocks of 16 along head_dim by the rule "mse", and one largest magnitude a video and chunk,
+         over tokens and heads, as in the original. 0.28 of bfloat16's bytes.
+  fp8    E4M3, one scale a video, chunk and head: a float has the same relative precision at any
+         size, so that finer scales would gain nothing. 0.50 of bfloat16's bytes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.formats import FP8Tensor, NVFP4Tensor, quantize_fp8, quantize_nvfp4
+
+Stored = jax.Array | FP8Tensor | NVFP4Tensor
+
+
+def store(x: jax.Array, name: str, axis: str | None = None) -> Stored:
+    """x [row, token, head, head_dim] as the cache keeps it. Every leaf begins with `row`.
+
+    Args:
+      name: one of `config.KV_FORMATS`; "bf16": x itself, whatever its dtype.
+      axis: mesh axis, inside a manual `jax.shard_map`, over which heads are spread; None: none is.
+    """
+    if name == "nvfp4":
+        amax = jnp.max(jnp.abs(x), axis=(1, 2, 3)).astype(jnp.float32)
+        # So that codes do not depend on the mesh.
+        amax = amax if axis is None else jax.lax.pmax(amax, axis)
+        return jax.vmap(lambda x, amax: quantize_nvfp4(x, "mse", amax=amax))(x, amax)
+    if name == "fp8":
+        rows, tokens, heads, head_dim = x.shape
+        by_head = jnp.swapaxes(x, 1, 2).reshape(rows, heads, -1)
+        q = quantize_fp8(by_head, axis=-1)
+        values = jnp.swapaxes(q.values.reshape(rows, heads, tokens, head_dim), 1, 2)
+        return q.replace(values=values, scale=q.scale.reshape(rows, 1, heads, 1))
+    return x
+
+
+def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
+    """The numbers [..., token, head, head_dim] that were stored, rounded to `dtype`."""
+    if isinstance(stored, FP8Tensor | NVFP4Tensor):
+        return stored.dequantize(dtype)
+    return stored.astype(dtype)

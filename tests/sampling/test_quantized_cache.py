@@ -1,0 +1,160 @@
+"""The KV cache in FP8 and in NVFP4."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.errors import InputError
+from longlive_jax.formats import quantize_fp8, quantize_nvfp4
+from longlive_jax.sampling import stream
+from tests.sampling import test_stream
+
+FORMATS = ["fp8", "nvfp4"]
+SIZE = test_stream.SIZE
+# Eight heads of 16.
+MODEL = dataclasses.replace(test_stream.MODEL, dim=128)
+
+
+def make_config(kv, **others):
+    cfg = test_stream.make_config(**others)
+    return dataclasses.replace(cfg, model=MODEL, quant=config_lib.Quant(kv=kv))
+
+
+@functools.cache
+def random_params():
+    return test_stream.draw_params(MODEL)
+
+
+@functools.cache
+def sampler_of(cfg):
+    sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
+    return sampler, jax.device_put(random_params(), sampler.param_shardings)
+
+
+@functools.cache
+def run(cfg, chunks, batch=1, cuts=(), samples=None):
+    """The state after so many chunks, and their latents."""
+    sampler, params = sampler_of(cfg)
+    inputs = test_stream.make_inputs(cfg, chunks, batch, cuts, samples=samples)
+    state = sampler.init_state(batch, *SIZE)
+    latents = []
+    for current, chunk in sampler.stream(params, state, inputs):
+        state = current
+        latents.append(np.asarray(chunk))
+    return state, np.concatenate(latents, axis=1)
+
+
+def error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("table", ["k", "v"])
+def test_the_cache_holds_each_chunk_quantised_once(table):
+    """The first chunk sees no other, so its keys and values are those of any format."""
+    caches = {kv: getattr(run(make_config(kv), 1)[0].cache, table) for kv in ("bf16", *FORMATS)}
+    for layer in range(MODEL.num_layers):
+        chunk = np.asarray(caches["bf16"])[layer, 0, 0, 0]  # [token, head, head_dim]
+        expected, stored = quantize_nvfp4(chunk), caches["nvfp4"][layer, 0, 0, 0]
+        np.testing.assert_array_equal(stored.codes(), expected.codes())
+        np.testing.assert_array_equal(*(np.asarray(q.scales) for q in (stored, expected)))
+        assert stored.amax == expected.amax
+        stored = caches["fp8"][layer, 0, 0, 0]
+        for head in range(MODEL.num_heads):
+            expected = quantize_fp8(chunk[:, head])
+            np.testing.assert_array_equal(stored.values[:, head], expected.values)
+            assert stored.scale[0, head, 0] == expected.scale
+
+
+@pytest.mark.parametrize("kv, limit", [("fp8", 0.02), ("nvfp4", 0.06)])
+def test_the_error_is_that_of_the_format(kv, limit):
+    """Over six chunks with a cut: the window is full, and slots are overwritten."""
+    exact = run(make_config("bf16"), 6, cuts=(2,))[1]
+    quantised = run(make_config(kv), 6, cuts=(2,))[1]
+    chunk = MODEL.chunk_frames
+    assert np.array_equal(quantised[:, :chunk], exact[:, :chunk])  # nothing is read back yet
+    assert 0 < error(quantised[:, chunk:], exact[:, chunk:]) < limit
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize(
+    "mesh", [{"seq": 2}, {"seq": 8}, {"data": 2, "fsdp": 2, "seq": 2}], ids=str
+)
+def test_the_mesh_changes_nothing(kv, mesh):
+    """But for sums in another order, which now and then round to another code."""
+    mesh = config_lib.Mesh(**mesh)
+    batch = mesh.data * mesh.fsdp
+    one = run(make_config(kv), 3, batch)
+    many = run(make_config(kv, mesh=mesh), 3, batch)
+    assert error(many[1], one[1]) < 1e-3
+    for a, b in zip(*(jax.tree.leaves(state.cache) for state, _ in (many, one))):
+        same = np.asarray(a).astype(np.float32) == np.asarray(b).astype(np.float32)
+        assert same.mean() > 0.99 or a.dtype == np.float32  # scales have all their bits
+    if kv == "nvfp4":
+        np.testing.assert_allclose(many[0].cache.k.amax, one[0].cache.k.amax, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_videos_of_a_batch_do_not_touch(kv):
+    cfg = make_config(kv)
+    together = run(cfg, 3, 2, cuts=(2,), samples=(0, 1))[1]
+    alone = run(cfg, 3, cuts=(2,), samples=(1,))[1]
+    assert error(together[1:], alone) < 1e-3
+
+
+def test_guidance_has_two_branches_in_the_cache():
+    cfg = make_config("nvfp4", guidance_scale=3.0)
+    state, latents = run(cfg, 2)
+    assert state.cache.k.shape[1] == 2
+    assert not np.array_equal(state.cache.k.codes()[:, 0], state.cache.k.codes()[:, 1])
+    exact = run(dataclasses.replace(cfg, quant=config_lib.Quant()), 2)[1]
+    assert 0 < error(latents, exact) < 0.1
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_streaming_equals_offline_to_the_bit(kv):
+    cfg = make_config(kv)
+    sampler, params = sampler_of(cfg)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *test_stream.make_inputs(cfg, 3))
+    rolled = sampler.rollout(params, sampler.init_state(1, *SIZE), sampler.place(stacked))
+    state, latents = run(cfg, 3)
+    np.testing.assert_array_equal(np.concatenate(np.asarray(rolled[1]), axis=1), latents)
+    for a, b in zip(*(jax.tree.leaves(s) for s in (rolled[0], state))):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kv, share", [("fp8", 0.5), ("nvfp4", 72 / 256)])
+def test_bytes_at_full_size(kv, share):
+    def size(kv):
+        cfg = config_lib.Config(quant=config_lib.Quant(kv=kv))
+        cache = jax.eval_shape(lambda: stream.init_state(cfg, 1, 44, 80)).cache
+        # JAX says of a 4-bit float that it has a byte; on a device two share one.
+        bits = [4 if x.dtype == "float4_e2m1fn" else 8 * x.dtype.itemsize for x in
+                jax.tree.leaves((cache.k, cache.v))]  # fmt: skip
+        return sum(b * x.size for b, x in zip(bits, jax.tree.leaves((cache.k, cache.v)))) // 8
+
+    assert size(kv) / size("bf16") == pytest.approx(share, rel=1e-4)
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_the_state_is_updated_in_place(kv):
+    cfg = make_config(kv)
+    sampler, params = sampler_of(cfg)
+    state = sampler.init_state(1, *SIZE)
+    inputs = sampler.place(test_stream.make_inputs(cfg, 1)[0])
+    memory = sampler.step.lower(params, state, inputs).compile().memory_analysis()
+    held = sum(x.nbytes // (2 if x.dtype == "float4_e2m1fn" else 1) for x in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= held
+
+
+def test_bad_settings():
+    with pytest.raises(InputError, match=r"quant\.kv='int8' must be one of bf16, fp8, nvfp4"):
+        make_config("int8")
+    with pytest.raises(InputError, match="num_heads=8 must be a multiple of numbers a block=16"):
+        dataclasses.replace(
+            test_stream.make_config(), model=test_stream.MODEL, quant=config_lib.Quant(kv="nvfp4")
+        )
