@@ -21,6 +21,11 @@ PATCH = 2  # latents a token covers, each way
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
 KV_FORMATS = ("bf16", "fp8", "nvfp4")  # what `quant.kv` knows
+# Those of `quant.recipe`, and whether they say how gradients are computed.
+RECIPES = {
+    "bf16": True, "fp8": False, "fp8_train": True, "nvfp4_ar": True, "nvfp4_dmd": True,
+    "nvfp4_te": True, "nvfp4_w4a4": False,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Sample:
 class Quant:
     """Number formats of less than 16 bits. "bf16": none, all is in the dtype of compute."""
 
+    recipe: str = "bf16"  # of the blocks' linear layers, one of RECIPES
     kv: str = "bf16"  # of the sampler's cache, one of KV_FORMATS
 
 
@@ -321,6 +327,12 @@ def _validate_quant(config):
         _refuse(f"quant.kv={kv!r}", f"must be one of {', '.join(KV_FORMATS)}")
     if kv == "nvfp4":
         _divides("model.dim / model.num_heads", config.model.head_dim, "numbers a block", 16)
+    recipe, m = config.quant.recipe, config.model
+    if recipe not in RECIPES:
+        _refuse(f"quant.recipe={recipe!r}", f"must be one of {', '.join(RECIPES)}")
+    if recipe.startswith("nvfp4"):
+        _divides("model.dim", m.dim, "numbers a block * mesh.fsdp", 16 * config.mesh.fsdp)
+        _divides("model.ffn_dim", m.ffn_dim, "numbers a block", 16)
 
 
 def validate_training(config: Config) -> None:
@@ -345,6 +357,12 @@ def validate_training(config: Config) -> None:
             _refuse(f"train.{name}={getattr(t, name)}", "must be at least 0 and below 1")
     if not 0 <= t.context_levels <= 1000:
         _refuse(f"train.context_levels={t.context_levels}", "must be 0 to 1000, the noise levels")
+    if not RECIPES[config.quant.recipe]:
+        _refuse(
+            f"quant.recipe={config.quant.recipe!r}",
+            "is for sampling; train in one of "
+            + ", ".join(name for name, gradients in RECIPES.items() if gradients),
+        )
     if t.remat not in REMAT:
         _refuse(f"train.remat={t.remat!r}", f"must be one of {', '.join(REMAT)}")
     _divides("train.latent_frames", t.latent_frames, "model.chunk_frames", m.chunk_frames)

@@ -47,11 +47,15 @@ def xavier(fan_in: int, fan_out: int) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """Shape, logical axis names (None: never sharded) and initial value of one parameter."""
+    """Shape, logical axis names (None: never sharded) and initial value of one parameter.
+
+    dtype: its own, whatever the others are asked for in; None: as asked.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[[jax.Array, tuple[int, ...], Any], jax.Array] = zeros
+    dtype: Any = None
 
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -66,7 +70,7 @@ def stack(specs: Tree, num_layers: int) -> Tree:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
             return jax.vmap(lambda k: s.init(k, shape[1:], dtype))(keys)
 
-        return ParamSpec((num_layers, *s.shape), ("layer", *s.axes), init)
+        return ParamSpec((num_layers, *s.shape), ("layer", *s.axes), init, s.dtype)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
@@ -127,11 +131,14 @@ def abstract(
     dtype=jnp.float32,
     rules: dict = mesh_lib.RULES,
 ) -> Tree:
-    """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints."""
+    """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints.
+
+    dtype: of those whose spec names none.
+    """
 
     def one(s: ParamSpec):
         where = mesh_lib.sharding(mesh, s.axes, rules) if mesh is not None else None
-        return jax.ShapeDtypeStruct(s.shape, dtype, sharding=where)
+        return jax.ShapeDtypeStruct(s.shape, s.dtype or dtype, sharding=where)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
@@ -153,7 +160,7 @@ def gather(tree: Tree, specs: Tree, rules: dict, dtype=None) -> Tree:
         axes = s.axes[-w.ndim :] if w.ndim else ()
         for i, name in enumerate(axes):
             if rules.get(name) is not None:
-                w = _all_gather(w, rules[name], i, w.dtype if dtype is None else jnp.dtype(dtype))
+                w = _all_gather(w, rules[name], i, jnp.dtype(s.dtype or dtype or w.dtype))
         return w
 
     return jax.tree.map(one, specs, tree, is_leaf=is_spec)

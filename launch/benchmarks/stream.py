@@ -18,6 +18,7 @@ def run(cfg: config_lib.Config) -> dict:
     mesh = mesh_lib.make_mesh(cfg.mesh)
     sampler = stream.Sampler(cfg, mesh)
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
+    params = sampler.quantize(params)
     size = cfg.sample.height // 16, cfg.sample.width // 16
     inputs = [sampler.place(_inputs(cfg, chunk, size)) for chunk in range(2)]
 
@@ -67,6 +68,8 @@ def run(cfg: config_lib.Config) -> dict:
     delivered |= measure.device_figures()
     delivered |= {
         "steps": cfg.sample.steps,
+        "recipe": cfg.quant.recipe,
+        "kv": cfg.quant.kv,
         "dtype": cfg.dtype,
         "pixels": [cfg.sample.height, cfg.sample.width],
         "mesh": list(mesh.shape.values()),

@@ -56,6 +56,7 @@ def run(cfg: config_lib.Config) -> dict:
         "latent_frames": cfg.train.latent_frames,
         "videos": _videos(cfg),
         "remat": cfg.train.remat,
+        "recipe": cfg.quant.recipe,
         "mesh": list(mesh.shape.values()),
         "dtype": cfg.dtype,
         "loss_first": first,

@@ -13,7 +13,6 @@ then `frame` (sampling) or `chunk` (training) is this device's share, and heads 
 Dtypes: activations in the compute dtype, norms, softmax, rotations and gates in float32.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -23,8 +22,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax import config as config_lib
-from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.models.parallel import Parallel
 from longlive_jax.ops import rope, ulysses
 from longlive_jax.ops import teacher_forcing as tf
 from longlive_jax.ops.attention import attention
@@ -32,70 +31,13 @@ from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.params import ParamSpec
+from longlive_jax.quant import weights as quantized_weights
+from longlive_jax.quant.recipe import Recipe
 
 PATCH = config_lib.PATCH
 TIME_SLOTS = 6  # shift, scale, gate of self-attention, then of the FFN
 # What each of config.REMAT after the first keeps of a training block, besides its input.
 KEPT = ((tf.OUT, tf.LSE), ("output",), ("ffn",), ("qkv",))
-
-
-@dataclasses.dataclass(frozen=True)
-class Parallel:
-    """Where this device stands inside a manual `shard_map`; the default is outside of any."""
-
-    seq: str | None = None  # mesh axis over which chunks or frames are sharded
-    rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
-    dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
-
-    @classmethod
-    def sampling(cls) -> "Parallel":
-        return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()))
-
-    @classmethod
-    def training(cls, dtype: jnp.dtype | None = None) -> "Parallel":
-        return cls(mesh_lib.SEQ, tuple(mesh_lib.RULES.items()), dtype)
-
-    def gather(self, tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
-        """Whole parameters on this device."""
-        return params_lib.gather(tree, specs, self.shards, self.dtype)
-
-    def sum(self, tree):
-        """Each array's sum over all devices."""
-        return _sum_over(tree, mesh_lib.AXES)
-
-    def sum_gradients(self, gradient: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
-        """Gradients of `gather`'s argument, summed over the devices that hold equal parameters.
-
-        Over the others `gather` has summed already.
-        """
-        shards = self.shards
-
-        def one(spec, g):
-            gathered = [shards[name] for name in spec.axes if name in shards]
-            done = {a for axis in gathered for a in ((axis,) if isinstance(axis, str) else axis)}
-            return _sum_over(g, [axis for axis in mesh_lib.AXES if axis not in done])
-
-        return jax.tree.map(one, specs, gradient, is_leaf=params_lib.is_spec)
-
-    @property
-    def seq_axis(self) -> str | None:
-        """`seq`, if other devices lie along it."""
-        return _with_others(self.seq)
-
-    @property
-    def shards(self) -> dict[str, str | tuple[str, ...]]:
-        """Of `rules`, those that put a part of a parameter on another device."""
-        return {name: axis for name, axis in self.rules if _with_others(axis) is not None}
-
-
-def _sum_over(tree, axes):
-    axes = tuple(axis for axis in axes if _with_others(axis) is not None)
-    return jax.lax.psum(tree, axes) if axes else tree
-
-
-def _with_others(axis):
-    """A collective over a mesh axis of one device would not be free: XLA makes it a copy."""
-    return None if axis is None or jax.lax.axis_size(axis) == 1 else axis
 
 
 def spec(cfg: config_lib.Model) -> params_lib.Tree:
@@ -149,6 +91,13 @@ def spec(cfg: config_lib.Model) -> params_lib.Tree:
     }
 
 
+def sampling_spec(
+    cfg: config_lib.Model, recipe: Recipe | None, dtype: jnp.dtype | None
+) -> params_lib.Tree:
+    """`spec` of what `denoise` and `commit` take: with a recipe, weights quantised from `dtype`."""
+    return quantized_weights.quantize_specs(spec(cfg), recipe, dtype)
+
+
 # ---------------------------------------------------------------------------------------------
 # The four uses.
 
@@ -180,7 +129,7 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
             return attention(q, k, v, kv_len)
 
         attend = _streaming_attend(attend, parallel)
-        return _block(block, cfg, x, modulation, angle, attend, _layer(text, i))
+        return _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
 
     x = jax.lax.fori_loop(0, cfg.num_layers, layer, x)
     return _head(params["head"], cfg, x, e, latents.shape[2:4])[:, 0]
@@ -214,20 +163,20 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
             return out
 
         attend = _streaming_attend(attend, parallel)
-        x = _block(block, cfg, x, modulation, angle, attend, _layer(text, i))
+        x = _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
         return x, stored
 
     last = cfg.num_layers - 1
     x, cache = jax.lax.fori_loop(0, last, layer, (x, cache))
     # Nothing reads the last layer's output: its keys and values are all that is left to compute.
     block = _block_params(params, cfg, last, parallel)
-    _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle)
+    _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle, parallel)
     k, v = (ulysses.to_heads(_tokens(y), parallel.seq_axis, token_axis=2)[:, 0] for y in (k, v))
     return cache.write(last, slot, k, v, parallel.seq_axis)
 
 
 def block_causal(
-    params, cfg, latents, timesteps, frames, context, parallel=Parallel(), remat="qkv"
+    params, cfg, latents, timesteps, frames, context, parallel=Parallel(), remat="qkv", key=None
 ):
     """Velocity of every chunk; a chunk sees the chunks up to itself, all of them noisy.
 
@@ -237,6 +186,7 @@ def block_causal(
       frames: int32 [batch, chunk, frame], temporal positions.
       context: [batch, chunk, text_len, text_dim], one prompt embedding a chunk.
       remat: of `config.REMAT`, what each block keeps for its gradient.
+      key: keys [batch, chunk], if parallel.recipe rounds gradients stochastically.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
@@ -244,20 +194,20 @@ def block_causal(
     params = _gather_globals(params, cfg, parallel)
     x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames)
     attend = _training_attend(tf.block_causal, parallel)
-    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat, key)
     return _head(params["head"], cfg, x, e, latents.shape[3:5])
 
 
 def teacher_forcing(
     params, cfg, clean, noisy, timesteps, frames, context, clean_timesteps=None,
-    parallel=Parallel(), remat="qkv",
+    parallel=Parallel(), remat="qkv", key=None,
 ):  # fmt: skip
     """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
 
     Args:
       clean, noisy: [batch, chunk, frame, h, w, channel], compute dtype.
       timesteps: float32 [batch, chunk, frame], of the noisy copy.
-      frames, context, remat: as `block_causal`; both copies share them.
+      frames, context, remat, key: as `block_causal`; both copies share them.
       clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
 
     Returns:
@@ -270,7 +220,7 @@ def teacher_forcing(
     timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
     x, e, modulation, angle = _embed(params, cfg, latents, timesteps, frames[:, :, None])
     attend = _training_attend(tf.teacher_forcing, parallel)
-    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat)
+    x = _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat, key)
     return _head(params["head"], cfg, x[:, :, 1], e[:, :, 1], noisy.shape[3:5])
 
 
@@ -297,17 +247,16 @@ def text_keys_values(params, cfg, context, parallel=Parallel()):
     text = embed_text(params, context[:, None])
 
     def layer(_, i):
-        return None, _text_kv(
-            _block_params(params, cfg, i, parallel, only="cross_attn")["cross_attn"], cfg, text
-        )
+        block = _block_params(params, cfg, i, parallel, only="cross_attn")
+        return None, _text_kv(block, cfg, text, parallel)
 
     _, kv = jax.lax.scan(layer, None, jnp.arange(cfg.num_layers))
     return kv
 
 
-def _text_kv(p, cfg, text):
-    k, v = jnp.split(linear(p["kv"], text), 2, axis=-1)
-    return _heads(rms_norm(k, p["norm_k"]["weight"]), cfg), _heads(v, cfg)
+def _text_kv(p, cfg, text, parallel, key=None):
+    k, v = jnp.split(parallel.linear(p, "cross_attn.kv", text, key), 2, axis=-1)
+    return _heads(rms_norm(k, p["cross_attn"]["norm_k"]["weight"]), cfg), _heads(v, cfg)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,20 +298,22 @@ def _sinusoid(timesteps, freq_dim):
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _block(p, cfg, x, modulation, angle, attend, text_kv):
+def _block(p, cfg, x, modulation, angle, attend, text_kv, parallel, key=None):
     """One transformer block. x: [batch, chunk, (copy,) frame, patch, dim]."""
     m = _modulation(p, modulation)
+    linear = functools.partial(parallel.linear, p, key=key)
     with jax.named_scope("self_attention"):
-        q, k, v = _self_qkv(p, cfg, x, m, angle)
+        q, k, v = _self_qkv(p, cfg, x, m, angle, parallel, key)
         y = attend(*(_tokens(z) for z in (q, k, v)))
-        y = checkpoint_name(linear(p["self_attn"]["o"], y.reshape(x.shape)), "output")
+        y = checkpoint_name(linear("self_attn.o", y.reshape(x.shape)), "output")
         x = _gated(x, y, m[..., 2:3, :])
     with jax.named_scope("cross_attention"):
-        x = x + checkpoint_name(_cross_attention(p, cfg, x, text_kv), "output")
+        y = _cross_attention(p, cfg, x, text_kv, parallel, key)
+        x = x + checkpoint_name(y, "output")
     with jax.named_scope("ffn"):
         h = layer_norm(x, 1 + m[..., 4:5, :], m[..., 3:4, :])
-        h = gelu(checkpoint_name(linear(p["ffn"]["0"], h), "ffn"))
-        y = checkpoint_name(linear(p["ffn"]["2"], h), "output")
+        h = gelu(checkpoint_name(linear("ffn.0", h), "ffn"))
+        y = checkpoint_name(linear("ffn.2", h), "output")
         return _gated(x, y, m[..., 5:6, :])
 
 
@@ -376,25 +327,26 @@ def _gated(x, y, gate):
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
-def _self_qkv(p, cfg, x, m, angle):
+def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
     """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
     h = layer_norm(x, 1 + m[..., 1:2, :], m[..., 0:1, :])
+    qkv = checkpoint_name(parallel.linear(p, "self_attn.qkv", h, key), "qkv")
+    q, k, v = jnp.split(qkv, 3, axis=-1)
     p = p["self_attn"]
-    q, k, v = jnp.split(checkpoint_name(linear(p["qkv"], h), "qkv"), 3, axis=-1)
     q = _heads(rms_norm(q, p["norm_q"]["weight"]), cfg)
     k = _heads(rms_norm(k, p["norm_k"]["weight"]), cfg)
     return rope.rotate(q, angle), rope.rotate(k, angle), _heads(v, cfg)
 
 
-def _cross_attention(p, cfg, x, text_kv):
+def _cross_attention(p, cfg, x, text_kv, parallel, key=None):
     """A chunk's tokens see its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
     h = _layer_norm_affine(p["norm3"], x)
-    p = p["cross_attn"]
-    q = _heads(rms_norm(linear(p["q"], h), p["norm_q"]["weight"]), cfg)
+    q = parallel.linear(p, "cross_attn.q", h, key)
+    q = _heads(rms_norm(q, p["cross_attn"]["norm_q"]["weight"]), cfg)
     rows = q.shape[0] * q.shape[1]
     k, v = (y.reshape(rows, *y.shape[2:]) for y in text_kv)
     y = attention(q.reshape(rows, -1, *q.shape[-2:]), k, v)
-    return linear(p["o"], y.reshape(x.shape))
+    return parallel.linear(p, "cross_attn.o", y.reshape(x.shape), key)
 
 
 def _layer_norm_affine(p, x):
@@ -446,7 +398,7 @@ def _training_attend(attend: Callable, parallel: Parallel) -> Callable:
     return around
 
 
-def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat):
+def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, remat, key=None):
     text = embed_text(params, context)
     specs = spec(cfg)["blocks"]
     names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
@@ -458,12 +410,20 @@ def _train_blocks(params, cfg, x, modulation, angle, attend, context, parallel, 
         policy=jax.checkpoint_policies.save_only_these_names(*names),
         prevent_cse=False,
     )
-    def layer(x, block):
+    def layer(x, numbered):
+        number, block = numbered
         block = parallel.gather(block, specs)
-        text_kv = _text_kv(block["cross_attn"], cfg, text)
-        return _block(block, cfg, x, modulation, angle, attend, text_kv), None
+        own = None if key is None else _fold_in(key, number)
+        text_kv = _text_kv(block, cfg, text, parallel, own)
+        return _block(block, cfg, x, modulation, angle, attend, text_kv, parallel, own), None
 
-    return jax.lax.scan(layer, x, params["blocks"])[0]
+    return jax.lax.scan(layer, x, (jnp.arange(cfg.num_layers), params["blocks"]))[0]
+
+
+def _fold_in(keys, number):
+    """`jax.random.fold_in` of keys [batch, chunk]."""
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+    return fold(keys, number)
 
 
 def _layer(tree, i):
@@ -472,7 +432,8 @@ def _layer(tree, i):
 
 def _block_params(params, cfg, i, parallel, only=None):
     """Parameters of layer i, whole on this device."""
-    blocks, specs = params["blocks"], spec(cfg)["blocks"]
+    blocks = params["blocks"]
+    specs = sampling_spec(cfg, parallel.recipe, parallel.dtype)["blocks"]
     if only is not None:
         blocks, specs = {only: blocks[only]}, {only: specs[only]}
     return parallel.gather(_layer(blocks, i), specs)

@@ -7,7 +7,6 @@ whatever maps over specs (shardings, `params.gather`) maps over these too.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,6 @@ from longlive_jax import params as params_lib
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant.linear import Quantized, quantize_weight
 from longlive_jax.quant.recipe import LINEARS, Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantSpec(ParamSpec):
-    """A ParamSpec of an array that has a dtype of its own."""
-
-    dtype: Any = None
 
 
 def quantize_specs(
@@ -41,18 +33,23 @@ def quantize_specs(
 
     def one(weight: ParamSpec, own: Recipe) -> Quantized:
         layer, inputs, outputs = weight.axes
-        array = jax.ShapeDtypeStruct(weight.shape[1:], jnp.dtype(dtype))
-        shapes = jax.eval_shape(functools.partial(quantize_weight, recipe=own), array)
+        shapes = _quantized_shape(weight.shape[1:], jnp.dtype(dtype), own)
 
         def leaf(x):
             axes = (None, outputs, inputs)[: x.ndim]
             # What a whole row has one of, each device has.
             axes = tuple(None if n == 1 else name for n, name in zip(x.shape, axes))
-            return QuantSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
+            return ParamSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
 
         return jax.tree.map(leaf, shapes)
 
     return _map(one, recipe, specs)
+
+
+@functools.cache
+def _quantized_shape(shape, dtype, recipe):
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(functools.partial(quantize_weight, recipe=recipe), array)
 
 
 def quantize_params(
@@ -96,21 +93,6 @@ def _program(recipe, dtype, place):
         return jax.tree.map(jax.sharding.reshard, q, parts)
 
     return jax.jit(lambda stacked: jax.lax.map(one, stacked), out_shardings=place)
-
-
-def abstract(
-    specs: params_lib.Tree,
-    mesh: jax.sharding.Mesh | None = None,
-    dtype=jnp.float32,
-    rules: dict = mesh_lib.RULES,
-) -> params_lib.Tree:
-    """`params.abstract`, with the dtypes that specs have; `dtype`: of all others."""
-
-    def one(spec, array):
-        return array.update(dtype=spec.dtype) if isinstance(spec, QuantSpec) else array
-
-    arrays = params_lib.abstract(specs, mesh, dtype, rules)
-    return jax.tree.map(one, specs, arrays, is_leaf=params_lib.is_spec)
 
 
 def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:

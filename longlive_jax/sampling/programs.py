@@ -15,6 +15,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import dit, umt5, vae, vae_spec
+from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import decode, stream
 
 Lower = Callable[[], jax.stages.Lowered]
@@ -69,7 +70,8 @@ def step_arguments(
 ) -> tuple[params_lib.Tree, stream.StreamState, stream.ChunkInput]:
     """What `Sampler.step` takes, as `jax.ShapeDtypeStruct`s. `height`, `width`: of the latents."""
     m, dtype = cfg.model, cfg.compute_dtype
-    params = params_lib.abstract(dit.spec(m), mesh, dtype, mesh_lib.SAMPLING_RULES)
+    specs = dit.sampling_spec(m, recipe_lib.get(cfg.quant.recipe), dtype)
+    params = params_lib.abstract(specs, mesh, dtype, mesh_lib.SAMPLING_RULES)
     state = jax.eval_shape(functools.partial(stream.init_state, cfg, batch, height, width))
     text = jax.ShapeDtypeStruct((batch, m.text_len, m.text_dim), dtype)
     latents = (batch, m.chunk_frames, height, width, m.in_dim)

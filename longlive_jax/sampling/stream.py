@@ -17,6 +17,8 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
+from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling.kv_cache import EMPTY, KVCache
 
@@ -272,20 +274,25 @@ def _branches(x, branches):
 class Sampler:
     """`chunk_step` and its companions, compiled for a mesh; parameters in, latents out.
 
+    Parameters are those of `dit.spec` in compute dtype, or with a recipe what `quantize` makes of
+    them.
+
     Frames of the chunk and heads of the cache are sharded over `seq`, batch over `data` and `fsdp`.
     States passed in are donated: use what comes back.
     """
 
     def __init__(self, cfg: config_lib.Config, mesh: jax.sharding.Mesh):
         self.cfg, self.mesh = cfg, mesh
-        specs = dit.spec(cfg.model)
+        recipe = recipe_lib.get(cfg.quant.recipe)
+        specs = dit.sampling_spec(cfg.model, recipe, cfg.compute_dtype)
         self.param_shardings = params_lib.shardings(specs, mesh, mesh_lib.SAMPLING_RULES)
         param_specs = params_lib.partition_specs(specs, mesh_lib.SAMPLING_RULES)
         state, inputs, latents = state_specs(cfg), input_specs(cfg), _FRAMES
         self.input_specs = inputs
 
         def compile(fn, in_specs, out_specs):
-            fn = functools.partial(fn, cfg=cfg, parallel=dit.Parallel.sampling())
+            parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe)
+            fn = functools.partial(fn, cfg=cfg, parallel=parallel)
             # Without differentiation there is nothing for varying-axes types to check.
             fn = jax.shard_map(
                 fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -298,6 +305,17 @@ class Sampler:
         self.recache = compile(recache, each, state)
         stacked = jax.tree.map(lambda s: jax.P(None, *s), (inputs, latents))
         self.rollout = compile(_rollout, (param_specs, state, stacked[0]), (state, stacked[1]))
+
+    def quantize(self, params: params_lib.Tree) -> params_lib.Tree:
+        """Parameters of `dit.spec` as `param_shardings` places them, by the config's recipe."""
+        return weights_lib.quantize_params(
+            params,
+            dit.spec(self.cfg.model),
+            recipe_lib.get(self.cfg.quant.recipe),
+            self.mesh,
+            mesh_lib.SAMPLING_RULES,
+            self.cfg.compute_dtype,
+        )
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
         """The state before the first chunk. `height`, `width`: of the latents."""

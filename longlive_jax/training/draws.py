@@ -11,21 +11,24 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.diffusion import schedule
+from longlive_jax.quant import recipe as recipe_lib
 
 # Uses of a chunk's key. Error recycling folds its own, from 16 on.
-NOISE, LEVEL, CONTEXT_NOISE, CONTEXT_LEVEL = range(4)
+NOISE, LEVEL, CONTEXT_NOISE, CONTEXT_LEVEL, ROUNDING = range(5)
 
 
 class Draws(struct.PyTreeNode):
     """noise: float32 [batch, chunk, frame, h, w, channel]; levels: int32 [batch, chunk], indices of
     `diffusion.schedule.training_schedule`. The same of the clean context when
-    train.context_levels asks for it, else None.
+    train.context_levels asks for it, else None. rounding: keys [batch, chunk] for the rounding of
+    gradients, if the recipe rounds them stochastically, else None.
     """
 
     noise: jax.Array
     levels: jax.Array
     context_noise: jax.Array | None = None
     context_levels: jax.Array | None = None
+    rounding: jax.Array | None = None
 
 
 def draw(
@@ -38,6 +41,8 @@ def draw(
       shape: of the latents, [batch, chunk, frame, h, w, channel].
     """
     context = cfg.train.context_levels
+    recipe = recipe_lib.get(cfg.quant.recipe)
+    rounding = recipe is not None and recipe.gradients.stochastic
 
     def one(key, row, chunk):
         here = jax.random.fold_in(jax.random.fold_in(key, row), chunk)
@@ -54,6 +59,7 @@ def draw(
             level(LEVEL, 0),
             noise(CONTEXT_NOISE) if context else None,
             level(CONTEXT_LEVEL, schedule.LEVELS - context) if context else None,
+            jax.random.fold_in(here, ROUNDING) if rounding else None,
         )
 
     def local(key, rows, chunks):
@@ -61,7 +67,12 @@ def draw(
 
     latents = mesh_lib.spec(("batch", "chunk", None, None, None, None))
     levels = mesh_lib.spec(("batch", "chunk"))
-    specs = Draws(latents, levels, *((latents, levels) if context else ()))
+    specs = Draws(
+        latents,
+        levels,
+        *((latents, levels) if context else (None, None)),
+        levels if rounding else None,
+    )
     place = jax.shard_map(
         local,
         mesh=mesh,

@@ -17,6 +17,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import dit, umt5
+from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.training import draws as draws_lib
 from longlive_jax.training import error_recycling
 from longlive_jax.training import state as state_lib
@@ -62,6 +63,7 @@ class _Inputs(struct.PyTreeNode):
     context: jax.Array  # what later chunks see of this one
     levels: jax.Array  # int32 [batch, chunk]
     context_levels: jax.Array | None
+    rounding: jax.Array | None  # keys [batch, chunk], see draws.Draws
 
 
 class Step:
@@ -148,7 +150,9 @@ class Step:
         context = data
         if draws.context_levels is not None:
             context = self._context(data, draws)
-        inputs = _Inputs(data, data, draws.noise, context, draws.levels, draws.context_levels)
+        inputs = _Inputs(
+            data, data, draws.noise, context, draws.levels, draws.context_levels, draws.rounding
+        )
         if not self.cfg.train.error_recycling.enabled:
             return inputs, None
         injected = error_recycling.inject(
@@ -217,7 +221,8 @@ class Step:
         )
 
     def _local_gradient(self, params, batch, inputs, count):
-        parallel = dit.Parallel.training(self.cfg.compute_dtype)
+        recipe = recipe_lib.get(self.cfg.quant.recipe)
+        parallel = dit.Parallel.training(self.cfg.compute_dtype, recipe)
 
         def loss(params):
             return self._loss(params, batch, inputs, count, parallel)
@@ -253,7 +258,7 @@ class Step:
             bears_loss &= ~given
 
         text = self._text(params, batch, parallel)
-        shared = dict(parallel=parallel, remat=cfg.train.remat)
+        shared = dict(parallel=parallel, remat=cfg.train.remat, key=inputs.rounding)
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
                 params["dit"], cfg.model, context.astype(dtype), noisy.astype(dtype), timestep,

@@ -28,3 +28,9 @@ def test_recipes_are_data():
 def test_an_unknown_recipe_is_refused_with_the_names():
     with pytest.raises(InputError, match=r"'nvfp8'.*bf16, fp8, fp8_train, nvfp4_ar"):
         recipe_lib.get("nvfp8")
+
+
+def test_the_config_knows_the_names_and_which_have_gradients():
+    recipes = recipe_lib.RECIPES.items()
+    known = {name: recipe is None or recipe.gradients is not None for name, recipe in recipes}
+    assert known == config_lib.RECIPES

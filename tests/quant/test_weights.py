@@ -41,7 +41,7 @@ def quantized(request):
 
 def test_specs_say_what_is_made(quantized):
     recipe, _, tree = quantized
-    abstract = weights.abstract(weights.quantize_specs(SPECS, recipe))
+    abstract = params_lib.abstract(weights.quantize_specs(SPECS, recipe))
     assert jax.tree.structure(abstract) == jax.tree.structure(tree)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(tree)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -94,7 +94,7 @@ def test_the_whole_model_shrinks():
     specs = dit.spec(config_lib.Model())
 
     def gigabytes(recipe):
-        tree = weights.abstract(weights.quantize_specs(specs, recipe_lib.get(recipe))["blocks"])
+        tree = params_lib.abstract(weights.quantize_specs(specs, recipe_lib.get(recipe))["blocks"])
         bits = {"float4_e2m1fn": 4}
         return sum(
             math.prod(x.shape) * bits.get(x.dtype.name, 8 * x.dtype.itemsize) / 8e9

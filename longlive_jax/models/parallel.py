@@ -1,0 +1,83 @@
+"""Where a device stands inside a manual `shard_map`: what the transformer asks of the others."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.quant import linear as quantized
+from longlive_jax.quant.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Where this device stands inside a manual `shard_map`; the default is outside of any.
+
+    And in which formats its blocks multiply, since scales are agreed on with other devices.
+    """
+
+    seq: str | None = None  # mesh axis over which chunks or frames are sharded
+    rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
+    dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
+    recipe: Recipe | None = None  # of the blocks' linear layers; None: nothing is quantised
+
+    @classmethod
+    def sampling(cls, dtype: jnp.dtype | None = None, recipe: Recipe | None = None) -> "Parallel":
+        return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()), dtype, recipe)
+
+    @classmethod
+    def training(cls, dtype: jnp.dtype | None = None, recipe: Recipe | None = None) -> "Parallel":
+        return cls(mesh_lib.SEQ, tuple(mesh_lib.RULES.items()), dtype, recipe)
+
+    def linear(self, block, path: str, x, key=None) -> jax.Array:
+        """The block's linear layer at this path, of `quant.recipe.LINEARS`; key: for rounding."""
+        p = block
+        for name in path.split("."):
+            p = p[name]
+        recipe = None if self.recipe is None else self.recipe.at(path)
+        axes = () if self.seq_axis is None else (self.seq_axis,)
+        return quantized.linear(p, x, recipe, key, axes)
+
+    def gather(self, tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
+        """Whole parameters on this device."""
+        return params_lib.gather(tree, specs, self.shards, self.dtype)
+
+    def sum(self, tree):
+        """Each array's sum over all devices."""
+        return _sum_over(tree, mesh_lib.AXES)
+
+    def sum_gradients(self, gradient: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
+        """Gradients of `gather`'s argument, summed over the devices that hold equal parameters.
+
+        Over the others `gather` has summed already.
+        """
+        shards = self.shards
+
+        def one(spec, g):
+            gathered = [shards[name] for name in spec.axes if name in shards]
+            done = {a for axis in gathered for a in ((axis,) if isinstance(axis, str) else axis)}
+            return _sum_over(g, [axis for axis in mesh_lib.AXES if axis not in done])
+
+        return jax.tree.map(one, specs, gradient, is_leaf=params_lib.is_spec)
+
+    @property
+    def seq_axis(self) -> str | None:
+        """`seq`, if other devices lie along it."""
+        return _with_others(self.seq)
+
+    @property
+    def shards(self) -> dict[str, str | tuple[str, ...]]:
+        """Of `rules`, those that put a part of a parameter on another device."""
+        return {name: axis for name, axis in self.rules if _with_others(axis) is not None}
+
+
+def _sum_over(tree, axes):
+    axes = tuple(axis for axis in axes if _with_others(axis) is not None)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _with_others(axis):
+    """A collective over a mesh axis of one device would not be free: XLA makes it a copy."""
+    return None if axis is None or jax.lax.axis_size(axis) == 1 else axis
