@@ -21,6 +21,7 @@ PATCH = 2  # latents a token covers, each way
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
 KV_FORMATS = ("bf16", "fp8", "nvfp4")  # what `quant.kv` knows
+PAYLOADS = ("bf16", "nvfp4")  # what `quant.all_to_all` knows
 # Those of `quant.recipe`, and whether they say how gradients are computed.
 RECIPES = {
     "bf16": True, "fp8": False, "fp8_train": True, "nvfp4_ar": True, "nvfp4_dmd": True,
@@ -124,6 +125,7 @@ class Quant:
 
     recipe: str = "bf16"  # of the blocks' linear layers, one of RECIPES
     kv: str = "bf16"  # of the sampler's cache, one of KV_FORMATS
+    all_to_all: str = "bf16"  # of what devices exchange in sampling, one of PAYLOADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,10 +324,12 @@ def validate(config: Config) -> None:
 
 
 def _validate_quant(config):
-    kv = config.quant.kv
+    kv, payload = config.quant.kv, config.quant.all_to_all
     if kv not in KV_FORMATS:
         _refuse(f"quant.kv={kv!r}", f"must be one of {', '.join(KV_FORMATS)}")
-    if kv == "nvfp4":
+    if payload not in PAYLOADS:
+        _refuse(f"quant.all_to_all={payload!r}", f"must be one of {', '.join(PAYLOADS)}")
+    if "nvfp4" in (kv, payload):
         _divides("model.dim / model.num_heads", config.model.head_dim, "numbers a block", 16)
     recipe, m = config.quant.recipe, config.model
     if recipe not in RECIPES:

@@ -31,6 +31,7 @@ from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.params import ParamSpec
+from longlive_jax.quant import kv
 from longlive_jax.quant import weights as quantized_weights
 from longlive_jax.quant.recipe import Recipe
 
@@ -126,7 +127,7 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
 
         def attend(q, k, v):
             k, v, kv_len = cache.read(i, k, v)
-            return attention(q, k, v, kv_len)
+            return attention(kv.load(q, x.dtype), k, v, kv_len)
 
         attend = _streaming_attend(attend, parallel)
         return _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
@@ -156,7 +157,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
         def attend(q, k, v):
             nonlocal stored
             keys, values, kv_len = cache.read(i, k, v)
-            out = attention(q, keys, values, kv_len)
+            out = attention(kv.load(q, x.dtype), keys, values, kv_len)
             # Read before written, or XLA keeps a copy of the cache to read from.
             out, k, v = jax.lax.optimization_barrier((out, k, v))
             stored = cache.write(i, slot, k, v, parallel.seq_axis)
@@ -171,7 +172,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     # Nothing reads the last layer's output: its keys and values are all that is left to compute.
     block = _block_params(params, cfg, last, parallel)
     _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle, parallel)
-    k, v = (ulysses.to_heads(_tokens(y), parallel.seq_axis, token_axis=2)[:, 0] for y in (k, v))
+    k, v = (parallel.to_heads(_tokens(y)[:, 0]) for y in (k, v))
     return cache.write(last, slot, k, v, parallel.seq_axis)
 
 
@@ -382,8 +383,8 @@ def _streaming_attend(attend: Callable, parallel: Parallel) -> Callable:
     """`attend` on all tokens [batch, token, head / n, head_dim], from frames sharded over seq."""
 
     def around(q, k, v):  # [batch, 1, token / n, head, head_dim]
-        q, k, v = (ulysses.to_heads(y, parallel.seq_axis, token_axis=2)[:, 0] for y in (q, k, v))
-        return ulysses.to_tokens(attend(q, k, v)[:, None], parallel.seq_axis, token_axis=2)
+        sent = (parallel.to_heads(y[:, 0]) for y in (q, k, v))
+        return parallel.to_tokens(attend(*sent))[:, None]
 
     return around
 

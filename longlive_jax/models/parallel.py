@@ -1,12 +1,15 @@
 """Where a device stands inside a manual `shard_map`: what the transformer asks of the others."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.ops import ulysses
+from longlive_jax.quant import kv
 from longlive_jax.quant import linear as quantized
 from longlive_jax.quant.recipe import Recipe
 
@@ -22,10 +25,16 @@ class Parallel:
     rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
     dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
     recipe: Recipe | None = None  # of the blocks' linear layers; None: nothing is quantised
+    payload: str = "bf16"  # what the sampler's all-to-alls send, one of config.PAYLOADS
 
     @classmethod
-    def sampling(cls, dtype: jnp.dtype | None = None, recipe: Recipe | None = None) -> "Parallel":
-        return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()), dtype, recipe)
+    def sampling(
+        cls,
+        dtype: jnp.dtype | None = None,
+        recipe: Recipe | None = None,
+        payload: str = "bf16",
+    ) -> "Parallel":
+        return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()), dtype, recipe, payload)
 
     @classmethod
     def training(cls, dtype: jnp.dtype | None = None, recipe: Recipe | None = None) -> "Parallel":
@@ -39,6 +48,21 @@ class Parallel:
         recipe = None if self.recipe is None else self.recipe.at(path)
         axes = () if self.seq_axis is None else (self.seq_axis,)
         return quantized.linear(p, x, recipe, key, axes)
+
+    def to_heads(self, x: jax.Array) -> kv.Stored:
+        """[batch, token / n, head, head_dim] -> [batch, token, head / n, head_dim], as sent."""
+        if self.seq_axis is None:
+            return x
+        send = functools.partial(ulysses.to_heads, mesh_axis=self.seq_axis, token_axis=1)
+        return kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+
+    def to_tokens(self, x: jax.Array) -> jax.Array:
+        """[batch, token, head / n, head_dim] -> [batch, token / n, head, head_dim]."""
+        if self.seq_axis is None:
+            return x
+        send = functools.partial(ulysses.to_tokens, mesh_axis=self.seq_axis, token_axis=1)
+        sent = kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+        return kv.load(sent, x.dtype)
 
     def gather(self, tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
         """Whole parameters on this device."""

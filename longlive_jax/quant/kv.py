@@ -1,4 +1,4 @@
-"""How the KV cache stores keys and values: as they are, in FP8 or in NVFP4.
+"""How the KV cache stores keys and values, as they are, in FP8 or in NVFP4; what devices exchange.
 
 A chunk's are quantised once, when the clean pass writes them, and stored as attention takes them:
 keys rotated, neither smoothed nor transformed. (The original subtracts from the keys of the chunk
@@ -13,18 +13,29 @@ being denoised, and from no others, their mean over head_dim, which changes what
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import FP8Tensor, NVFP4Tensor, quantize_fp8, quantize_nvfp4
+from longlive_jax.formats import (
+    FP8Tensor,
+    NVFP4Tensor,
+    from_packed,
+    quantize_fp8,
+    quantize_nvfp4,
+)
 
 Stored = jax.Array | FP8Tensor | NVFP4Tensor
 
 
-def store(x: jax.Array, name: str, axis: str | None = None) -> Stored:
+def store(x: Stored, name: str, axis: str | None = None) -> Stored:
     """x [row, token, head, head_dim] as the cache keeps it. Every leaf begins with `row`.
 
     Args:
       name: one of `config.KV_FORMATS`; "bf16": x itself, whatever its dtype.
-      axis: mesh axis, inside a manual `jax.shard_map`, over which heads are spread; None: none is.
+      axis: mesh axis, inside a manual `jax.shard_map`, over which heads (or tokens, with "nvfp4")
+        are spread; None: none is.
     """
+    if isinstance(x, NVFP4Tensor):  # as it came from another device
+        if name == "nvfp4":
+            return x
+        x = x.dequantize()
     if name == "nvfp4":
         amax = jnp.max(jnp.abs(x), axis=(1, 2, 3)).astype(jnp.float32)
         # So that codes do not depend on the mesh.
@@ -44,3 +55,14 @@ def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     if isinstance(stored, FP8Tensor | NVFP4Tensor):
         return stored.dequantize(dtype)
     return stored.astype(dtype)
+
+
+def exchange(send, stored: Stored) -> Stored:
+    """`send`, an all-to-all that leaves head_dim alone, of what `store` made of tokens or heads."""
+    if not isinstance(stored, NVFP4Tensor):
+        return send(stored)
+    # As bytes: not every backend sends floats of 4 or 8 bits.
+    scales = jax.lax.bitcast_convert_type(stored.scales, jnp.uint8)
+    return from_packed(
+        send(stored.packed()), send(scales), stored.amax, stored.rule, dtype=stored.dtype
+    )

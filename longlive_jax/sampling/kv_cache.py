@@ -34,10 +34,10 @@ class KVCache:
     # Logical axes, for the mesh. An array of fewer axes has the first of them.
     AXES = (None, None, "batch", None, None, "heads", None)
 
-    def read(self, layer, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(self, layer, k: kv.Stored, v: kv.Stored) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The visible past of one layer behind fresh k, v [branch * batch, token, head, head_dim].
 
-        Returns:
+        Returns, in the dtype that k and v are or stand for:
           k, v [branch * batch, token + slot * token, head, head_dim] and how many of those keys are
           real, int32 [branch * batch].
         """
@@ -50,12 +50,12 @@ class KVCache:
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), table
             )
             past = kv.load(past, fresh.dtype).reshape(fresh.shape[0], -1, *fresh.shape[2:])
-            return jnp.concatenate([fresh, past], axis=1)
+            return jnp.concatenate([kv.load(fresh, fresh.dtype), past], axis=1)
 
         return behind(k, self.k), behind(v, self.v), kv_len
 
     def write(
-        self, layer, slot: jax.Array, k: jax.Array, v: jax.Array, axis: str | None = None
+        self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
     ) -> "KVCache":
         """Stores one layer's k, v [branch * batch, token, head, head_dim] in slot int32 [batch].
 

@@ -291,7 +291,7 @@ class Sampler:
         self.input_specs = inputs
 
         def compile(fn, in_specs, out_specs):
-            parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe)
+            parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
             fn = functools.partial(fn, cfg=cfg, parallel=parallel)
             # Without differentiation there is nothing for varying-axes types to check.
             fn = jax.shard_map(

@@ -7,6 +7,7 @@ is looked up in the optimised program of a tiny model.
 import collections
 import functools
 import math
+import numbers
 import re
 
 import jax
@@ -123,7 +124,7 @@ def is_collective(equation):
     if equation.primitive.name == "axis_index":
         return False
     axes = equation.params.get("axis_name", equation.params.get("axes", ()))
-    return bool(axes) and not all(isinstance(axis, int) for axis in axes)
+    return bool(axes) and not all(isinstance(axis, numbers.Integral) for axis in axes)
 
 
 @pytest.mark.parametrize("seq", [1, 4])

@@ -11,8 +11,8 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import quantize_fp8, quantize_nvfp4
-from longlive_jax.sampling import stream
-from tests.sampling import test_stream
+from longlive_jax.sampling import programs, stream
+from tests.sampling import test_program, test_stream
 
 FORMATS = ["fp8", "nvfp4"]
 SIZE = test_stream.SIZE
@@ -20,9 +20,10 @@ SIZE = test_stream.SIZE
 MODEL = dataclasses.replace(test_stream.MODEL, dim=128)
 
 
-def make_config(kv, **others):
+def make_config(kv, all_to_all="bf16", **others):
     cfg = test_stream.make_config(**others)
-    return dataclasses.replace(cfg, model=MODEL, quant=config_lib.Quant(kv=kv))
+    quant = config_lib.Quant(kv=kv, all_to_all=all_to_all)
+    return dataclasses.replace(cfg, model=MODEL, quant=quant)
 
 
 @functools.cache
@@ -151,7 +152,48 @@ def test_the_state_is_updated_in_place(kv):
     assert memory.alias_size_in_bytes >= held
 
 
+def test_devices_can_exchange_codes():
+    mesh = config_lib.Mesh(seq=4)
+    one, sent = run(make_config("nvfp4"), 3), run(make_config("nvfp4", "nvfp4", mesh=mesh), 3)
+    assert 0 < error(sent[1], one[1]) < 0.15
+
+
+def test_codes_that_arrive_are_those_that_one_device_stores():
+    """Of the first layer, which no attention comes before."""
+    tables = []
+    for cfg in (
+        make_config("nvfp4"),
+        make_config("nvfp4", "nvfp4", mesh=config_lib.Mesh(seq=4)),
+    ):
+        sampler, params = sampler_of(cfg)
+        given = sampler.place(test_stream.make_inputs(cfg, 1)[0])
+        state = sampler.ingest(params, sampler.init_state(1, *SIZE), given)
+        tables.append(jax.tree.map(lambda x: np.asarray(x)[0, 0, 0, 0], state.cache.v))
+    a, b = tables
+    np.testing.assert_allclose(a.amax, b.amax, rtol=1e-6)
+    assert (a.values == b.values).mean() > 0.999 and (a.scales == b.scales).mean() > 0.999
+
+
+def test_bytes_that_devices_exchange():
+    def sent(payload):
+        cfg = config_lib.Config(
+            mesh=config_lib.Mesh(seq=4), quant=config_lib.Quant(all_to_all=payload)
+        )
+        mesh = mesh_lib.make_mesh(cfg.mesh)
+        arguments = programs.step_arguments(cfg, mesh, 1, 44, 80)
+        jaxpr = stream.Sampler(cfg, mesh).step.trace(*arguments).jaxpr
+        return sum(
+            times * sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+            for times, equation in test_program.equations(jaxpr)
+            if test_program.is_collective(equation)
+        )
+
+    assert sent("nvfp4") / sent("bf16") < 0.2815  # 72 bytes for 256, and the magnitudes
+
+
 def test_bad_settings():
+    with pytest.raises(InputError, match=r"quant\.all_to_all='fp8' must be one of bf16, nvfp4"):
+        make_config("bf16", "fp8")
     with pytest.raises(InputError, match=r"quant\.kv='int8' must be one of bf16, fp8, nvfp4"):
         make_config("int8")
     with pytest.raises(InputError, match="num_heads=8 must be a multiple of numbers a block=16"):
