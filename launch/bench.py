@@ -1,8 +1,8 @@
 """Measures one part of the system on random weights, warm-up excluded.
 
-    python -m launch.bench stream|vae|attention|train --config=configs/sample_5b.py [--chunks=20]
+    python -m launch.bench NAME --config=configs/sample_5b.py [--chunks=20]
 
-Prints a readable report, then one JSON line of all figures.
+NAME is one of BENCHMARKS. Prints a readable report, then one JSON line of all figures.
 """
 
 import importlib
@@ -14,9 +14,11 @@ from absl import flags
 from launch import command
 from longlive_jax.errors import InputError
 
-BENCHMARKS = ("stream", "vae", "attention", "train")
+BENCHMARKS = ("stream", "vae", "attention", "train", "kernels", "quality")
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)
+flags.DEFINE_string("checkpoint", None, "quality: real weights instead of random ones.")
+flags.DEFINE_string("plot", None, "quality: a .png of the errors by layer and by chunk.")
 flags.DEFINE_string("profile", None, "Folder for a jax.profiler trace of what is measured.")
 
 

@@ -20,7 +20,7 @@ def run(cfg: config_lib.Config) -> dict:
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
     params = sampler.quantize(params)
     size = cfg.sample.height // 16, cfg.sample.width // 16
-    inputs = [sampler.place(_inputs(cfg, chunk, size)) for chunk in range(2)]
+    inputs = [sampler.place(chunk_inputs(cfg, chunk, size)) for chunk in range(2)]
 
     start = time.perf_counter()
     state = sampler.init_state(cfg.mesh.data * cfg.mesh.fsdp, *size)
@@ -111,7 +111,7 @@ def _delivered(cfg, mesh, sampler, step, params, inputs, size):
     }
 
 
-def _inputs(cfg, chunk, size):
+def chunk_inputs(cfg, chunk, size):
     batch = cfg.mesh.data * cfg.mesh.fsdp
     key = jax.random.key(0)
     shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)

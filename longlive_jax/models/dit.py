@@ -118,6 +118,20 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
     """
     params = _gather_globals(params, cfg, parallel)
+    x, e, layer = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
+    x = jax.lax.fori_loop(0, cfg.num_layers, layer, x)
+    return _head(params["head"], cfg, x, e, latents.shape[2:4])[:, 0]
+
+
+def hidden_states(params, cfg, latents, timesteps, frames, text, cache, parallel=Parallel()):
+    """What each layer of `denoise` leaves: [layer, batch, 1, frame, patch, dim]. Args: the same."""
+    params = _gather_globals(params, cfg, parallel)
+    x, _, layer = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
+    return jax.lax.scan(lambda x, i: (layer(i, x),) * 2, x, jnp.arange(cfg.num_layers))[1]
+
+
+def _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel):
+    """Tokens and time vectors before the first layer, and (i, tokens) -> tokens of layer i."""
     x, e, modulation, angle = _embed(
         params, cfg, latents[:, None], timesteps[:, None], frames[:, None]
     )
@@ -132,8 +146,7 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
         attend = _streaming_attend(attend, parallel)
         return _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
 
-    x = jax.lax.fori_loop(0, cfg.num_layers, layer, x)
-    return _head(params["head"], cfg, x, e, latents.shape[2:4])[:, 0]
+    return x, e, layer
 
 
 def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel()):

@@ -1,0 +1,172 @@
+"""The Pallas kernels: right or wrong, then fast or slow beside XLA and the roofline.
+
+A kernel's entry is a function `(config) -> list[Entry]` in `ENTRIES`, one Entry a case. On a CPU
+kernels run in JAX's interpreter, at the config's sizes: give a tiny one, and heed no times there.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from launch.benchmarks import measure
+from longlive_jax import config as config_lib
+from longlive_jax import formats
+from longlive_jax.errors import InputError
+from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
+from longlive_jax.training import cost
+
+# The issue of a quantiser's speed is settled at this size.
+SQUARE = (8192, 8192)
+
+
+def differing_bytes(result, expected) -> float:
+    """The share of bytes that differ, over all arrays."""
+    pairs = zip(map(_bytes, jax.tree.leaves(result)), map(_bytes, jax.tree.leaves(expected)))
+    counts = [(np.count_nonzero(a != b), a.size) for a, b in pairs]
+    return sum(n for n, _ in counts) / sum(n for _, n in counts)
+
+
+def _bytes(x):
+    return np.atleast_1d(np.asarray(x)).view(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A kernel at one size. All calls are compiled with `arguments` as their arguments.
+
+    name: the kernel and the size.
+    call: what users get of it, start to end.
+    baseline: the same by XLA, which is timed.
+    oracle: what `call` must give; None: `baseline`.
+    error, limit: (result, expected) -> a number, and the largest right one.
+    details: more calls to time, by name: parts of `call`, other tilings.
+    bytes, flops: the least that `call` moves between chip and memory, and multiplies and adds.
+    fp8: whether the flops are those of FP8 products, of which a chip does twice as many.
+    """
+
+    name: str
+    arguments: tuple
+    call: Callable
+    baseline: Callable
+    bytes: int
+    flops: int = 0
+    fp8: bool = False
+    oracle: Callable | None = None
+    error: Callable = differing_bytes
+    limit: float = 0.0
+    details: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+
+def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
+    m = cfg.model
+    tokens = m.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    sizes = [((tokens, m.ffn_dim), "mse")]  # the largest activation of a block
+    if not on_cpu():
+        sizes = [(SQUARE, rule) for rule in ("mse", "static_6")] + sizes
+    return [_quantize_nvfp4(*size) for size in sizes]
+
+
+def _quantize_nvfp4(shape, rule):
+    lib = quantize_nvfp4_lib
+    tilings = lib.TILINGS[:1] if on_cpu() else lib.TILINGS
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    kernel = functools.partial(lib.kernel, rule=rule, interpret=interpret())
+
+    def given_amax(tiling):
+        return lambda x: kernel(x, jnp.float32(4), tiling=tiling)
+
+    def oracle(x):
+        tensor = formats.quantize_nvfp4(x, rule)
+        return tensor.packed(), tensor.scales
+
+    return Entry(
+        name=f"quantize_nvfp4 {rule} {shape[0]}x{shape[1]}",
+        arguments=(x,),
+        call=lambda x: kernel(x, lib.largest_magnitude(x)),
+        baseline=lambda x: formats.quantize_nvfp4(x, rule),
+        oracle=oracle,
+        details={
+            "amax": lib.largest_magnitude,
+            "as NVFP4Tensor": lambda x: lib.quantize_nvfp4(x, rule),
+            **{f"kernel, tiling {t}": given_amax(t) for t in tilings},
+        },
+        bytes=math.prod(shape) * 2 + math.prod(shape) * 9 // 16,  # x read once; codes, scales
+    )
+
+
+ENTRIES = (quantize_nvfp4,)
+
+
+def run(cfg: config_lib.Config) -> dict:
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if not on_cpu() and not capability.startswith("9."):
+        raise InputError(
+            f"bench kernels: {jax.devices()[0].device_kind}, of capability {capability or 'none'}; "
+            "kernels need a Hopper GPU (9.0), or a CPU (JAX_PLATFORMS=cpu) to be interpreted"
+        )
+    copied = jax.ShapeDtypeStruct((64, 64) if on_cpu() else SQUARE, jnp.bfloat16)
+    copy = _milliseconds(jnp.negative, (jnp.ones(copied.shape, copied.dtype),))
+    figures = {"copy_ms": copy, "copy_gb_s": 4 * math.prod(copied.shape) / copy / 1e6}
+    print(f"copy of {copied.shape} bfloat16: {copy:.4f} ms, {figures['copy_gb_s']:.0f} GB/s")
+    for entries in ENTRIES:
+        for entry in entries(cfg):
+            figures[entry.name] = _measure(entry, figures["copy_gb_s"])
+    return figures | measure.device_figures()
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def interpret() -> plgpu.InterpretGPUParams | None:
+    """The `interpret` of a kernel: set where there is no GPU."""
+    return plgpu.InterpretGPUParams() if on_cpu() else None
+
+
+def _measure(entry, copy_gb_s):
+    result = jax.jit(entry.call)(*entry.arguments)
+    expected = jax.jit(entry.oracle or entry.baseline)(*entry.arguments)
+    error = float(entry.error(result, expected))
+    del result, expected
+    ms = _milliseconds(entry.call, entry.arguments)
+    # The data sheet's peak for products; for memory what a copy does, which is below its.
+    peak = cost.PEAK_TFLOPS.get(jax.devices()[0].device_kind, math.inf) * (1 + entry.fp8)
+    bounds = {"memory": entry.bytes / copy_gb_s / 1e6, "products": entry.flops / peak / 1e9}
+    bound = max(bounds, key=bounds.get)
+    figures = {
+        "error": error,
+        "right": error <= entry.limit,
+        "ms": ms,
+        "gb_s": entry.bytes / ms / 1e6,
+        "tflops": entry.flops / ms / 1e9,
+        "bound_by": bound,
+        "bound_ms": bounds[bound],
+        "roofline_share": bounds[bound] / ms,
+        "xla_ms": _milliseconds(entry.baseline, entry.arguments),
+        "copy_of_the_same_bytes_ms": bounds["memory"],
+        "details_ms": {},
+    }
+    print(
+        f"{entry.name}: {'RIGHT' if figures['right'] else 'WRONG'}, error {error:.3g}", flush=True
+    )
+    print(
+        f"  {ms:.4f} ms, {figures['gb_s']:.0f} GB/s, {figures['tflops']:.0f} TFLOP/s: "
+        f"{100 * figures['roofline_share']:.0f} % of what {bound} allows; "
+        f"XLA {figures['xla_ms']:.4f} ms; a copy of as many bytes {bounds['memory']:.4f} ms"
+    )
+    for name, call in entry.details.items():
+        figures["details_ms"][name] = _milliseconds(call, entry.arguments)
+        print(f"  {name:28} {figures['details_ms'][name]:.4f} ms", flush=True)
+    return figures
+
+
+def _milliseconds(call, arguments):
+    call = functools.partial(jax.jit(call), *arguments)
+    measure.seconds(call, 1 if on_cpu() else 3)
+    return 1e3 * measure.mean_seconds(call, 1 if on_cpu() else 50)

@@ -1,0 +1,20 @@
+"""Benchmarks, at a size at which their figures mean nothing."""
+
+import json
+
+import pytest
+
+from tests.launch import commands
+
+
+@pytest.mark.slow
+def test_quality(tmp_path):
+    result = commands.run(
+        "bench", "quality", "--config=configs/tiny.py", "--config.model.dim=128", "--chunks=2",
+        f"--plot={tmp_path}/quality.png",
+    )  # fmt: skip
+    errors = json.loads(result.stdout.splitlines()[-1])["errors"]
+    assert len(errors) == 8 and (tmp_path / "quality.png").stat().st_size > 1000
+    worst = {name: max(error["layers"]) for name, error in errors.items()}
+    assert worst["fp8"] < worst["nvfp4_w4a4"] < 0.1
+    assert worst["kv fp8"] < worst["kv nvfp4"] < worst["nvfp4_w4a4"]
