@@ -54,6 +54,8 @@ def run(cfg: config_lib.Config) -> dict:
         "denoise_fps": round(frames * latents.shape[0] / p50, 2),
         "chunk_p50_s": round(p50, 4),
         "chunk_p90_s": round(measure.percentile(warm, 90), 4),
+        "chunk_p99_over_p50": round(measure.percentile(warm, 99) / p50, 4),
+        "chunk_slope": round(_slope(warm), 5),
         "chunk_5_s": round(times[5], 4),
         "chunk_last_s": round(times[-1], 4),
         "chunk_last": len(times) - 1,
@@ -103,7 +105,15 @@ def _delivered(cfg, mesh, sampler, step, params, inputs, size):
         if attempt == "compile":
             compiled = time.perf_counter() - begin
     (start, before), (stop, after) = done[2], done[-1]
+    # A prompt that changes while nothing is under way: until the next chunk's first frames.
+    jax.block_until_ready((state, pieces))
+    changed = inputs[0].replace(context=-inputs[0].context)
+    begin = time.perf_counter()
+    state, latents = step(params, state, changed)
+    np.asarray(next(decoder(latents)))
+    prompt = time.perf_counter() - begin
     return {
+        "prompt_to_frame_s": round(prompt, 3),
         "vae_compile_s": round(compiled, 1),
         "vae_latents_per_call": cfg.sample.vae_latents_per_call,
         "first_frame_s": round(first, 3),
@@ -126,6 +136,12 @@ def chunk_inputs(cfg, chunk, size):
         if cfg.sample.image_to_video
         else None,
     )
+
+
+def _slope(times):
+    """Change of the fitted line over the whole run, relative to its mean."""
+    rise = np.polyfit(np.arange(len(times)), times, 1)[0] * (len(times) - 1)
+    return float(rise / np.mean(times))
 
 
 def _share(tflops, peak):

@@ -34,8 +34,9 @@ class Decoder:
         """Dispatches the decoding of normalised latents [batch, latent, h, w, channel].
 
         Yields:
-          uint8 [batch, frame, height, width, 3], a piece for every `sample.vae_latents_per_call`
-          latents; not waited for. A video's first latent gives one frame, every other one four.
+          uint8 [batch, frame, height, width, 3], not waited for: a piece for the first latent, then
+          one for every `sample.vae_latents_per_call`. A video's first latent gives one frame, every
+          other one four.
         """
         return self._decode(latents, vae.to_uint8)
 
@@ -50,7 +51,7 @@ class Decoder:
             self._state = vae.init_decode_state(
                 self._cfg.vae, latents.shape[0], *latents.shape[2:4], latents.dtype, self._mesh
             )
-        for piece in _pieces(latents.shape[1], first, self._cfg.sample.vae_latents_per_call):
+        for piece in _pieces(latents.shape[1], self._cfg.sample.vae_latents_per_call):
             call = decode_program(self._cfg.vae, self._mesh, first, finish)
             self._state, frames = call(self._params, self._state, latents[:, piece])
             yield frames
@@ -89,7 +90,7 @@ def encode(
     """
     params = jax.device_put(params, jax.NamedSharding(mesh, _WHOLE))
     state, latents = None, []
-    for piece in _pieces(1 + (count - 1) // vae.FRAMES, True, cfg.sample.vae_latents_per_call):
+    for piece in _pieces(1 + (count - 1) // vae.FRAMES, cfg.sample.vae_latents_per_call):
         first = piece.start == 0
         start = 0 if first else vae.FRAMES * piece.start - 3
         frames = read(start, vae.FRAMES * piece.stop - 3)
@@ -105,10 +106,11 @@ def encode(
 _encode_program = functools.cache(lambda cfg, mesh, first: vae.encode_on_mesh(mesh, cfg, first))
 
 
-def _pieces(count: int, first: bool, size: int) -> Iterator[slice]:
-    """A video's first latent on its own, then groups of `size`, then what is left."""
-    start = 0
-    while start < count:
-        stop = min(start + (1 if first and start == 0 else size), count)
-        yield slice(start, stop)
-        start = stop
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    """The first latent on its own, then groups of `size`, then what is left.
+
+    A video's first latent must be alone; a chunk's is, so that its frames are there sooner.
+    """
+    yield slice(0, 1)
+    for start in range(1, count, size):
+        yield slice(start, min(start + size, count))

@@ -90,7 +90,7 @@ def step_arguments(
 def _decoding(cfg, mesh, batch, size):
     params = _vae_params(cfg, mesh, "decoder", "conv2")
     state = _vae_state(vae.init_decode_state, cfg, mesh, batch, size)
-    for first, count in _calls(cfg):
+    for first, count in _calls(cfg, (1,)):
         latents = _placed(mesh, (batch, count, *size, cfg.vae.z_dim), cfg.compute_dtype)
         program = decode.decode_program(cfg.vae, mesh, first, vae.to_uint8)
         name = "first" if first else count
@@ -104,7 +104,7 @@ def _encoding(cfg, mesh, batch, size):
     pixels = tuple(n * vae.PIXELS for n in size)
     for rows in sorted({batch, replicas}):
         state = _vae_state(vae.init_encode_state, cfg, mesh, rows, size)
-        for first, count in _calls(cfg):
+        for first, count in _calls(cfg, range(1, 1 + cfg.sample.vae_latents_per_call)):
             if not first and (rows != replicas or cfg.sample.image_to_video):
                 continue
             number = 1 if first else count * vae.FRAMES
@@ -114,11 +114,11 @@ def _encoding(cfg, mesh, batch, size):
             yield name, functools.partial(program.lower, params, state, frames)
 
 
-def _calls(cfg):
-    """(whether a video's first, latents) of each call of the VAE, for videos of whole chunks."""
-    size, chunk = cfg.sample.vae_latents_per_call, cfg.model.chunk_frames
-    # A video's first chunk has one latent fewer for the steady calls.
-    counts = {n for left in (chunk - 1, chunk) for n in (min(size, left), left % size)}
+def _calls(cfg, chunks):
+    """(whether a video's first, latents) of each call of the VAE on so many chunks together."""
+    size = cfg.sample.vae_latents_per_call
+    rest = [n * cfg.model.chunk_frames - 1 for n in chunks]  # without the first latent
+    counts = {1} | {n for left in rest for n in (min(size, left), left % size)}
     return [(True, 1), *((False, n) for n in sorted(counts - {0}, reverse=True))]
 
 

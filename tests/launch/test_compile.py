@@ -109,12 +109,12 @@ ALWAYS = {"decode first", "encode first", "init_state", "noise"} | TEXT
         ),
         (
             dict(vae_latents_per_call=3),
-            "chunk_step,chunk_step after a first frame,ingest,decode 3,decode 2,decode 1,encode 3,"
+            "chunk_step,chunk_step after a first frame,ingest,decode 3,decode 1,encode 3,"
             "encode 2,encode 1",
         ),
         (
             dict(image_to_video=True, recache=True, vae_latents_per_call=8),
-            "chunk_step after a first frame,recache after a first frame,decode 8,decode 7",
+            "chunk_step after a first frame,recache after a first frame,decode 7,decode 1",
         ),
     ],
 )
