@@ -4,9 +4,13 @@
         --dit=model_bf16.pt --vae=Wan2.2_VAE.pth --umt5=models_t5_umt5-xxl-enc-bf16.pth \\
         --tokenizer=google/umt5-xxl/tokenizer.json
     python -m launch.convert --checkpoint=CKPT --to_safetensors=DIR
+    python -m launch.convert --config=configs/sample_5b.py --checkpoint=CKPT \\
+        --recipe=nvfp4_w4a4 --output=SMALL_CKPT
 
 Sources are files, folders or hf://owner/name[/file]. Parts may be given one at a time, to the same
---output. Weights keep their dtype, and are streamed: memory does not grow with the model.
+--output. Weights keep their dtype, and are streamed: memory does not grow with the model. With
+--recipe the transformer's linear layers are quantised, to the bit as launch.sample would with
+--config.quant.recipe. The original's model_4o6.pt is so already, and needs no --recipe.
 """
 
 import os
@@ -16,9 +20,11 @@ import tqdm
 from absl import flags
 
 from launch import command
-from longlive_jax.checkpoints import files, from_torch, layout, store, to_torch
+from longlive_jax.checkpoints import files, from_torch, layout, quantized, store, to_torch, workdir
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
+from longlive_jax.models import tokenizer as tokenizer_lib
+from longlive_jax.quant import recipe as recipe_lib
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dit", None, "The transformer: .pt, .safetensors, a folder of them, or hf://.")
@@ -30,17 +36,20 @@ flags.DEFINE_float("lora_alpha", None, "Its alpha; default the file's, else its 
 flags.DEFINE_bool("use_ema", False, "Of a training checkpoint, take the moving average.")
 flags.DEFINE_string("output", None, "The checkpoint to make, or to add these parts to.")
 flags.DEFINE_string("to_safetensors", None, "Folder for --checkpoint's weights as safetensors.")
-flags.DEFINE_string("checkpoint", None, "With --to_safetensors: the checkpoint to read.")
+flags.DEFINE_string("recipe", None, "Quantise the transformer by this, of config.quant.recipe.")
+flags.DEFINE_string("checkpoint", None, "The checkpoint to export, or to quantise.")
 
 
 def main() -> None:
     sources = {p: FLAGS[p].value for p in parts_lib.PARTS if FLAGS[p].value}
     if FLAGS.to_safetensors:
-        if sources or FLAGS.tokenizer or FLAGS.lora or FLAGS.output:
+        if sources or FLAGS.tokenizer or FLAGS.lora or FLAGS.output or FLAGS.recipe:
             raise InputError("--to_safetensors takes --checkpoint only; run conversions one by one")
         _export()
     elif FLAGS.checkpoint:
-        raise InputError("--checkpoint needs --to_safetensors=DIR; to make one, give --output")
+        if sources or FLAGS.tokenizer or FLAGS.lora:
+            raise InputError("--checkpoint is another source; run conversions one by one")
+        _quantize()
     else:
         _import(sources)
 
@@ -51,7 +60,7 @@ def _import(sources: dict[str, str]) -> None:
     if not FLAGS.output:
         raise InputError("--output is missing; give the checkpoint's directory")
     if "dit" not in sources:
-        for name in ("lora", "lora_alpha", "use_ema"):
+        for name in ("lora", "lora_alpha", "use_ema", "recipe"):
             if FLAGS[name].value:
                 raise InputError(f"--{name} needs --dit, the weights it is about")
     if FLAGS.lora_alpha is not None and not FLAGS.lora:
@@ -65,7 +74,12 @@ def _import(sources: dict[str, str]) -> None:
             source,
             config,
             **(
-                dict(use_ema=FLAGS.use_ema, lora_source=FLAGS.lora, lora_alpha=FLAGS.lora_alpha)
+                dict(
+                    use_ema=FLAGS.use_ema,
+                    lora_source=FLAGS.lora,
+                    lora_alpha=FLAGS.lora_alpha,
+                    recipe=FLAGS.recipe,
+                )
                 if part == "dit"
                 else {}
             ),
@@ -82,22 +96,73 @@ def _import(sources: dict[str, str]) -> None:
                 source.spec,
                 section=source.section,
                 sources=source.files,
+                recipe=source.recipe,
             )
-        print(
-            f"{part}: {bar.total} tensors, {summary.parameters:,} parameters, "
-            f"{'/'.join(summary.dtypes)}, {summary.bytes / 2**20:,.1f} MiB, "
-            f"{time.monotonic() - start:.1f} s",
-            flush=True,
-        )
+        _show(part, source.spec, summary, source.recipe, start)
     if tokenizer:
         store.save_tokenizer(FLAGS.output, tokenizer)
         print(f"tokenizer: {os.path.getsize(tokenizer) / 2**20:,.1f} MiB", flush=True)
+
+
+def _quantize() -> None:
+    """A checkpoint like --checkpoint, with the transformer quantised."""
+    directory, output = FLAGS.checkpoint, FLAGS.output
+    if not output:
+        raise InputError(
+            "--checkpoint needs --to_safetensors=DIR to export it, or --recipe=NAME and --output="
+            "DIR to quantise it"
+        )
+    recipe = recipe_lib.get(FLAGS.recipe or "bf16")
+    if recipe is None:
+        names = ", ".join(name for name, r in recipe_lib.RECIPES.items() if r)
+        raise InputError(f"--checkpoint with --output needs --recipe, one of {names}")
+    if workdir.is_run(directory):
+        raise InputError(
+            f"--checkpoint={directory}: is a training run's folder; make a checkpoint of it with "
+            "launch.export first"
+        )
+    if os.path.realpath(output) == os.path.realpath(directory):
+        raise InputError(f"--output={output}: is the checkpoint itself; give a new directory")
+    config = command.config()
+    stored = store.Stored(directory, "dit")
+    spec = stored.part.spec(config.model)
+    stored.check(spec, config.model)
+    quantized.spec(spec, recipe)  # refuses sides that its blocks do not divide
+    start = time.monotonic()
+    pieces = tqdm.tqdm(stored.pieces(), desc="dit", unit=" arrays", disable=None)
+    summary = store.save(
+        output,
+        "dit",
+        quantized.pieces(pieces, recipe, config.compute_dtype, directory),
+        spec,
+        section=config.model,
+        sources=stored.info["sources"],
+        recipe=recipe,
+    )
+    _show("dit", spec, summary, recipe, start)
+    for part in store.parts(directory):
+        if part in parts_lib.PARTS and part != "dit":
+            store.copy(store.Stored(directory, part), output)
+            print(f"{part}: copied", flush=True)
+        elif part == "tokenizer":
+            store.save_tokenizer(output, os.path.join(directory, tokenizer_lib.FILE))
+
+
+def _show(part, spec, summary, recipe, start) -> None:
+    print(
+        f"{part}: {len(layout.torch_shapes(spec))} tensors, {summary.parameters:,} parameters, "
+        f"{'/'.join(summary.dtypes)}{f' by recipe {recipe.name}' if recipe else ''}, "
+        f"{summary.bytes / 2**20:,.1f} MiB, {time.monotonic() - start:.1f} s",
+        flush=True,
+    )
 
 
 def _export() -> None:
     if not FLAGS.checkpoint:
         raise InputError("--to_safetensors needs --checkpoint=CKPT")
     parts = [p for p in store.parts(FLAGS.checkpoint) if p in parts_lib.PARTS]
+    for part in parts:
+        to_torch.check(FLAGS.checkpoint, part)
     try:
         os.makedirs(FLAGS.to_safetensors, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:

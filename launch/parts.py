@@ -12,9 +12,11 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.checkpoints import store, workdir
+from longlive_jax.checkpoints import quantized, store, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit, tokenizer, umt5, vae
+from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.sampling import stream
 from longlive_jax.sampling.script import Text
 
 MODELS = {"dit": dit, "vae": vae, "umt5": umt5}
@@ -59,6 +61,39 @@ def load(
         return trained.load(part, tree, mesh, dtype, rules, weights)
     where = directory(checkpoint)
     return store.load(where, part, tree, mesh, dtype, rules, config=section)
+
+
+def check_transformer(checkpoint: str | None, cfg: config_lib.Config):
+    """Refuses, without reading an array, what `load_transformer` would refuse."""
+    recipe = _stored_recipe(checkpoint)
+    if recipe is None:
+        check(checkpoint, "dit", cfg)
+    else:
+        section, tree = spec("dit", cfg)
+        own = recipe_lib.get(cfg.quant.recipe)
+        store.Stored(directory(checkpoint), "dit").check(tree, section, own)
+
+
+def load_transformer(
+    checkpoint: str | None,
+    cfg: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    weights: str = "average",
+):
+    """What `stream.Sampler(cfg, mesh)` takes: with quant.recipe, quantised weights.
+
+    They come from a checkpoint that the recipe quantised, or are quantised here.
+    """
+    if _stored_recipe(checkpoint) is None:
+        params = load(checkpoint, "dit", cfg, mesh, weights=weights)
+        params = stream.Sampler(cfg, mesh).quantize(params)
+    else:
+        section, tree = spec("dit", cfg)
+        params = store.load(
+            directory(checkpoint), "dit", tree, mesh, cfg.compute_dtype, mesh_lib.SAMPLING_RULES,
+            config=section, recipe=recipe_lib.get(cfg.quant.recipe),
+        )  # fmt: skip
+    return quantized.check(params, f"--checkpoint={checkpoint}")
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:
@@ -131,6 +166,13 @@ def _trained(checkpoint, part):
         return None
     state = workdir.State(checkpoint)
     return state if part in state.trained else None
+
+
+def _stored_recipe(checkpoint):
+    """The recipe that quantised the transformer of a checkpoint; None: it is not quantised."""
+    if _trained(checkpoint, "dit") is not None:
+        return None
+    return store.Stored(directory(checkpoint), "dit").recipe
 
 
 def spec(part: str, cfg: config_lib.Config, only: Sequence[str] = ()):

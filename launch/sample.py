@@ -68,7 +68,7 @@ def main() -> None:
     if text is None:
         text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg), FLAGS.weights)
     batches = _with_pictures(cfg, vae_mesh, batches, clip)
-    params = parts.load(FLAGS.checkpoint, "dit", cfg, mesh, weights=FLAGS.weights)
+    params = parts.load_transformer(FLAGS.checkpoint, cfg, mesh, FLAGS.weights)
     if FLAGS.output:
         vae = parts.load(FLAGS.checkpoint, "vae", cfg, vae_mesh, parts.DECODER)
 
@@ -147,7 +147,7 @@ def _check_parts(cfg, vae_mesh, batches):
     """Refuses a checkpoint, or a mesh, that the run would stumble over later."""
     if FLAGS.prompts:
         parts.read_tokenizer(FLAGS.checkpoint, cfg)
-    parts.check(FLAGS.checkpoint, "dit", cfg)
+    parts.check_transformer(FLAGS.checkpoint, cfg)
     pictured = FLAGS.continue_from or any(batch.pictured for batch in batches)
     needed = (parts.DECODER if FLAGS.output else ()) + (parts.ENCODER if pictured else ())
     if not needed:

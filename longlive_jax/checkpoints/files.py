@@ -14,7 +14,7 @@ from longlive_jax.errors import InputError
 # Where the folders that people have keep each part; the first that exists is taken. "" is the
 # folder itself, when it has safetensors files.
 _PLACES = {
-    "dit": ("", "transformer", "model.pt", "model_bf16.pt"),
+    "dit": ("", "transformer", "model.pt", "model_bf16.pt", "model_4o6.pt"),
     "vae": ("Wan2.2_VAE.pth", "vae", "vae.safetensors", ""),
     "umt5": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "umt5.safetensors", ""),
     "lora": ("adapter_model.safetensors", "model.pt", ""),

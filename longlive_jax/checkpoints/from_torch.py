@@ -9,10 +9,12 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import files, layout, lora, names, store
+from longlive_jax.checkpoints import files, four_over_six, layout, lora, names, quantized, store
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
+from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant.recipe import Recipe
 
 _ROWS_BYTES = 128 << 20  # tables larger than this are read in several goes
 
@@ -24,11 +26,13 @@ class Source:
     part: parts_lib.Part
     spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
-    tensors: Mapping[str, Tensor]  # by the original's keys
+    tensors: Mapping[str, Tensor | four_over_six.Packed]  # by the original's keys
     files: tuple[str, ...]
+    recipe: Recipe | None  # that quantises the linear layers' weights, or has done so in the file
+    dtype: np.dtype  # that weights are cast to before they are quantised
 
     def pieces(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[store.Piece]:
-        """Our arrays for `store.save`, each read when asked for.
+        """Our arrays for `store.save` with `recipe`, each read when asked for.
 
         Args:
           progress: is told how many of the original's tensors have been read since the last call.
@@ -36,8 +40,17 @@ class Source:
         Raises:
           InputError: values that are not finite, or a file that changed.
         """
+        read = self._pieces(progress)
+        return quantized.pieces(read, self.recipe, self.dtype, self.files[0])
+
+    def _pieces(self, progress):
         dtypes = self._dtypes()
         for w in layout.weights(self.spec):
+            if _packed(self.tensors[w.keys[0]]):
+                for field, array in four_over_six.fields(w, self.tensors, self.recipe):
+                    yield store.Piece((*w.path, field), w.layer, array[None])
+                progress(len(w.keys))
+                continue
             sources = [self.tensors[k] for k in w.keys]
             dtype = dtypes[w.path]
             if w.layer is None and w.rows_are_rows and w.shape[0] > 1:
@@ -64,6 +77,8 @@ class Source:
         """The dtype of each of our arrays: its tensors' own, or one that holds all of theirs."""
         found: dict[params_lib.Path, set[np.dtype]] = {}
         for w in layout.weights(self.spec):
+            if _packed(self.tensors[w.keys[0]]):
+                continue
             found.setdefault(w.path, set()).update(self.tensors[k].dtype for k in w.keys)
         return {path: promote(dtypes) for path, dtypes in found.items()}
 
@@ -76,8 +91,9 @@ def open_part(
     use_ema: bool = False,
     lora_source: str | None = None,
     lora_alpha: float | None = None,
+    recipe: str | None = None,
 ) -> Source:
-    """Opens and validates the weights of one part; reads no values but those of a LoRA.
+    """Opens and validates the weights of one part; reads no values but a LoRA's, and sizes.
 
     Args:
       part: "dit", "vae" or "umt5".
@@ -85,15 +101,21 @@ def open_part(
       use_ema: of a training checkpoint, take the moving average of the weights.
       lora_source: a LoRA to merge, in the same kinds of places.
       lora_alpha: its scale's numerator; default the file's, else its rank.
+      recipe: of the transformer: quantise its linear layers, from the config's dtype. A file that
+        is quantised already must have been so by this one; default the one for inference.
 
     Raises:
-      InputError: no such file; a damaged, foreign, malicious or quantised one; weights missing,
-        too many, of other shapes than `config` gives, or not floats.
+      InputError: no such file; a damaged, foreign or malicious one; weights missing, too many, of
+        other shapes than `config` gives, or not floats; quantised ones by another rule than the
+        recipe's, or with a LoRA.
     """
     network = parts_lib.PARTS[part]
     section = network.config(config)
     path = files.locate(source, part)
-    tensors = names.state_dict(files.read(path), part, use_ema, path)
+    saved = files.read(path)
+    tensors = names.state_dict(saved, part, use_ema, path)
+    if part == "dit":
+        tensors = four_over_six.collect(tensors, path)
     spec = network.spec(section)
     if part == "vae" and not any(k.startswith("encoder.") for k in tensors):
         # A decoder alone; conv1 belongs to the encoder, but some files keep it.
@@ -101,16 +123,43 @@ def open_part(
             k: v for k, v in spec.items() if k != "encoder" and (k != "conv1" or _conv1(tensors))
         }
     _check(network, section, spec, tensors, path)
+    own = None if recipe is None else recipe_lib.get(recipe)
+    if _quantized(spec, tensors, path):
+        if lora_source is not None:
+            raise InputError(
+                f"--lora={lora_source}: cannot be merged into quantised weights, {path}; merge it "
+                "into the bfloat16 file of the same model, and add --recipe to quantise the sum"
+            )
+        own = four_over_six.recipe(saved, recipe, path)
+    quantized.spec(spec, own)  # refuses sides that the blocks do not divide
     used = (path,)
     if lora_source is not None:
         lora_path = files.locate(lora_source, "lora")
         tensors = lora.merge(tensors, files.read(lora_path), lora_alpha, lora_path)
         used += (lora_path,)
-    return Source(network, spec, section, tensors, used)
+    return Source(network, spec, section, tensors, used, own, config.compute_dtype)
 
 
 def _conv1(tensors: Mapping[str, Tensor]) -> bool:
     return any(k.startswith("conv1.") for k in tensors)
+
+
+def _packed(tensor: Tensor | four_over_six.Packed) -> bool:
+    return isinstance(tensor, four_over_six.Packed)
+
+
+def _quantized(spec, tensors: Mapping[str, Tensor | four_over_six.Packed], path: str) -> bool:
+    """Whether the file has quantised weights; then it must have all that recipes quantise."""
+    found = {key for key, t in tensors.items() if _packed(t)}
+    linear = {k for w in layout.weights(spec) if quantized.is_linear(w.path) for k in w.keys}
+    if found and found != linear:
+        wrong = sorted(found ^ linear)
+        raise InputError(
+            f"{path}: quantises {len(found & linear)} of the {len(linear)} weights that recipes "
+            f"do, and {len(found - linear)} others; the first that differs is {wrong[0]}: convert "
+            "the bfloat16 file of the same model instead (model_bf16.pt, or model_te.pt)"
+        )
+    return bool(found)
 
 
 def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> None:

@@ -18,7 +18,6 @@ Tensors = dict[str, Tensor]
 _WRAPPERS = ("model", "state_dict", "gen_model", "generator", "module", "model_state_dict")
 _INNER = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _OUTER = re.compile(r"(?:base_model\.model|diffusion_model|model|module)\.")
-_QUANTISED = ".quantized_weight_values"
 
 
 def state_dict(saved: Any, part: str, use_ema: bool, file: str) -> Tensors:
@@ -30,18 +29,18 @@ def state_dict(saved: Any, part: str, use_ema: bool, file: str) -> Tensors:
       file: for messages.
 
     Raises:
-      InputError: no weights in it, two for one key, quantised ones, or those of a LoRA alone.
+      InputError: no weights in it, two for one key, those of a LoRA alone, or of a network of
+        TransformerEngine's.
     """
     if not isinstance(saved, Mapping):
         raise InputError(f"{file}: holds a {type(saved).__name__}, not a dict of weights")
-    _refuse_quantised(saved, file)
+    _refuse_transformer_engine(saved, file)
     inner = _generator(saved, use_ema, file) if part == "dit" else saved
     while isinstance(found := next((inner[k] for k in _WRAPPERS if k in inner), None), Mapping):
         inner = found
     tensors = _tensors(inner)
     if not tensors:
         raise InputError(f"{file}: holds no weights of the {part}; its keys are {_listing(saved)}")
-    _refuse_quantised(tensors, file)
     rename = {"dit": dit_key, "vae": vae_key, "umt5": umt5_key}[part]
     return _renamed(tensors, lambda key: rename(strip(key)), file)
 
@@ -76,15 +75,12 @@ def _generator(saved: Mapping, use_ema: bool, file: str) -> Mapping:
     return saved[wanted] if names else saved
 
 
-def _refuse_quantised(saved: Mapping, file: str) -> None:
-    form = saved.get("checkpoint_format")
-    named = isinstance(form, str) and "nvfp4" in form
-    if named or any(isinstance(k, str) and k.endswith(_QUANTISED) for k in saved):
+def _refuse_transformer_engine(saved: Mapping, file: str) -> None:
+    if saved.get("checkpoint_format") == "longlive_generator_te_nvfp4":
         raise InputError(
-            f"{file}: holds quantised weights (checkpoint_format "
-            f"{form if form is not None else 'not given, keys ' + '*' + _QUANTISED!r}), which "
-            "cannot be imported yet; convert the bfloat16 file of the same model instead "
-            "(model_bf16.pt, or model_te.pt)"
+            f"{file}: holds the state of TransformerEngine's modules (checkpoint_format "
+            "longlive_generator_te_nvfp4), which only that can read; convert the bfloat16 file of "
+            "the same model instead (model_bf16.pt, or model_te.pt)"
         )
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +29,13 @@ from orbax.checkpoint import v1 as ocp
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import directory as directory_lib
-from longlive_jax.checkpoints import layout
+from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer as tokenizer_lib
+from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import weights as weights_lib
+from longlive_jax.quant.recipe import Recipe
 
 _GROUP_BYTES = 256 << 20  # a group is in memory about three times while it is written
 
@@ -61,20 +64,56 @@ def save(
     *,
     section: Any,
     sources: Iterable[str] = (),
+    recipe: Recipe | None = None,
 ) -> Summary:
     """Adds a part to a checkpoint, or replaces it; creates the checkpoint if there is none.
 
     Args:
       part: "dit", "vae" or "umt5".
-      pieces: all rows of all of `spec`'s arrays, in any order; taken one at a time.
+      pieces: all rows of all of `spec`'s arrays, in any order; taken one at a time. With a recipe
+        those of linear layers' weights are quantised, by `checkpoints.quantized.pieces`.
       section: the dataclass of the config that `spec` was made of, kept for messages.
       sources: names of the files the weights came from, kept for the reader.
+      recipe: that quantised the weights; None: they are not.
 
     Until the last piece is on disk, the directory holds what it held before.
 
     Raises:
       InputError: the directory is something else, or somebody else is writing to it.
     """
+
+    def write(folder: pathlib.Path) -> dict:
+        index = _write_groups(folder, pieces, quantized.spec(spec, recipe))
+        directory_lib.write_json(folder / "index.json", index)
+        info = {
+            "sources": [os.path.basename(s) for s in sources],
+            **_summary(index, params_lib.count(spec))._asdict(),
+            "config": {parts_lib.PARTS[part].section: dataclasses.asdict(section)},
+        }
+        return info if recipe is None else info | {"recipe": recipe.name}
+
+    info = _add(directory, part, write)
+    return Summary(*(info[name] for name in Summary._fields))
+
+
+def copy(stored: "Stored", directory: str | os.PathLike) -> None:
+    """Adds a part of another checkpoint to one, or replaces it, as it is.
+
+    Raises:
+      InputError: as `save`.
+    """
+
+    def write(folder: pathlib.Path) -> dict:
+        shutil.copytree(stored.path, folder, dirs_exist_ok=True)
+        return stored.info
+
+    _add(directory, stored.part.name, write)
+
+
+def _add(
+    directory: str | os.PathLike, part: str, write: Callable[[pathlib.Path], dict]
+) -> dict[str, Any]:
+    """Adds a part that `write` writes to an empty folder; returns what it says of it."""
     root = pathlib.Path(os.path.abspath(directory))
     with directory_lib.writing(root):
         metadata = directory_lib.read_metadata(root, new=True)
@@ -84,26 +123,17 @@ def save(
         directory_lib.remove_others(root, part, metadata["parts"].get(part, {}).get("directory"))
         partial.mkdir()
         try:
-            index = _write_groups(partial, pieces, spec)
-            directory_lib.write_json(partial / "index.json", index)
+            info = write(partial)
             names = (part if i == 0 else f"{part}_{i}" for i in range(1 << 20))
             final = next(root / n for n in names if not (root / n).exists())
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        summary = _summary(index)
-        metadata["parts"][part] = {
-            "directory": final.name,
-            "sources": [os.path.basename(s) for s in sources],
-            "parameters": summary.parameters,
-            "bytes": summary.bytes,
-            "dtypes": summary.dtypes,
-            "config": {parts_lib.PARTS[part].section: dataclasses.asdict(section)},
-        }
+        metadata["parts"][part] = info | {"directory": final.name}
         directory_lib.write_json(root / "metadata.json", metadata)
         directory_lib.remove_others(root, part, final.name)
-    return summary
+    return info
 
 
 def save_tokenizer(directory: str | os.PathLike, file: str) -> None:
@@ -143,6 +173,7 @@ def load(
     dtype: Any = None,
     rules: Mapping = mesh_lib.RULES,
     config: Any = None,
+    recipe: Recipe | None = None,
 ) -> params_lib.Tree:
     """Reads a part's arrays, layer by layer, straight to where they are to be.
 
@@ -150,25 +181,30 @@ def load(
       part: "dit", "vae" or "umt5".
       spec: what to read. Top-level subtrees may be left out, to read a VAE's decoder alone.
       mesh: place arrays as `params.shardings(spec, mesh, rules)`; None: on the first device.
-      dtype: of the result; None: as stored.
+      dtype: of the result; None: as stored. Arrays of quantised weights have their own.
       config: the section of the config that `spec` was made of; if given, what shapes cannot tell
         (num_heads) is compared too.
+      recipe: that the part's weights must be quantised by; None: they must not be.
 
     Returns:
-      `spec`'s tree of jax.Arrays. While it is read, devices hold one layer more than that.
+      `spec`'s tree of jax.Arrays, with a recipe that of `quant.weights.quantize_params`. While it
+      is read, devices hold one layer more than that, or the codes of one stacked weight twice.
 
     Raises:
-      InputError: the checkpoint, or the part, is not there, or is damaged, or has other sizes.
+      InputError: the checkpoint, or the part, is not there, or is damaged, or has other sizes, or
+        another recipe.
     """
     stored = Stored(directory, part)
-    stored.check(spec, config)
-    wanted = params_lib.flatten(spec)
+    stored.check(spec, config, recipe)
+    specs = weights_lib.quantize_specs(spec, recipe, dtype or jnp.bfloat16)
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placement = dict.fromkeys(wanted, here)
+        place = jax.tree.map(lambda _: here, specs, is_leaf=params_lib.is_spec)
     else:
-        placement = params_lib.flatten(params_lib.shardings(spec, mesh, dict(rules)))
-    dtypes = {p: jnp.dtype(dtype or stored.dtypes()[p]) for p in wanted}
+        place = params_lib.shardings(specs, mesh, dict(rules))
+    placement = params_lib.flatten(weights_lib.as_dicts(place))
+    wanted = params_lib.flatten(quantized.spec(spec, recipe))
+    dtypes = {p: jnp.dtype(s.dtype or dtype or stored.dtypes()[p]) for p, s in wanted.items()}
     result: dict[params_lib.Path, jax.Array] = {}
     for group, rows in stored.groups.items():
         abstract = {
@@ -186,7 +222,7 @@ def load(
             if path not in result:
                 result[path] = jnp.zeros(shape, dtypes[path], device=placement[path])
             result[path] = _place(result[path], array, np.int32(rows[path][0]))
-    return params_lib.unflatten(result)
+    return quantized.from_stored(params_lib.unflatten(result), specs, place)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -206,6 +242,9 @@ def parts(directory: str | os.PathLike) -> tuple[str, ...]:
 class Stored:
     """A part of a checkpoint on disk, its indices read.
 
+    Attributes:
+      recipe: that its weights are quantised by; None: they are not.
+
     Raises:
       InputError: no checkpoint there, or without this part, or damaged.
     """
@@ -221,6 +260,7 @@ class Stored:
             )
         self.part = parts_lib.PARTS[part]
         self.info = metadata["parts"][part]
+        self.recipe = recipe_lib.get(self.info.get("recipe", "bf16"))
         self.path = root / self.info["directory"]
         try:
             index = json.loads((self.path / "index.json").read_text())
@@ -235,7 +275,7 @@ class Stored:
             ) from error
 
     def spec(self) -> params_lib.Tree:
-        """Shapes, and which arrays are stacked; other axes have no names."""
+        """Of the arrays on disk, and which are stacked; other axes have no names."""
         return params_lib.unflatten(
             {
                 p: params_lib.ParamSpec(
@@ -249,10 +289,14 @@ class Stored:
     def dtypes(self) -> dict[params_lib.Path, np.dtype]:
         return {p: jnp.dtype(v["dtype"]) for p, v in self._leaves.items()}
 
-    def check(self, spec: params_lib.Tree, config: Any = None) -> None:
-        """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
+    def check(
+        self, spec: params_lib.Tree, config: Any = None, recipe: Recipe | None = None
+    ) -> None:
+        """Refuses a spec, a section of the config or a recipe that stored arrays do not fit."""
         name, where = self.part.name, self.path.parent
-        wanted = params_lib.flatten(spec)
+        if recipe != self.recipe:
+            raise self._other_recipe(recipe)
+        wanted = params_lib.flatten(quantized.spec(spec, recipe))
         stored = {p: tuple(v["shape"]) for p, v in self._leaves.items()}
         absent = sorted({p[0] for p in wanted} - {p[0] for p in stored})
         if absent:
@@ -286,6 +330,21 @@ class Stored:
                 f"{where}: its {name} has other sizes than the config: "
                 f"{'; '.join(wrong[:5])}{more}. It fits with {flags or 'another config'}"
             )
+
+    def _other_recipe(self, recipe: Recipe | None) -> InputError:
+        where, name = self.path.parent, self.part.name
+        if self.recipe is None:
+            return InputError(
+                f"{where}: its {name} is not quantised, recipe {recipe.name!r} is asked for; make "
+                f"one that is: `python -m launch.convert --checkpoint={where} "
+                f"--recipe={recipe.name} --output=DIR`"
+            )
+        own, other = (r.name if r else "bf16" for r in (self.recipe, recipe))
+        return InputError(
+            f"{where}: its {name} is quantised by recipe {own!r}, and {other!r} is asked for; to "
+            f"sample from it set --config.quant.recipe={own}, for anything else give a checkpoint "
+            "that is not quantised"
+        )
 
     def read(
         self, group: str, abstract: Mapping[params_lib.Path, Any]
@@ -374,13 +433,13 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
     }
 
 
-def _summary(index: dict) -> Summary:
+def _summary(index: dict, parameters: int) -> Summary:
     by_dtype: dict[str, int] = {}
     for leaf in index["leaves"].values():
         by_dtype[leaf["dtype"]] = by_dtype.get(leaf["dtype"], 0) + math.prod(leaf["shape"])
     size = sum(n * jnp.dtype(d).itemsize for d, n in by_dtype.items())
     dtypes = tuple(sorted(by_dtype, key=by_dtype.get, reverse=True))
-    return Summary(sum(by_dtype.values()), size, dtypes)
+    return Summary(parameters, size, dtypes)
 
 
 def _path(key: str) -> params_lib.Path:

@@ -1,4 +1,7 @@
-"""Our weights back to the original's keys and layouts, as one safetensors file a part."""
+"""Our weights back to the original's keys and layouts, as one safetensors file a part.
+
+Those quantised to NVFP4 get what `model_4o6.pt` has, see `checkpoints.four_over_six`.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import layout, safetensors, store
+from longlive_jax.checkpoints import four_over_six, layout, quantized, safetensors, store
+from longlive_jax.errors import InputError
+from longlive_jax.quant.recipe import NVFP4, Recipe
 
 
 def export_store(
@@ -25,10 +30,26 @@ def export_store(
       The number of tensors written.
 
     Raises:
-      InputError: the checkpoint lacks the part, or is damaged.
+      InputError: as `check`; or the part is damaged.
+    """
+    stored = check(directory, part)
+    extents, pieces = stored.extents(), stored.pieces()
+    return _write(stored.spec(), stored.dtypes(), extents, pieces, file, progress, stored.recipe)
+
+
+def check(directory: str | os.PathLike, part: str) -> store.Stored:
+    """The stored part, if the original has a format for it.
+
+    Raises:
+      InputError: the checkpoint lacks the part, or its recipe is one of another format than NVFP4.
     """
     stored = store.Stored(directory, part)
-    return _write(stored.spec(), stored.dtypes(), stored.extents(), stored.pieces(), file, progress)
+    if stored.recipe is not None and not isinstance(stored.recipe.weight, NVFP4):
+        raise InputError(
+            f"{directory}: its {part} is quantised by recipe {stored.recipe.name!r}, and the "
+            "original has no files of that; give the checkpoint that it was made of"
+        )
+    return stored
 
 
 def export_tree(tree: params_lib.Tree, spec: params_lib.Tree, file: str | os.PathLike) -> int:
@@ -50,21 +71,37 @@ def _write(
     pieces: Iterable[store.Piece],
     file: str | os.PathLike,
     progress: Callable[[int], None],
+    recipe: Recipe | None = None,
 ) -> int:
+    prefix = "" if recipe is None else four_over_six.PREFIX
+    header = {} if recipe is None else four_over_six.header(recipe)
     # Tensors lie in the file in the order in which they come.
     counted = ((path, start, range(rows)) for path, start, rows in extents)
     entries = {
-        key: (w.torch_shape, dtypes[w.path]) for w, _ in _weights(spec, counted) for key in w.keys
+        prefix + key: entry
+        for w, _ in _weights(spec, counted)
+        for key, entry in _entries(w, dtypes[w.path]).items()
     }
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for w, rows in _weights(spec, pieces):
             array = rows[0] if len(rows) == 1 else np.concatenate(rows)
-            yield from zip(w.keys, w.to_torch(array), strict=True)
-            progress(len(w.keys))
+            keys = [prefix + key for key in _entries(w, dtypes[w.path])]
+            yield from zip(keys, _arrays(w, array), strict=True)
+            progress(len(keys))
 
-    safetensors.write(file, entries, arrays(), {"format": "pt"})
+    safetensors.write(file, entries, arrays(), {"format": "pt"} | header)
     return len(entries)
+
+
+def _entries(w: layout.Weight, dtype: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    if quantized.is_field(w.path):
+        return four_over_six.entries(w)
+    return {key: (w.torch_shape, dtype) for key in w.keys}
+
+
+def _arrays(w: layout.Weight, array: np.ndarray) -> list[np.ndarray]:
+    return four_over_six.arrays(w, array) if quantized.is_field(w.path) else w.to_torch(array)
 
 
 def _weights(

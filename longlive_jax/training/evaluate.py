@@ -114,9 +114,8 @@ class Evaluator:
         folder = self._root / f"step-{step:06d}"
         text = self._embed(average)
         decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
-        chunks = render.render(
-            self._sampler, self._cast(average["dit"]), self._batch, text, decoder=decoder
-        )
+        params = self._sampler.quantize(self._cast(average["dit"]))
+        chunks = render.render(self._sampler, params, self._batch, text, decoder=decoder)
         first = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
             outputs = []

@@ -57,24 +57,26 @@ def _dump(value, storages):
     if isinstance(value, Strided):
         key = str(len(storages))
         storages.append(value.storage)
-        kind = STORAGES[value.storage.dtype]
+        # Dtypes of the last years have no storage of their own: bytes, and the tensor says.
+        kind = STORAGES.get(value.storage.dtype)
         persistent = (
             b"("
             + _scalar("storage")
-            + f"ctorch\n{kind}\n".encode()
+            + (f"ctorch\n{kind}\n" if kind else "ctorch.storage\nUntypedStorage\n").encode()
             + _scalar(key)
             + _scalar("cpu")
-            + _scalar(value.storage.size)
+            + _scalar(value.storage.size if kind else value.storage.nbytes)
             + b"tQ"
         )
         return (
-            b"ctorch._utils\n_rebuild_tensor_v2\n("
+            f"ctorch._utils\n_rebuild_tensor_{'v2' if kind else 'v3'}\n(".encode()
             + persistent
             + _scalar(value.offset)
             + _ints(value.shape)
             + _ints(value.strides)
             + b"\x89"  # requires_grad
             + b"ccollections\nOrderedDict\n)R"  # hooks
+            + (b"" if kind else f"ctorch\n{value.storage.dtype}\n".encode())
             + b"tR"
         )
     if isinstance(value, dict):

@@ -1,0 +1,50 @@
+"""Evaluation with a recipe: its videos are those of the averages, quantised."""
+
+import jax
+import numpy as np
+import pytest
+
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.models import dit
+from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import weights
+from longlive_jax.training import evaluate
+from tests.training import tiny_run
+
+
+def test_the_average_is_quantised(monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    cfg = tiny_run.config(
+        quant__recipe="fp8_train", dtype="bfloat16", mesh__fsdp=2, mesh__seq=2, sample__window_frames=8,
+        sample__sink_frames=2, train__eval_every=1, data__eval_path=str(tmp_path / "prompts.txt"),
+    )  # fmt: skip
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    prompts = evaluate.read_prompts(cfg, mesh)
+    evaluator = evaluate.Evaluator(cfg, mesh, tmp_path, prompts, {}, lambda average: None)
+    made = []
+
+    class Enough(Exception):
+        pass
+
+    def render(sampler, params, *args, **kwargs):
+        made.append(params)
+        raise Enough
+
+    monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)
+    monkeypatch.setattr(evaluate.render, "render", render)
+    specs = dit.spec(cfg.model)
+    masters = params_lib.init(specs, jax.random.key(0), mesh=mesh)
+    with pytest.raises(Enough):
+        evaluator(1, {"dit": masters})
+    own = recipe_lib.get("fp8_train")
+    expected = weights.quantize_params(
+        jax.tree.map(lambda w: w.astype(cfg.compute_dtype), jax.device_get(masters)), specs, own
+    )
+    assert jax.tree.structure(made[0]) == jax.tree.structure(expected)
+    where = params_lib.shardings(
+        dit.sampling_spec(cfg.model, own, cfg.compute_dtype), mesh, mesh_lib.SAMPLING_RULES
+    )
+    for x, y, sharding in zip(*map(jax.tree.leaves, (made[0], expected, where)), strict=True):
+        assert x.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
