@@ -1,0 +1,1 @@
+"""Pallas kernels, one a file, each with a plain-JAX oracle; how to add one: docs/kernels.md."""

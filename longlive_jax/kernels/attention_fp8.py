@@ -1,0 +1,211 @@
+"""Attention in FP8 over FP8 keys and values: interface, plain-JAX oracle and fallback.
+
+The kernel is in `attention_fp8_hopper`. Softmax is float32, with a running maximum and sum, in one
+pass over the keys. What is rounded, besides the keys and values that are handed in:
+
+  q     to the keys' format, one scale a token and head.
+  P     the probabilities, to E4M3: 2^8 times exp(logit - running maximum), so that the largest is
+        256 of E4M3's 448 and all down to 2^-14 of it have three bits of fraction.
+
+Keys are E4M3 or int8, at the same speed in the tensor cores; values are E4M3. A channel in E4M3 is
+wrong by 2.6 % whatever its size, and that of q and k by 3.7 % of a logit's typical size, which
+peaked logits turn into 6 % of an output; int8 has even steps and is wrong by 1 % where a head's
+channels are alike, as they are once queries and keys were both multiplied by one Hadamard matrix,
+which leaves their products as they were. That is up to whoever stores the keys.
+
+How values are stored. The second product contracts tokens and wants them contiguous. It also wants
+the probabilities of 16 tokens in another order than the first product leaves them in registers; the
+order of keys being free, the values' tokens are permuted instead (`pack_values`), once, when they
+are stored, and no register moves between lanes.
+
+Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
+`filled` are real. The cache is read where it lies, all layers of it: nothing is copied.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import FP8Tensor
+from longlive_jax.kernels import attention_fp8_hopper as hopper
+
+
+def pack_values(v: jax.Array) -> jax.Array:
+    """[..., token, head, head_dim] as the second product wants it: [..., head, head_dim, token].
+
+    Of every 16 tokens, the order becomes 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+
+    Raises:
+      InputError: tokens that are not a multiple of 16.
+    """
+    *lead, tokens, heads, head_dim = v.shape
+    if tokens % 16:
+        raise InputError(f"attention_fp8: {tokens} tokens; they must be a multiple of 16")
+    v = jnp.moveaxis(v, -3, -1).reshape(*lead, heads, head_dim, tokens // 16, 2, 4, 2)
+    return jnp.swapaxes(v, -3, -2).reshape(*lead, heads, head_dim, tokens)
+
+
+def unpack_values(v: jax.Array) -> jax.Array:
+    """The inverse of `pack_values`."""
+    *lead, tokens = v.shape
+    v = jnp.swapaxes(v.reshape(*lead, tokens // 16, 4, 2, 2), -3, -2)
+    return jnp.moveaxis(v.reshape(*lead, tokens), -1, -3)
+
+
+def pack(v: FP8Tensor) -> FP8Tensor:
+    """Values [..., token, head, head_dim] of scale [..., 1, head, 1], packed, and so is scale."""
+    return v.replace(values=pack_values(v.values), scale=jnp.swapaxes(v.scale, -3, -2))
+
+
+def supports(q: jax.Array, tokens: int) -> bool:
+    """Whether the kernel runs such queries over slots of so many tokens on this machine."""
+    if jax.default_backend() != "gpu" or q.dtype != jnp.bfloat16:
+        return False
+    if jax.devices()[0].compute_capability != "9.0" or q.shape[-1] != hopper.HEAD_DIM:
+        return False
+    return q.shape[1] % hopper.QUERIES == tokens % hopper.TILE == 0
+
+
+def attention(
+    q: jax.Array,
+    k: FP8Tensor,
+    v: FP8Tensor,
+    past_k: FP8Tensor,
+    past_v: FP8Tensor,
+    layer: jax.Array,
+    filled: jax.Array,
+    dense: Callable[..., jax.Array],
+) -> jax.Array:
+    """softmax(q keys^T / sqrt(head_dim)) values over a chunk's keys and values and the cached ones.
+
+    By the kernel where `supports` says so, else by `dense` on what the codes stand for.
+
+    Args:
+      q: [row, query, head, head_dim].
+      k: values E4M3 or int8 [row, token, head, head_dim], scale [row, 1, head, 1].
+      v: packed: values E4M3 [row, head, head_dim, token], scale [row, head, 1, 1].
+      past_k: the cache, all layers: values [layer, row, slot, token, head, head_dim], scale
+        [layer, row, slot, 1, head, 1].
+      past_v: packed: values [layer, row, slot, head, head_dim, token], scale
+        [layer, row, slot, head, 1, 1].
+      layer: int32 [], the layer to read.
+      filled: int32 [row], how many of its slots are real, from the first.
+      dense: (q, k, v, kv_len) -> out, such as `ops.attention.attention`.
+
+    Returns:
+      [row, query, head, head_dim] in q's dtype.
+
+    Raises:
+      InputError: shapes or dtypes that do not belong together.
+    """
+    _validate(q, k, v, past_k, past_v)
+    if supports(q, k.shape[1]):
+        return hopper.attention(q, k, v, past_k, past_v, layer, filled)
+    past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
+    keys = _join(k.dequantize(q.dtype), past_k.dequantize(q.dtype))
+    values = _join(unpack_values(v.dequantize(q.dtype)), unpack_values(past_v.dequantize(q.dtype)))
+    return dense(q, keys, values, (1 + filled) * k.shape[1])
+
+
+def _layer_of(x, layer):
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), x)
+
+
+def _join(fresh, past):
+    """[row, token, ...] and [row, slot, token, ...] -> [row, (1 + slot) * token, ...]."""
+    return jnp.concatenate([fresh, past.reshape(len(fresh), -1, *fresh.shape[2:])], axis=1)
+
+
+def reference(
+    q: jax.Array,
+    k: FP8Tensor,
+    v: FP8Tensor,
+    past_k: FP8Tensor,
+    past_v: FP8Tensor,
+    layer: jax.Array,
+    filled: jax.Array,
+) -> jax.Array:
+    """What the kernel computes, in float32, rounded where it rounds. Arguments as `attention`'s."""
+    _validate(q, k, v, past_k, past_v)
+    tokens = k.shape[1]
+    past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
+    x = q.astype(jnp.float32)
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), hopper.TINY)
+    largest = hopper.KEY_DTYPES[k.values.dtype]
+    codes = x * (largest / amax)
+    codes = jnp.round(codes) if k.values.dtype == jnp.int8 else codes
+    codes = codes.astype(k.values.dtype).astype(jnp.float32)
+    logits_scale = jnp.moveaxis(amax, 1, 2) * (hopper.LOG2_SCALE / largest)
+
+    def tiled(codes, scale):
+        """Codes [row, slot, token, head, d], scale [row, slot, 1, head, 1]: a tile a step."""
+        rows, slots, _, heads, d = codes.shape
+        codes = codes.astype(jnp.float32).reshape(rows, -1, hopper.TILE, heads, d)
+        scale = jnp.repeat(scale.reshape(rows, slots, heads), tokens // hopper.TILE, axis=1)
+        return jnp.moveaxis(codes, 1, 0), jnp.moveaxis(scale, 1, 0)
+
+    def slots(fresh, past):
+        return jnp.concatenate([fresh[:, None], past], axis=1)
+
+    def step(carry, tile):
+        n, (k, k_scale), (v, v_scale) = tile
+        total, top, mass = carry
+        logits = jnp.einsum("rqhd,rkhd->rhqk", codes, k, precision="highest")
+        logits = logits * (logits_scale * k_scale[:, :, None, None])
+        new = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+        decay, p = jnp.exp2(top - new), jnp.exp2(logits - (new - hopper.GAIN))
+        p_codes = p.astype(hopper.E4M3).astype(jnp.float32)
+        out = jnp.einsum("rhqk,rkhd->rhqd", p_codes, v, precision="highest")
+        real = (n // (tokens // hopper.TILE) <= filled)[:, None, None, None]
+        updated = (
+            total * decay + out * v_scale[:, :, None, None],
+            new,
+            mass * decay + jnp.sum(p, axis=-1, keepdims=True),
+        )
+        return jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, carry), None
+
+    keys = tiled(slots(k.values, past_k.values), slots(k.scale, past_k.scale))
+    values = tiled(
+        slots(unpack_values(v.values), unpack_values(past_v.values)),
+        slots(v.scale, past_v.scale).swapaxes(2, 3),
+    )
+    shape = (len(q), q.shape[2], q.shape[1], 1)
+    start = (
+        jnp.zeros((*shape[:3], hopper.HEAD_DIM), jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    (total, _, mass), _ = lax.scan(step, start, (jnp.arange(len(keys[0])), keys, values))
+    return jnp.moveaxis(total / mass, 1, 2).astype(q.dtype)
+
+
+def _validate(q, k, v, past_k, past_v):
+    rows, _, heads, head_dim = q.shape
+    layers, _, slots, tokens = past_k.shape[:4]
+    expected = {
+        "k": (k.values, (rows, tokens, heads, head_dim)),
+        "k's scale": (k.scale, (rows, 1, heads, 1)),
+        "v": (v.values, (rows, heads, head_dim, tokens)),
+        "v's scale": (v.scale, (rows, heads, 1, 1)),
+        "past_k": (past_k.values, (layers, rows, slots, tokens, heads, head_dim)),
+        "past_k's scale": (past_k.scale, (layers, rows, slots, 1, heads, 1)),
+        "past_v": (past_v.values, (layers, rows, slots, heads, head_dim, tokens)),
+        "past_v's scale": (past_v.scale, (layers, rows, slots, heads, 1, 1)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise InputError(
+                f"attention_fp8: {name} is {array.shape}; with q {q.shape} and {slots} slots of "
+                f"{tokens} tokens it must be {shape}"
+            )
+    for name, x in {"v": v, "past_v": past_v}.items():
+        if x.values.dtype != hopper.E4M3:
+            raise InputError(f"attention_fp8: {name} is {x.values.dtype}; it must be float8_e4m3fn")
+    if k.values.dtype != past_k.values.dtype or k.values.dtype not in hopper.KEY_DTYPES:
+        raise InputError(
+            f"attention_fp8: k is {k.values.dtype}, past_k {past_k.values.dtype}; both must be "
+            "float8_e4m3fn, or both int8"
+        )

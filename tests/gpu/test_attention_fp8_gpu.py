@@ -1,0 +1,81 @@
+"""FP8 attention on a Hopper GPU: against its oracle, against bfloat16, and its speed.
+
+LONGLIVE_TEST_PLATFORM=gpu python -m pytest -m gpu -s tests/gpu/test_attention_fp8_gpu.py
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longlive_jax.kernels import attention_fp8 as af
+from longlive_jax.kernels import attention_fp8_hopper as hopper
+from longlive_jax.ops import attention as dense
+from tests.kernels.test_attention_fp8 import TUNINGS, error, inputs, quantized, video
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper():
+    q = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.bfloat16)
+    if not af.supports(q, 128):
+        pytest.skip("no Hopper GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
+
+
+@pytest.mark.parametrize("keys_in", hopper.KEY_DTYPES, ids=str)
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+def test_kernel_is_its_oracle(tuning, keys_in):
+    args = inputs(rows=2, queries=256, tokens=384, slots=3, heads=3, keys_in=keys_in)
+    out = jax.jit(functools.partial(hopper.attention, tuning=tuning))(*args)
+    # The tensor cores keep 13 bits of a sum, and a probability may round the other way.
+    assert error(out, jax.jit(af.reference)(*args)) < 0.01
+
+
+def test_attention_takes_the_kernel():
+    args = inputs(rows=2, queries=256, tokens=384, slots=3, heads=3)
+    run = jax.jit(functools.partial(af.attention, dense=dense.attention))
+    assert "mosaic_gpu" in run.lower(*args).as_text()
+
+
+@pytest.mark.parametrize(("keys_in", "bound"), [(hopper.E4M3, 0.06), (jnp.int8, 0.03)])
+def test_error_over_a_window(keys_in, bound):
+    """A chunk over four chunks of a video: cuDNN in bfloat16 is the truth, to 0.3 %."""
+    q, k, v = video(frames=32, height=22, width=40, heads=4)
+    q = q[:, -7040:].astype(jnp.bfloat16)
+
+    def chunks(x):
+        return x.astype(jnp.bfloat16).reshape(1, 1, 4, 7040, 4, 128)
+
+    kv = (k, v)
+    expected = dense.attention(q, *(x.astype(jnp.bfloat16) for x in kv))
+    hadamard = jnp.ones((1, 1), jnp.float32)
+    while keys_in == jnp.int8 and len(hadamard) < 128:
+        hadamard = jnp.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    if keys_in == jnp.int8:
+        k = k @ (hadamard / 128**0.5)
+        q = (q.astype(jnp.float32) @ (hadamard / 128**0.5)).astype(jnp.bfloat16)
+    keys, values = quantized(chunks(k), keys_in), af.pack(quantized(chunks(v)))
+    fresh_k, fresh_v = (jax.tree.map(lambda leaf: leaf[0, :, 3], x) for x in (keys, values))
+    past_k, past_v = (jax.tree.map(lambda leaf: leaf[:, :, :3], x) for x in (keys, values))
+    out = jax.jit(hopper.attention)(
+        q, fresh_k, fresh_v, past_k, past_v, jnp.int32(0), jnp.full(1, 3, jnp.int32)
+    )
+    print(f"\nerror with keys in {jnp.dtype(keys_in)}: {100 * error(out, expected):.2f} %")
+    assert error(out, expected) < bound
+
+
+def test_speed():
+    """A chunk over a window of four, all heads."""
+    args = inputs(queries=7040, tokens=7040, slots=3, heads=24)
+    args = (*args[:-1], jnp.full(1, 3, jnp.int32))
+    run = jax.jit(hopper.attention)
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    for _ in range(20):
+        out = run(*args)
+    jax.block_until_ready(out)
+    seconds = (time.perf_counter() - start) / 20
+    print(f"\n{seconds * 1e3:.2f} ms, {4 * 7040 * 28160 * 24 * 128 / seconds / 1e12:.0f} TFLOP/s")
