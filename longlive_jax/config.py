@@ -329,6 +329,15 @@ def _validate_quant(config):
         _refuse(f"quant.kv={kv!r}", f"must be one of {', '.join(KV_FORMATS)}")
     if payload not in PAYLOADS:
         _refuse(f"quant.all_to_all={payload!r}", f"must be one of {', '.join(PAYLOADS)}")
+    if kv == "fp8":
+        s = config.sample
+        patches = s.height * s.width // (SPATIAL_COMPRESSION * PATCH) ** 2
+        _divides(
+            f"model.chunk_frames x patches of {s.height} x {s.width} pixels",
+            config.model.chunk_frames * patches,
+            "tokens that quant.kv='fp8' stores together",
+            16,
+        )
     if "nvfp4" in (kv, payload):
         _divides("model.dim / model.num_heads", config.model.head_dim, "numbers a block", 16)
     recipe, m = config.quant.recipe, config.model

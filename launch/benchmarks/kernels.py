@@ -18,6 +18,7 @@ from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax.errors import InputError
+from longlive_jax.formats import exact
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.training import cost
 
@@ -88,11 +89,11 @@ def _quantize_nvfp4(shape, rule):
     return Entry(
         name=f"quantize_nvfp4 {rule} {shape[0]}x{shape[1]}",
         arguments=(x,),
-        call=lambda x: kernel(x, lib.largest_magnitude(x)),
+        call=lambda x: kernel(x, exact.largest_magnitude(x)),
         baseline=lambda x: formats.quantize_nvfp4(x, rule),
         oracle=oracle,
         details={
-            "amax": lib.largest_magnitude,
+            "amax": exact.largest_magnitude,
             "as NVFP4Tensor": lambda x: lib.quantize_nvfp4(x, rule),
             **{f"kernel, tiling {t}": given_amax(t) for t in tilings},
         },
@@ -153,7 +154,7 @@ def _measure(entry, copy_gb_s):
         "details_ms": {},
     }
     print(
-        f"{entry.name}: {'RIGHT' if figures['right'] else 'WRONG'}, error {error:.3g}", flush=True
+        f"{entry.name}: {'right' if figures['right'] else 'WRONG'}, error {error:.3g}", flush=True
     )
     print(
         f"  {ms:.4f} ms, {figures['gb_s']:.0f} GB/s, {figures['tflops']:.0f} TFLOP/s: "

@@ -73,6 +73,20 @@ def round_to(
     return (jnp.round(steps) if noise is None else jnp.floor(steps + noise)) * step
 
 
+def largest_magnitude(
+    x: jax.Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False
+) -> jax.Array:
+    """float32: the largest of |x|, bfloat16 or float32, over these axes; NaN where x has one.
+
+    By the bits, whose order as integers is that of the magnitudes and has NaN above all: XLA's CPU
+    backend loses NaN in a maximum of float32 magnitudes.
+    """
+    unsigned = jnp.uint16 if x.dtype == jnp.bfloat16 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(x, unsigned) & unsigned(jnp.iinfo(unsigned).max >> 1)
+    bits = jnp.max(bits, axis=axis, keepdims=keepdims)
+    return jax.lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
+
+
 def round_input(x: jax.Array) -> jax.Array:
     """float32 of x, with the rounding to x's own dtype made explicit.
 

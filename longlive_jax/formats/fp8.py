@@ -98,7 +98,7 @@ def _quantize(x, amax, dtype, axis):
     largest = float(jnp.finfo(dtype).max)
     y = exact.round_input(x)
     if amax is None:
-        amax = jnp.max(jnp.abs(y), axis=axis, keepdims=axis is not None)
+        amax = exact.largest_magnitude(y, axis, axis is not None)
     scale = jnp.maximum(exact.divide_by(jnp.asarray(amax, jnp.float32), largest), exact.TINY)
     inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
     # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.

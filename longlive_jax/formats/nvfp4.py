@@ -227,7 +227,7 @@ def from_hardware_order(flat: jax.Array, rows: int, columns: int) -> jax.Array:
 def _quantize(x, amax, key, rule, block):
     shape, dtype = x.shape, x.dtype
     x = exact.round_input(x)
-    amax = jnp.max(jnp.abs(x)) if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = exact.largest_magnitude(x) if amax is None else jnp.asarray(amax, jnp.float32)
     # XLA multiplies constants first: it must not see that an amax is one.
     amax = jax.lax.optimization_barrier(amax)
     # Scaled by a power of two so that amax is in [2, 4): no step under- or overflows, and none
@@ -243,7 +243,7 @@ def _quantize(x, amax, key, rule, block):
     largest_code, _ = RULES[rule]
     encode = exact.divide(jnp.float32(_denominator(rule)), scaled_amax)
     decode = exact.divide(jnp.float32(1), encode)
-    largest = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True)
+    largest = exact.largest_magnitude(x, (-3, -1), keepdims=True)
     wanted = largest / 4 if largest_code == 4 else exact.divide_by(largest, 6)
     wanted = jnp.where(usable, wanted * encode, 0.0)
 

@@ -31,7 +31,6 @@ from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.params import ParamSpec
-from longlive_jax.quant import kv
 from longlive_jax.quant import weights as quantized_weights
 from longlive_jax.quant.recipe import Recipe
 
@@ -111,8 +110,8 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
       timesteps: float32 [batch, frame], in [0, 1000].
       frames: int32 [batch, frame], temporal positions.
       text: `text_keys_values` of the chunk's prompt.
-      cache: a sampling.kv_cache.KVCache; `read(layer, k, v)` puts the visible past behind fresh
-        keys and values.
+      cache: a sampling.kv_cache.KVCache; `attend(layer, q, k, v)` is attention over the chunk's
+        keys and values and the visible past's.
 
     Returns:
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
@@ -139,11 +138,7 @@ def _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel):
     def layer(i, x):
         block = _block_params(params, cfg, i, parallel)
 
-        def attend(q, k, v):
-            k, v, kv_len = cache.read(i, k, v)
-            return attention(kv.load(q, x.dtype), k, v, kv_len)
-
-        attend = _streaming_attend(attend, parallel)
+        attend = _streaming_attend(functools.partial(cache.attend, i), parallel)
         return _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
 
     return x, e, layer
@@ -169,8 +164,7 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
 
         def attend(q, k, v):
             nonlocal stored
-            keys, values, kv_len = cache.read(i, k, v)
-            out = attention(kv.load(q, x.dtype), keys, values, kv_len)
+            out = cache.attend(i, q, k, v)
             # Read before written, or XLA keeps a copy of the cache to read from.
             out, k, v = jax.lax.optimization_barrier((out, k, v))
             stored = cache.write(i, slot, k, v, parallel.seq_axis)

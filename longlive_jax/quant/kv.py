@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from longlive_jax.formats import (
     FP8Tensor,
     NVFP4Tensor,
+    exact,
     from_packed,
     quantize_fp8,
     quantize_nvfp4,
@@ -37,7 +38,7 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
             return x
         x = x.dequantize()
     if name == "nvfp4":
-        amax = jnp.max(jnp.abs(x), axis=(1, 2, 3)).astype(jnp.float32)
+        amax = exact.largest_magnitude(x, (1, 2, 3))
         # So that codes do not depend on the mesh.
         amax = amax if axis is None else jax.lax.pmax(amax, axis)
         return jax.vmap(lambda x, amax: quantize_nvfp4(x, "mse", amax=amax))(x, amax)

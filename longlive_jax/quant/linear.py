@@ -21,6 +21,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.formats import (
     FP8Tensor,
     NVFP4Tensor,
+    exact,
     nvfp4,
     quantize_fp8,
     quantize_nvfp4,
@@ -224,7 +225,7 @@ def _quantize_fp8(x, fmt, lead, axes):
 
 
 def _amax(x, over, axes):
-    amax = jnp.max(jnp.abs(x), axis=over).astype(jnp.float32)
+    amax = exact.largest_magnitude(x, over)
     return jax.lax.pmax(amax, tuple(axes)) if axes else amax
 
 

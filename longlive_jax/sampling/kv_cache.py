@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
+from longlive_jax.kernels import attention_fp8
+from longlive_jax.ops.attention import attention
 from longlive_jax.quant import kv
 
 EMPTY = -1
@@ -21,7 +23,8 @@ class KVCache:
 
     k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
       guidance (prompt, negative prompt), else one. Sharded by batch and by head. With `format`
-      "fp8" or "nvfp4" (see `quant.kv`) an FP8Tensor or NVFP4Tensor of that shape.
+      "fp8" or "nvfp4" (see `quant.kv`) FP8Tensors or NVFP4Tensors of that shape, but for values in
+      FP8: [layer, branch, batch, slot, head, head_dim, token], by `kernels.attention_fp8.pack`.
     chunk: int32 [batch, slot], index of the chunk a slot holds, EMPTY if none. Filled slots come
       first, so the visible keys are a prefix.
     """
@@ -33,17 +36,25 @@ class KVCache:
 
     # Logical axes, for the mesh. An array of fewer axes has the first of them.
     AXES = (None, None, "batch", None, None, "heads", None)
+    PACKED_AXES = (None, None, "batch", None, "heads", None, None)
 
-    def read(self, layer, k: kv.Stored, v: kv.Stored) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The visible past of one layer behind fresh k, v [branch * batch, token, head, head_dim].
+    def attend(self, layer, q: kv.Stored, k: kv.Stored, v: kv.Stored) -> jax.Array:
+        """Attention of one layer's chunk over its own keys and values and the visible past's.
 
-        Returns, in the dtype that k and v are or stand for:
-          k, v [branch * batch, token + slot * token, head, head_dim] and how many of those keys are
-          real, int32 [branch * batch].
+        Args:
+          q, k, v: [branch * batch, token, head, head_dim].
+
+        Returns:
+          [branch * batch, token, head, head_dim] in the dtype that q is or stands for.
         """
-        branches = self.k.shape[1]
-        filled = jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32)
-        kv_len = jnp.tile((1 + filled) * k.shape[1], branches)
+        q, branches = kv.load(q, q.dtype), self.k.shape[1]
+        filled = jnp.tile(jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32), branches)
+        if self.format == "fp8":
+            k, v = (kv.store(x, "fp8") for x in (k, v))
+            past = (jax.tree.map(_merge_rows, table) for table in (self.k, self.v))
+            return attention_fp8.attention(
+                q, k, attention_fp8.pack(v), *past, layer, filled, attention
+            )
 
         def behind(fresh, table):
             past = jax.tree.map(
@@ -52,7 +63,7 @@ class KVCache:
             past = kv.load(past, fresh.dtype).reshape(fresh.shape[0], -1, *fresh.shape[2:])
             return jnp.concatenate([kv.load(fresh, fresh.dtype), past], axis=1)
 
-        return behind(k, self.k), behind(v, self.v), kv_len
+        return attention(q, behind(k, self.k), behind(v, self.v), (1 + filled) * q.shape[1])
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
@@ -72,10 +83,8 @@ class KVCache:
                 table = jax.lax.dynamic_update_slice(table, update, where)
             return table
 
-        def stored(table, fresh):
-            return jax.tree.map(into, table, kv.store(fresh, self.format, axis))
-
-        return self.replace(k=stored(self.k, k), v=stored(self.v, v))
+        k, v = _stored(k, v, self.format, axis)
+        return self.replace(k=jax.tree.map(into, self.k, k), v=jax.tree.map(into, self.v, v))
 
     def oldest(self, protected: jax.Array) -> jax.Array:
         """The slot to overwrite, int32 [batch]: an empty one, else the oldest not `protected`.
@@ -86,19 +95,26 @@ class KVCache:
         return jnp.argmin(age, axis=1).astype(jnp.int32)
 
 
+def _stored(k, v, name, axis=None):
+    k, v = (kv.store(x, name, axis) for x in (k, v))
+    return k, attention_fp8.pack(v) if name == "fp8" else v
+
+
+def _merge_rows(table):
+    """[layer, branch, batch, ...] -> [layer, branch * batch, ...]."""
+    return table.reshape(table.shape[0], -1, *table.shape[3:])
+
+
 def init(cfg: config_lib.Config, branches: int, batch: int, tokens: int, heads: int) -> KVCache:
     """An empty cache for chunks of `tokens` tokens and this device's `heads`."""
     slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
     lead = (cfg.model.num_layers, branches, batch, slots)
     chunk = jax.ShapeDtypeStruct((1, tokens, heads, cfg.model.head_dim), cfg.compute_dtype)
-    stored = jax.eval_shape(lambda x: kv.store(x, cfg.quant.kv), chunk)
-
-    def empty():
-        return jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), stored)
-
+    stored = jax.eval_shape(lambda x: _stored(x, x, cfg.quant.kv), chunk)
+    k, v = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), stored)
     return KVCache(
-        k=empty(),
-        v=empty(),
+        k=k,
+        v=v,
         chunk=jnp.full((batch, slots), EMPTY, jnp.int32),
         format=cfg.quant.kv,
     )

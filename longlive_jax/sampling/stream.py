@@ -378,10 +378,14 @@ _FRAMES = _spec("batch", "frame", None, None, None)
 
 def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
-    cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 1, cfg.model.num_heads))
-    tables = jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), (cache.k, cache.v))
+    cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 16, cfg.model.num_heads))
+    packed = KVCache.PACKED_AXES if cache.format == "fp8" else KVCache.AXES
     return StreamState(
-        cache=cache.replace(k=tables[0], v=tables[1], chunk=_spec("batch", None)),
+        cache=cache.replace(
+            k=jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), cache.k),
+            v=jax.tree.map(lambda leaf: _spec(*packed[: leaf.ndim]), cache.v),
+            chunk=_spec("batch", None),
+        ),
         chunk=jax.P(),
         shot=_spec("batch"),
         offset=_spec("batch"),

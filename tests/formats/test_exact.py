@@ -71,3 +71,14 @@ def test_round_input_keeps_the_rounding_that_xla_drops():
 
     y = jax.jit(lambda a: exact.round_input(product(a)) * 1000)(a)
     np.testing.assert_array_equal(y, jax.jit(product)(a).astype(jnp.float32) * 1000)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("value, expected", [(-3.5, 3.5), (-np.inf, np.inf), (np.nan, np.nan)])
+def test_largest_magnitude(dtype, value, expected):
+    """Of sizes at which XLA's CPU backend loses a NaN in a maximum of magnitudes."""
+    x = jnp.ones((32, 256), dtype).at[5, 5].set(value)
+    assert exact.largest_magnitude(x).dtype == jnp.float32
+    np.testing.assert_array_equal(exact.largest_magnitude(x), np.float32(expected))
+    rows = np.where(np.arange(32) == 5, np.float32(expected), 1)
+    np.testing.assert_array_equal(exact.largest_magnitude(x, -1, keepdims=True)[:, 0], rows)

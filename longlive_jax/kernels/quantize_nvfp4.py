@@ -1,0 +1,333 @@
+"""bfloat16 to NVFP4 in one read, on Hopper: the bits of `formats.quantize_nvfp4`.
+
+A thread owns whole blocks of 16 numbers, so that nothing is exchanged between threads; arrays here
+are [blocks, columns], a block a row. Compares, selects and integer operations run at half the rate
+of products and sums on this chip, and at 16 numbers a block they, not memory, set the speed. Hence:
+
+- What the oracle divides is taken from tables. An E4M3 scale is one of eight mantissas times a
+  power of two, which a quotient and its rounding pass through: eight inverses and eight decoded
+  ones and one-and-a-halfs per tensor, divided exactly outside, are all that blocks ever need.
+- A number is rounded to the grid by adding a large constant of the grid's exponent and taking it
+  away. The constant is such that its sum, in bits, holds the code.
+- Mosaic GPU contracts a product and the sum that it feeds. As in `formats.exact`, such products
+  are exact here, or a minimum or maximum stands between.
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax import formats
+from longlive_jax.errors import InputError
+from longlive_jax.formats import exact, nvfp4
+
+ROWS = 128  # blocks that a warpgroup of 128 threads quantises at a time, one a thread
+# (steps of ROWS blocks that a program makes at most, of which are on their way from memory). The
+# first is used; `launch.bench kernels` times them all.
+TILINGS = ((32, 4), (8, 4), (16, 4), (64, 4), (32, 2), (64, 6))
+
+_MANTISSAS = 1 + np.arange(8, dtype=np.float32) / 8
+_EXPONENT = 0x7F800000
+_NAN = 0x7F  # E4M3's
+_BYTES = (0, 8, 16, 24)
+# 1 / 6 in two parts. The first has 15 bits, so that its product with a bfloat16 is exact, and the
+# sum of both products is rounded once: to RN(b / 6), as fractions of a third are no near-ties. Both
+# are positive: of an infinity they make one.
+_SIXTH = (21845 / 2**17, float(np.float32(1 / 6 - 21845 / 2**17)))
+# Large constants for a grid of exponent 0. Of their sum with a number the bits are, below a float's
+# exponent E, the number in steps of the grid and an even offset, so that ties go where they would.
+# The offset is such that, with the bits from the 22nd (E4M3: 20th) on added, which are 2 E (8 E),
+# the low 16 (8) bits are the code.
+_E2M1 = 2.0**22 + (2**16 - 2 * 149) / 2
+_E4M3 = 2.0**20 + (5 * 2**8 - 8 * 141) / 8
+
+
+def quantize_nvfp4(
+    x: jax.Array,
+    rule: str = "mse",
+    block: tuple[int, int] = (1, nvfp4.BLOCK),
+    hadamard: bool = False,
+    key: jax.Array | None = None,
+    amax: jax.Array | None = None,
+) -> formats.NVFP4Tensor:
+    """`formats.quantize_nvfp4`, by the kernel where `supports` says that it runs.
+
+    On a mesh of explicit axes each device quantises its part, by the largest magnitude of all. In
+    a manual `jax.shard_map` the default amax is that of the device's own part, as in `formats`.
+
+    Raises:
+      InputError: what `formats.quantize_nvfp4` refuses.
+    """
+    if not supports(x, rule, block, key, amax):
+        return formats.quantize_nvfp4(x, rule, block, hadamard, key, amax)
+    if hadamard:
+        x = formats.random_hadamard(x)
+    if amax is None:
+        amax = exact.largest_magnitude(x)
+    amax = jnp.asarray(amax, jnp.float32)
+    run = functools.partial(kernel, rule=rule)
+    sharding = jax.typeof(x).sharding
+    if not _is_local(sharding.mesh):
+        specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
+        run = jax.shard_map(run, **specs)
+    codes, scales = run(x, amax)
+    values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(x.shape)
+    return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
+
+
+def supports(
+    x: jax.Array,
+    rule: str = "mse",
+    block: tuple[int, int] = (1, nvfp4.BLOCK),
+    key: jax.Array | None = None,
+    amax: jax.Array | None = None,
+) -> bool:
+    """Whether the kernel quantises x: bfloat16 in rows of blocks, to nearest, on Hopper GPUs."""
+    sharding = jax.typeof(x).sharding
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    return (
+        jax.default_backend() == "gpu"
+        and str(capability).startswith("9.")
+        and x.dtype == jnp.bfloat16
+        and rule in nvfp4.RULES
+        and tuple(block) == (1, nvfp4.BLOCK)
+        and key is None
+        and (amax is None or jnp.shape(amax) == ())
+        and (_is_local(sharding.mesh) or sharding.mesh.are_all_axes_explicit)
+        and _divides(sharding.shard_shape(x.shape))
+    )
+
+
+def _is_local(mesh):
+    """Whether arrays of this mesh are what one device holds."""
+    return mesh.empty or mesh.are_all_axes_manual
+
+
+def kernel(
+    x: jax.Array,
+    amax: jax.Array,
+    rule: str,
+    tiling: tuple[int, int] = TILINGS[0],
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel itself, on one device's array (on a mesh: in a manual `jax.shard_map`).
+
+    Args:
+      x: [..., n], bfloat16, n a multiple of 16 and the whole one of 2048.
+      amax: float32 [], the largest magnitude of x, or of the whole of which it is a part.
+      rule: a key of `nvfp4.RULES`.
+      tiling: one of `TILINGS`, or another.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      codes uint8 [..., n / 2] as in `NVFP4Tensor.packed`, scales float8_e4m3fn [..., n / 16].
+
+    Raises:
+      InputError: another dtype, a shape that blocks and threads do not divide, an unknown rule.
+    """
+    if x.dtype != jnp.bfloat16:
+        raise InputError(f"nvfp4 kernel: input is {x.dtype}; it must be bfloat16: cast it")
+    if not _divides(x.shape):
+        raise InputError(
+            f"nvfp4 kernel: shape {x.shape} must end in a multiple of {nvfp4.BLOCK} and hold a "
+            f"multiple of {ROWS * nvfp4.BLOCK} numbers; use formats.quantize_nvfp4"
+        )
+    if rule not in nvfp4.RULES:
+        raise InputError(f"nvfp4: unknown rule {rule!r}; rules: {', '.join(nvfp4.RULES)}")
+    blocks = x.size // nvfp4.BLOCK
+    at_most, in_flight = tiling
+    steps = max(n for n in range(1, at_most + 1) if blocks // ROWS % n == 0)
+    codes, scales = plgpu.kernel(
+        functools.partial(_kernel, rule=rule, steps=steps, in_flight=min(in_flight, steps)),
+        out_type=(
+            jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((blocks, 1), jnp.uint8),
+        ),
+        grid=(blocks // (ROWS * steps),),
+        grid_names=("program",),
+        interpret=interpret,
+    )(x.reshape(blocks, nvfp4.BLOCK), _constants(amax, rule))
+    scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
+    rows, n = x.shape[:-1], x.shape[-1]
+    return codes.reshape(*rows, n // 2), scales.reshape(*rows, n // nvfp4.BLOCK)
+
+
+def _divides(shape):
+    blocks = np.prod(shape, dtype=int) // nvfp4.BLOCK
+    return len(shape) > 0 and shape[-1] % nvfp4.BLOCK == 0 and blocks > 0 and blocks % ROWS == 0
+
+
+def _constants(amax, rule):
+    """float32 [26]: a power of two that takes amax to [2, 4), the tensor's scale, three tables.
+
+    By a block scale's mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax
+    that scales nothing (0, Inf, NaN) has the tensor scale 0.
+    """
+    # XLA multiplies constants first: it must not see that an amax is one.
+    amax = lax.optimization_barrier(amax)
+    biased = exact.exponent(amax)
+    usable = (biased > 0) & (biased < 255)
+    unit = exact.power_of_two(jnp.clip(255 - biased, 1, 254))
+    scaled_amax = jnp.where(usable, amax * unit, 2.0)
+    denominator = float(np.prod(nvfp4.RULES[rule]))
+    encode = exact.divide(jnp.float32(denominator), scaled_amax)
+    decode = exact.divide(jnp.float32(1), encode)
+    mantissas = jnp.asarray(_MANTISSAS)
+    inverse = exact.divide(jnp.ones_like(mantissas), mantissas * decode)
+    decoded = [exact.divide_by(m * mantissas * scaled_amax, denominator) for m in (1.0, 1.5)]
+    return jnp.concatenate([jnp.stack([unit, jnp.where(usable, encode, 0)]), inverse, *decoded])
+
+
+def _kernel(x_ref, constants_ref, codes_ref, scales_ref, *, rule, steps, in_flight):
+    first = lax.axis_index("program") * steps
+
+    def step(index, x_smem):
+        # Read anew each time, by way of the cache: registers are what is scarce.
+        unit, encode, *tables = (constants_ref[i] for i in range(26))
+        tables = tables[:8], tables[8:16], tables[16:]
+        # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
+        x = plgpu.load(x_smem, layout=_layout(8), optimized=False)
+        x = plgpu.layout_cast(x.astype(jnp.float32), _layout(1))
+        words, scales = _quantize(x, unit, encode, tables, rule)
+        codes = [(word >> shift & 255).astype(jnp.uint8) for word in words for shift in _BYTES]
+        codes = plgpu.layout_cast(jnp.concatenate(codes, axis=1), _layout(8))
+        rows = pl.ds((first + index[0]) * ROWS, ROWS)
+        _store(codes_ref.at[rows, :], codes)
+        _store(scales_ref.at[rows, :], scales.astype(jnp.uint8))
+
+    spec = plgpu.BlockSpec((ROWS, nvfp4.BLOCK), lambda i: (first + i, 0))
+    plgpu.emit_pipeline(step, grid=(steps,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
+
+
+def _layout(vector):
+    """Of [rows, columns]: a thread has a row, in registers of so many columns."""
+    return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
+
+
+def _store(ref, value):
+    if hasattr(plgpu, "store"):  # from jax 0.12 on
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def _quantize(x, unit, encode, tables, rule):
+    """float32 [rows, 16] -> the codes in two words, and scales: uint32 [rows, 1] each."""
+    magnitude = jnp.abs(x) * unit
+    largest = _fold(jnp.maximum, magnitude)
+    if nvfp4.RULES[rule][0] == 4:
+        wanted = largest * 0.25
+    else:
+        wanted = largest * _SIXTH[0] + largest * _SIXTH[1]
+    encode = jnp.broadcast_to(encode, wanted.shape)  # a scalar condition does not lower
+    wanted = jnp.where(encode > 0, wanted * encode, 0.0)
+    sums, scale_sums, scale, error = _candidate(magnitude, wanted, tables, rule)
+    if rule in nvfp4.ADAPTIVE:
+        sums_4, scale_sums_4, scale_4, error_4 = _candidate(magnitude, wanted * 1.5, tables, rule)
+        four = error_4 < error
+        sums = jnp.where(_wide(four), sums_4, sums)
+        scale_sums = jnp.where(four, scale_sums_4, scale_sums)
+        scale = jnp.where(four, scale_4, scale)
+
+    bits = _bits(sums)
+    codes, signs = _columns(bits + (bits >> 22)), _columns(_bits(x))
+    words = []
+    for i in (0, 8):
+        # What is above a code's four bits is above those of four codes, too.
+        low, high = (functools.reduce(_append, codes[j : j + 4][::-1]) for j in (i, i + 4))
+        word = low & 0xFFFF | high << 16
+        tops = functools.reduce(_append, [sign >> 28 for sign in signs[i : i + 8][::-1]])
+        # A sign is a code's highest bit; 0 has none: only with 7 added a code reaches that bit.
+        word = word | tops & (word + 0x77777777) & np.uint32(0x88888888)
+        words.append(jnp.where(scale > 0, word, 0))
+    bits = _bits(scale_sums)
+    return words, jnp.where(scale == scale, (bits + (bits >> 20)) & 255, _NAN)
+
+
+def _candidate(magnitude, wanted, tables, rule):
+    """Codes and scales, as their sums with the large constants; scales; errors (adaptive rules).
+
+    wanted: float32 [rows, 1], the blocks' scales before their rounding.
+    """
+    inverses, ones, one_and_a_halfs = tables
+    wanted = jnp.minimum(wanted, 448.0)
+    large = _power(jnp.maximum(wanted, 2.0**-6)) * _E4M3
+    scale_sums = wanted + large
+    scale = scale_sums - large
+    bits = _bits(scale)
+    power = bits & _EXPONENT
+    inverse = _pick(inverses, bits) * _float((254 << 23) - power)
+    # A zero scale has no inverse; its block is 0.
+    inverse = jnp.where(scale > 0, inverse, 0.0)
+
+    y = jnp.minimum(magnitude * _wide(inverse), 6.0)
+    grid = _power(jnp.maximum(y, 1.0))
+    large = grid * _E2M1
+    sums = y + large
+    if rule not in nvfp4.ADAPTIVE:
+        return sums, scale_sums, scale, None
+    value = sums - large
+    # A code's number is a power of two or, then `grid` is that, one and a half times one.
+    one, one_and_a_half = (
+        _wide(_pick(table, bits) * _float(power)) for table in (ones, one_and_a_halfs)
+    )
+    half = (_bits(value) & 0x400000) > 0
+    error = jnp.where(half, grid * one_and_a_half, value * one) - magnitude
+    if rule == "abs_max":
+        return sums, scale_sums, scale, _fold(jnp.maximum, jnp.abs(error))
+    if rule == "mse":
+        # A square of which the compiler does not know that it is one: it must not go into the sum
+        # unrounded, and the outer magnitude, which is free, keeps it from that. (The oracle has a
+        # maximum with 2^-126 there. Errors that differ between candidates are far above it.)
+        error = error * jnp.abs(error)
+    error = jnp.abs(error)
+    error = _columns(error[:, :8] + error[:, 8:])
+    return sums, scale_sums, scale, functools.reduce(operator.add, error)
+
+
+def _append(word, code):
+    return (word << 4) + code
+
+
+def _pick(table, bits):
+    """The number of a table of eight by the upper three bits of a float32's mantissa."""
+    for i in range(3):
+        bit = (bits & (1 << 20 + i)) > 0
+        table = [jnp.where(bit, odd, even) for even, odd in zip(table[::2], table[1::2])]
+    return table[0]
+
+
+def _fold(operation, x):
+    """Over the columns, whose order must not matter."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = operation(x[:, :half], x[:, half:])
+    return x
+
+
+def _columns(x):
+    return [x[:, i : i + 1] for i in range(x.shape[1])]
+
+
+def _wide(x):
+    """[rows, 1] -> [rows, 16]."""
+    return jnp.concatenate([x] * nvfp4.BLOCK, axis=1)
+
+
+def _power(x):
+    """The power of two at or below a positive normal x."""
+    return _float(_bits(x) & _EXPONENT)
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)

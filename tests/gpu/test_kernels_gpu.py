@@ -1,0 +1,84 @@
+"""The Pallas kernels on a Hopper GPU, against their oracles there.
+
+LONGLIVE_TEST_PLATFORM=gpu python -m pytest -m gpu -s tests/gpu/test_kernels_gpu.py
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax import config as config_lib
+from longlive_jax import formats
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.formats import nvfp4
+from longlive_jax.kernels import quantize_nvfp4 as lib
+from tests.kernels import test_quantize_nvfp4 as cpu
+
+pytestmark = pytest.mark.gpu
+SHAPE = (512, 4096)
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
+    if not jax.devices()[0].compute_capability.startswith("9."):
+        pytest.skip(f"{jax.devices()[0].device_kind} is no Hopper GPU")
+
+
+def check(x, rule, amax=None):
+    """The public function, by the kernel, against the oracle: values, scales and amax."""
+    assert lib.supports(x, rule, amax=amax)
+    tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, rule, amax=amax))(x)
+    expected = formats.quantize_nvfp4(x, rule, amax=amax)
+    cpu.equal(tensor, expected)
+    np.testing.assert_array_equal(np.asarray(tensor.packed()), np.asarray(expected.packed()))
+
+
+@pytest.mark.parametrize("rule", nvfp4.RULES)
+def test_quantize_nvfp4(rule):
+    x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
+    by_block = jax.random.randint(jax.random.key(1), (512, 256), -20, 1).astype(jnp.float32)
+    check(x, rule)
+    check(x * jnp.repeat(2.0**by_block, 16, axis=1).astype(jnp.bfloat16), rule)
+    for name, small in cpu.arrays().items():
+        print(name)
+        if name not in ("nan", "inf"):  # of a tensor of NaN, the bits are nobody's business
+            check(jnp.tile(small, (16, 16)), rule)
+
+
+@pytest.mark.parametrize("rule", nvfp4.RULES)
+def test_quantize_nvfp4_by_a_given_amax(rule):
+    x = cpu.arrays()["normal"]
+    for amax in (0.3, 1.7, 1000.0):
+        check(x, rule, jnp.float32(amax))
+    # A NaN takes its own block with it, and no other.
+    expected = formats.quantize_nvfp4(x.at[0, 48:64].set(0), rule, amax=jnp.float32(1.7))
+    tensor = lib.quantize_nvfp4(x.at[0, 53].set(jnp.nan), rule, amax=jnp.float32(1.7))
+    decoded = np.asarray(tensor.dequantize(jnp.float32))
+    assert np.isnan(decoded[0, 48:64]).all()
+    decoded[0, 48:64] = 0
+    np.testing.assert_array_equal(decoded, np.asarray(expected.dequantize(jnp.float32)))
+
+
+def test_quantize_nvfp4_of_nothing_that_has_a_scale():
+    for value in (jnp.nan, jnp.inf):
+        tensor = lib.quantize_nvfp4(jnp.ones(SHAPE, jnp.bfloat16).at[5, 5].set(value))
+        assert np.isnan(np.asarray(tensor.dequantize(jnp.float32))).all()
+
+
+@pytest.mark.parametrize("tiling", lib.TILINGS)
+def test_quantize_nvfp4_in_every_tiling(tiling):
+    x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
+    expected = formats.quantize_nvfp4(x)
+    codes, scales = jax.jit(lambda x, amax: lib.kernel(x, amax, "mse", tiling))(x, expected.amax)
+    np.testing.assert_array_equal(np.asarray(codes), np.asarray(expected.packed()))
+    np.testing.assert_array_equal(np.asarray(scales), np.asarray(expected.scales))
+
+
+def test_quantize_nvfp4_on_a_mesh_of_one_device():
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=1, fsdp=1, seq=1))
+    x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        check(jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp", "seq"))), "mse")
