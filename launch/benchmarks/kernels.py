@@ -19,7 +19,11 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
+from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
+from longlive_jax.kernels import attention_fp8_hopper
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
+from longlive_jax.ops.attention import attention
+from longlive_jax.quant import kv
 from longlive_jax.training import cost
 
 # The issue of a quantiser's speed is settled at this size.
@@ -101,7 +105,68 @@ def _quantize_nvfp4(shape, rule):
     )
 
 
-ENTRIES = (quantize_nvfp4,)
+def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
+    """A steady chunk's self-attention of one layer over the cache, window full."""
+    lib, hopper = attention_fp8_lib, attention_fp8_hopper
+    if on_cpu():
+        rows, tokens, slots, heads = 1, hopper.TILE, 1, 1
+    else:
+        rows, heads = 1, cfg.model.num_heads
+        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+        tokens = cfg.model.chunk_frames * patches
+        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
+    q, k, v = (
+        jax.random.normal(key, (rows, tokens, heads, hopper.HEAD_DIM), jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(0), 3)
+    )
+
+    k8, v8 = (jax.jit(kv.store, static_argnums=1)(x, "fp8") for x in (k, v))
+    past_k, past_v = (_cache_of(x, slots) for x in (k8, v8))
+    filled = jnp.full((rows,), slots, jnp.int32)
+    arguments = (q, k8, lib.pack(v8), past_k, lib.pack(past_v), jnp.int32(0), filled)
+    window = [jnp.concatenate([x] * (1 + slots), axis=1) for x in (k, v)]
+    keys = window[0].shape[1]
+
+    def by_xla(q, k, v, past_k, past_v, layer, filled):
+        """What the sampler does where there is no kernel."""
+        past = (jax.tree.map(lambda x: x[0], y) for y in (past_k, past_v))
+        k, v, *past = (x.dequantize(q.dtype) for x in (k, v, *past))
+        v, past[1] = (lib.unpack_values(x) for x in (v, past[1]))
+        joined = (jnp.concatenate([x[:, None], y], 1) for x, y in ((k, past[0]), (v, past[1])))
+        return attention(q, *(x.reshape(rows, keys, heads, -1) for x in joined))
+
+    return [
+        Entry(
+            name=f"attention_fp8 {tokens}x{keys}, {heads} heads",
+            arguments=arguments,
+            call=functools.partial(hopper.attention, interpret=interpret()),
+            baseline=by_xla,
+            oracle=lib.reference,
+            error=_relative_error,
+            limit=1e-2,
+            details={"dense, bfloat16 keys": lambda *_: attention(q, *window)},
+            bytes=rows * heads * hopper.HEAD_DIM * (4 * tokens + 2 * keys),
+            flops=4 * rows * heads * tokens * keys * hopper.HEAD_DIM,
+            fp8=True,
+        )
+    ]
+
+
+def _cache_of(x, slots):
+    """One layer's cache [1, row, slot, ...] with these keys or values in every slot."""
+
+    def one(leaf):
+        return jnp.broadcast_to(leaf[None, :, None], (1, len(leaf), slots, *leaf.shape[1:])).copy()
+
+    return jax.tree.map(one, x)
+
+
+def _relative_error(result, expected) -> float:
+    a, b = (np.asarray(x, np.float32) for x in (result, expected))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+ENTRIES = (quantize_nvfp4, attention_fp8)
 
 
 def run(cfg: config_lib.Config) -> dict:
