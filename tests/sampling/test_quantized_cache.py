@@ -91,9 +91,8 @@ def test_the_error_is_that_of_the_format(kv, limit):
     assert 0 < error(quantised[:, chunk:], exact[:, chunk:]) < limit
 
 
-@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize(
-    "mesh", [{"seq": 2}, {"seq": 8}, {"data": 2, "fsdp": 2, "seq": 2}], ids=str
+    "kv, mesh", [("fp8", {"seq": 8}), ("nvfp4", {"data": 2, "fsdp": 2, "seq": 2})], ids=str
 )
 def test_the_mesh_changes_nothing(kv, mesh):
     """But for sums in another order, which now and then round to another code."""
@@ -162,6 +161,7 @@ def test_the_state_is_updated_in_place(kv):
     assert memory.alias_size_in_bytes >= held
 
 
+@pytest.mark.slow
 def test_devices_can_exchange_codes():
     mesh = config_lib.Mesh(seq=4)
     one, sent = run(make_config("nvfp4"), 3), run(make_config("nvfp4", "nvfp4", mesh=mesh), 3)
