@@ -9,7 +9,8 @@ if not ON_GPU:
     # A test compiles for longer than it runs: code that LLVM does not optimise is there in a
     # quarter of the time.
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 import jax
 import pytest

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from longlive_jax.checkpoints import safetensors
 from tests.checkpoints import torch_file
@@ -46,6 +47,7 @@ print(saved - start, peak() - start)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory(tmp_path):
     rng = np.random.default_rng(0)
     base = rng.normal(size=(SIDE, SIDE)).astype(np.float32)

@@ -225,6 +225,7 @@ def test_an_amax_may_have_no_axis(plain, weights, tmp_path):
     equal(load(tmp_path / "ckpt", "nvfp4_w4a4"), at_load(plain, "nvfp4_w4a4"))
 
 
+@pytest.mark.slow
 def test_square_blocks_there_and_back(plain, weights, tmp_path):
     """What was trained in nvfp4_ar; the recipe must be named, and fit."""
     tensors = original(weights, "static_6", (16, 16))

@@ -221,6 +221,7 @@ def video(frames=8, height=8, width=8, heads=2, dim=256):
     return normed(project()), normed(project()), project().reshape(1, tokens, heads, HEAD_DIM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keys_in", "bound"), [(hopper.E4M3, 0.05), (jnp.int8, 0.03)])
 def test_error_on_a_video(keys_in, bound):
     q, k, v = video()

@@ -176,6 +176,7 @@ def test_killed_and_run_again(encoded, encode, tmp_path):
     assert content(out) == content(encoded[0])
 
 
+@pytest.mark.slow
 def test_processes_decode_the_same(encoded, encode, tmp_path):
     encode(tmp_path / "out", "--config.data.workers=1")
     assert content(tmp_path / "out") == content(encoded[0])

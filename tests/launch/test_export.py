@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from longlive_jax.checkpoints import store
 from longlive_jax.data.arrays import load_npz
@@ -20,6 +21,7 @@ def write_captions(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_with_its_text_encoder_becomes_a_checkpoint(tmp_path):
     captions, parts = write_captions(tmp_path / "captions"), tmp_path / "parts"
     made = commands.run("make_text_encoder", CONFIG, f"--captions={captions}", f"--output={parts}")

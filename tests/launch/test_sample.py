@@ -101,7 +101,9 @@ def test_a_batch_is_the_same_videos(two, sample, tmp_path):
         assert np.abs(one.astype(int) - other).mean() < 0.5
 
 
-@pytest.mark.parametrize("flag", ["--config.mesh.seq=2", "--config.mesh.data=2"])
+@pytest.mark.parametrize(
+    "flag", ["--config.mesh.seq=2", pytest.param("--config.mesh.data=2", marks=pytest.mark.slow)]
+)
 def test_a_mesh_makes_the_same_videos(two, sample, flag, tmp_path):
     sample(
         flag, "--batch=2", f"--output={tmp_path}/out.mp4", f"--save_latents={tmp_path}/l.npz",

@@ -167,7 +167,12 @@ def test_slots_hold_what_is_visible(data):
 
 @pytest.mark.parametrize(
     "window, sink, multi_shot, offset",
-    [(32, 8, True, 8), (48, 8, True, 3), (40, 16, True, 8), (24, 0, False, 0), (32, 8, False, 8)],
+    [
+        (32, 8, True, 8),
+        (48, 8, True, 3),
+        (24, 0, False, 0),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((40, 16, True, 8), (32, 8, False, 8))),
+    ],
 )
 def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
     """12 chunks with cuts: every chunk's velocity against one dense forward over the whole past."""

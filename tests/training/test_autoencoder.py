@@ -186,6 +186,7 @@ def test_moments_are_the_encoders_means_and_log_variances():
     np.testing.assert_allclose(encode(params, CFG.vae, frames, 1), log_var, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_folded_statistics_leave_pictures_as_they_were():
     params, data, mesh = random_params(), videos(10, 5, 6), mesh_of(data=2)
     mean, std = autoencoder_run.statistics(params, CFG, mesh, data)

@@ -10,6 +10,8 @@ from longlive_jax import config as lib
 from longlive_jax.errors import InputError
 from tests.training import tiny
 
+SLOW_NVFP4 = pytest.param("nvfp4_ar", marks=pytest.mark.slow)  # minutes, for XLA's CPU compiler
+
 
 def config(recipe, mesh=lib.Mesh(), **train):
     return dataclasses.replace(tiny.config(mesh, **train), quant=lib.Quant(recipe=recipe))
@@ -19,15 +21,12 @@ def losses(recipe, steps, mesh=lib.Mesh(), **train):
     return tiny.run(config(recipe, mesh, **train), steps)[1]
 
 
-@pytest.mark.parametrize("recipe", ["fp8_train", "nvfp4_ar"])
+@pytest.mark.parametrize("recipe", ["fp8_train", SLOW_NVFP4])
 def test_the_loss_falls_as_unquantised(recipe):
     exact, quantised = losses("bf16", 20)[:, 0], losses(recipe, 20)[:, 0]
     assert not np.array_equal(exact, quantised)
     np.testing.assert_allclose(quantised, exact, rtol=0.05)
     assert quantised[-5:].mean() < 0.8 * quantised[:5].mean()
-
-
-SLOW_NVFP4 = pytest.param("nvfp4_ar", marks=pytest.mark.slow)  # minutes, for XLA's CPU compiler
 
 
 @pytest.mark.parametrize("recipe", ["fp8_train", SLOW_NVFP4])

@@ -14,7 +14,11 @@ from longlive_jax.training import draws as draws_lib
 from longlive_jax.training import state as state_lib
 from tests.training import tiny
 
-MESHES = [lib.Mesh(seq=4), lib.Mesh(fsdp=2, seq=4), lib.Mesh(data=2, seq=2)]
+MESHES = [
+    pytest.param(lib.Mesh(seq=4), marks=pytest.mark.slow),
+    lib.Mesh(fsdp=2, seq=4),
+    lib.Mesh(data=2, seq=2),
+]
 
 
 def oracle(cfg, params, batch, step=0, given=False):
