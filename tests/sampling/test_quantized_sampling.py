@@ -59,6 +59,7 @@ def test_the_mesh_changes_nothing(recipe):
     assert error(many, one) < 5e-3
 
 
+@pytest.mark.slow
 def test_with_a_quantised_cache():
     both = run(make_config("nvfp4_w4a4", kv="nvfp4"))
     assert 0 < error(both, run(make_config("nvfp4_w4a4"))) < 0.1

@@ -39,6 +39,7 @@ def test_the_mesh_changes_nothing(recipe):
     np.testing.assert_allclose(many[:, 1], one[:, 1], rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_steps_round_their_gradients_by_their_number():
     """The same step again is the same; another seed's is another."""
     a, b = (tiny.run(config("nvfp4_ar"), 2)[0].params for _ in range(2))

@@ -15,9 +15,8 @@ from longlive_jax.training import state as state_lib
 from tests.training import tiny
 
 MESHES = [
-    pytest.param(lib.Mesh(seq=4), marks=pytest.mark.slow),
     lib.Mesh(fsdp=2, seq=4),
-    lib.Mesh(data=2, seq=2),
+    *(pytest.param(m, marks=pytest.mark.slow) for m in (lib.Mesh(seq=4), lib.Mesh(data=2, seq=2))),
 ]
 
 
@@ -158,6 +157,7 @@ def test_the_average_begins_late():
     )
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_when_asked():
     cfg = tiny.config(text_encoder=True)
     before = whole(tiny.random_state(cfg).params["umt5"])
