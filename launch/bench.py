@@ -14,7 +14,7 @@ from absl import flags
 from launch import command
 from longlive_jax.errors import InputError
 
-BENCHMARKS = ("stream", "vae", "attention", "train", "kernels", "quality")
+BENCHMARKS = ("stream", "vae", "attention", "train", "balance", "kernels", "quality")
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)
 flags.DEFINE_string("checkpoint", None, "quality: real weights instead of random ones.")

@@ -18,3 +18,14 @@ def test_quality(tmp_path):
     worst = {name: max(error["layers"]) for name, error in errors.items()}
     assert worst["fp8"] < worst["nvfp4_w4a4"] < 0.1
     assert worst["kv fp8"] < worst["kv nvfp4"] < worst["nvfp4_w4a4"]
+
+
+@pytest.mark.slow
+def test_both_layouts_are_the_same_loss():
+    result = commands.run(
+        "bench", "balance", "--config=configs/train_ar_tiny.py", "--config.mesh.seq=2",
+        "--config.dtype=float32", "--chunks=2", devices=2,
+    )  # fmt: skip
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["balanced_loss"] == pytest.approx(figures["naive_loss"], rel=1e-5)
+    assert figures["balanced_over_naive"] > 0
