@@ -57,7 +57,7 @@ def run(cfg: config_lib.Config) -> dict:
 
 # Each takes a device's share of clean, noisy, target [batch, chunk, frame, h, w, channel],
 # timesteps, frames [batch, chunk, frame] and context [batch, chunk, text_len, text_dim]. In the
-# naive layout chunks are 2 n copies: `clean` are they, clean or noisy, and `noisy` is not looked at.
+# naive layout there are 2 n chunks, clean then noisy, in `clean`, and `noisy` is not looked at.
 
 
 def _balanced(cfg, parallel, params, clean, noisy, target, timesteps, frames, context):
