@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from longlive_jax.data import versioned
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer as tokenizer_lib
 
 _FORMAT, _VERSION = "longlive_jax weights", 1
+_AGAIN = "convert again to a new directory"
 
 
 @contextlib.contextmanager
@@ -36,13 +38,22 @@ def writing(root: pathlib.Path) -> Iterator[None]:
         (root / ".lock").touch()
     except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"--output={root}: {error.strerror}") from error
-    with open(root / ".lock") as lock:
+    with locked(root, f"--output={root}: another process is writing to it"):
+        yield
+
+
+@contextlib.contextmanager
+def locked(root: pathlib.Path, taken: str) -> Iterator[None]:
+    """Holds the lock of a folder, for as long as this process lives at most.
+
+    Raises:
+      InputError: `taken`, and what to do: another process holds it.
+    """
+    with open(root / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"--output={root}: another process is writing to it; wait for it, or give another"
-            ) from error
+        except OSError as error:
+            raise InputError(f"{taken}; wait for it, or give another") from error
         yield
 
 
@@ -73,20 +84,9 @@ def read_metadata(root: pathlib.Path, new: bool = False) -> dict:
             "`python -m launch.convert --dit=FILE --vae=FILE --umt5=FILE --tokenizer=FILE "
             f"--output={root}`"
         )
-    try:
-        metadata = json.loads(file.read_text())
-        form, version, parts = metadata["format"], metadata["version"], metadata["parts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: is damaged ({error}); convert again to a new directory"
-        ) from error
-    if form != _FORMAT or not isinstance(parts, dict):
-        raise InputError(f"{file}: is not of a checkpoint of weights (format {form!r})")
-    if version != _VERSION:
-        raise InputError(
-            f"{file}: has format version {version}, this program reads {_VERSION}; update it, or "
-            "convert again"
-        )
+    metadata = versioned.read(file, _FORMAT, _VERSION, _AGAIN)
+    if not isinstance(metadata.get("parts"), dict):
+        raise InputError(f"{file}: is damaged (no parts in it); {_AGAIN}")
     return metadata
 
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints.tensor import check_finite
 from longlive_jax.errors import InputError
-from longlive_jax.formats import NVFP4Tensor, from_packed
+from longlive_jax.formats import NVFP4Tensor, Quantized, from_packed
 from longlive_jax.quant import weights as weights_lib
-from longlive_jax.quant.linear import Quantized, quantize_weight
+from longlive_jax.quant.linear import quantize_weight
 from longlive_jax.quant.recipe import LINEARS, Recipe
 
 _PATHS = {("blocks", *path.split("."), "weight"): path for path in LINEARS}

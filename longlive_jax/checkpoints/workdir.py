@@ -4,7 +4,6 @@ WORKDIR/run.json          what the run is, and the checkpoint that it takes its 
 WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after step 50
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import directory as directory_lib
+from longlive_jax.data import versioned
 from longlive_jax.errors import InputError
 
 FORMAT, VERSION = "longlive_jax training run", 1
@@ -35,18 +35,11 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
       InputError: run.json is damaged, or of another version.
     """
     file = pathlib.Path(directory) / RUN
+    run = versioned.read(file, FORMAT, VERSION, "give another --workdir")
     try:
-        run = json.loads(file.read_text())
-        form, version = run["format"], run["version"]
-        settings, checkpoint = dict(run["settings"]), run["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"settings": dict(run["settings"]), "checkpoint": run["checkpoint"]}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is damaged ({error}); give another --workdir") from error
-    if form != FORMAT or version != VERSION:
-        raise InputError(
-            f"{file}: has format {form!r} version {version}, this program reads {FORMAT!r} "
-            f"version {VERSION}; update it, or give another --workdir"
-        )
-    return {"settings": settings, "checkpoint": checkpoint}
 
 
 def write(

@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import versioned
 from longlive_jax.data.atomic import atomic_path, no_space
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
@@ -180,16 +181,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder}: holds no cached training data (no {MANIFEST}); make it with python -m "
             "launch.encode_dataset, or set data.cached=False for a folder of videos"
         )
-    try:
-        manifest = json.loads(file.read_text())
-        form, version = manifest["format"], manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); {_AGAIN}") from error
-    if form != FORMAT or version != VERSION:
-        raise InputError(
-            f"{file}: has format {form!r} version {version}, this program reads {FORMAT!r} "
-            f"version {VERSION}; encode again with python -m launch.encode_dataset"
-        )
+    manifest = versioned.read(file, FORMAT, VERSION, _AGAIN)
     try:
         for name in ("latents", "text"):
             manifest[name] = [Shard(**shard) for shard in manifest[name]]

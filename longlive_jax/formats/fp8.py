@@ -14,13 +14,14 @@ from flax import struct
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
+from longlive_jax.formats.tensor import Quantized
 
 DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
 @struct.dataclass
-class FP8Tensor:
-    """An array of 8 bits a number. Indexing, scanning and mapping over leading axes work.
+class FP8Tensor(Quantized):
+    """An array of 8 bits a number.
 
     values: float8_e4m3fn or float8_e5m2, [..., n].
     scale: float32. One for the tensor: [], or [layer] and so on where tensors were stacked by
@@ -32,20 +33,6 @@ class FP8Tensor:
     values: jax.Array
     scale: jax.Array
     dtype: np.dtype = struct.field(pytree_node=False)
-
-    __iter__ = None  # Python would index on for ever: JAX clamps an index that is too large
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.values.ndim
-
-    def __getitem__(self, index) -> "FP8Tensor":
-        """One tensor of a stack: `index` selects along axes that both arrays have."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
 
     @functools.partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype=None) -> jax.Array:

@@ -23,6 +23,7 @@ from flax import struct
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
 from longlive_jax.formats import hadamard as hadamard_lib
+from longlive_jax.formats.tensor import Quantized
 
 BLOCK = 16
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
@@ -40,8 +41,8 @@ DTYPES = ("bfloat16", "float32")
 
 
 @struct.dataclass
-class NVFP4Tensor:
-    """An array of 4.5 bits a number. Indexing, scanning and mapping over leading axes work.
+class NVFP4Tensor(Quantized):
+    """An array of 4.5 bits a number.
 
     values: float4_e2m1fn [..., n].
     scales: float8_e4m3fn [..., n / 16], one for each 16 values; with 2-D blocks 16 rows have equal
@@ -57,20 +58,6 @@ class NVFP4Tensor:
     rule: str = struct.field(pytree_node=False)
     block: tuple[int, int] = struct.field(pytree_node=False)
     dtype: np.dtype = struct.field(pytree_node=False)
-
-    __iter__ = None  # Python would index on for ever: JAX clamps an index that is too large
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.values.ndim
-
-    def __getitem__(self, index) -> "NVFP4Tensor":
-        """One tensor of a stack: `index` selects along axes that all three arrays have."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
 
     @functools.partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype=None) -> jax.Array:

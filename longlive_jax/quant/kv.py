@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.formats import (
-    FP8Tensor,
     NVFP4Tensor,
+    Quantized,
     exact,
     from_packed,
     quantize_fp8,
     quantize_nvfp4,
 )
 
-Stored = jax.Array | FP8Tensor | NVFP4Tensor
+Stored = jax.Array | Quantized
 
 
 def store(x: Stored, name: str, axis: str | None = None) -> Stored:
@@ -53,7 +53,7 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
 
 def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     """The numbers [..., token, head, head_dim] that were stored, rounded to `dtype`."""
-    if isinstance(stored, FP8Tensor | NVFP4Tensor):
+    if isinstance(stored, Quantized):
         return stored.dequantize(dtype)
     return stored.astype(dtype)
 

@@ -21,6 +21,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.formats import (
     FP8Tensor,
     NVFP4Tensor,
+    Quantized,
     exact,
     nvfp4,
     quantize_fp8,
@@ -30,7 +31,6 @@ from longlive_jax.formats import (
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant.recipe import FP8, NVFP4, Format, Recipe
 
-Quantized = NVFP4Tensor | FP8Tensor
 SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
 
 
@@ -310,8 +310,24 @@ def _scale(q: Quantized) -> jax.Array:
 
 def _has_fp4() -> bool:
     """Whether the default device multiplies 4-bit floats with block scales."""
+    return _capability() >= 10
+
+
+def _capability() -> float:
+    """Of an NVIDIA GPU; 0 for any other device."""
     device = jax.local_devices()[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 10
+    return float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
+
+
+def backend(recipe: Recipe | None) -> str:
+    """How this machine multiplies by the recipe, for people."""
+    if recipe is None:
+        return "not quantised"
+    if isinstance(recipe.weight, NVFP4):
+        way = "as they are" if _has_fp4() else "as bfloat16, which holds them exactly"
+        return f"{recipe.name}: NVFP4, multiplied {way}"
+    way = "as they are" if _capability() >= 8.9 else "by the compiler's own conversion"
+    return f"{recipe.name}: FP8, multiplied {way}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.formats import Quantized
 from longlive_jax.params import ParamSpec
-from longlive_jax.quant.linear import Quantized, quantize_weight
+from longlive_jax.quant.linear import quantize_weight
 from longlive_jax.quant.recipe import LINEARS, Recipe
 
 

@@ -5,7 +5,6 @@ never hides an older one; and it is read onto any mesh, by any number of process
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import config as config_lib
+from longlive_jax.checkpoints import directory as directory_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.training.state import TrainState
@@ -85,7 +85,7 @@ def claimed(
     if jax.process_index() != 0:
         yield
         return
-    with _lock(root):
+    with directory_lib.locked(root, f"--workdir={root}: another process trains in it"):
         where = os.path.abspath(checkpoint) if checkpoint else had["checkpoint"]
         workdir.write(root, wanted, where)
         yield
@@ -98,18 +98,6 @@ def _compare(root, had, has):
                 f"--workdir={root}: holds a run with {name}={had.get(name)!r}, this one has "
                 f"{has.get(name)!r}; give the same again, or a new --workdir"
             )
-
-
-@contextlib.contextmanager
-def _lock(root):
-    with open(root / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"--workdir={root}: another process trains in it; wait for it, or give another"
-            ) from error
-        yield
 
 
 class Checkpoints:

@@ -298,7 +298,9 @@ def test_other_versions(tmp_path):
     file = tmp_path / "ckpt/metadata.json"
     metadata = json.loads(file.read_text())
     file.write_text(json.dumps(metadata | {"version": 2}))
-    with pytest.raises(InputError, match="version 2, this program reads 1"):
+    with pytest.raises(
+        InputError, match="version 2, this program reads 'longlive_jax weights' version 1"
+    ):
         store.parts(tmp_path / "ckpt")
     file.write_text(json.dumps(metadata | {"format": "x"}))
     with pytest.raises(InputError, match="format 'x'"):

@@ -51,11 +51,16 @@ def run(command: str, *args, devices: int = 1, patch=None, check: bool = True) -
 
 
 def _child(words, folder, devices, patch):
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    enter(words, [f"{folder}/out", f"{folder}/err"], devices, patch)
+
+
+def enter(words, outputs, devices, patch):
+    """Becomes `python -m WORDS`, with stdout and stderr in these files, which grow."""
+    for number, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
     jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if patch:
         patch()
     sys.argv = words

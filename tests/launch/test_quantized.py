@@ -69,10 +69,11 @@ def test_it_samples_what_quantising_at_load_does(recipe, checkpoint, tmp_path):
     run("convert", "--config=configs/tiny.py", *made)
     prompt, latents = write(tmp_path / "prompt.txt", PROMPTS[0]), []
     for root in (tmp_path / "ckpt", checkpoint):
-        run(
+        done = run(
             "sample", *TINY, f"--config.quant.recipe={recipe}", f"--checkpoint={root}",
             f"--prompts={prompt}", f"--save_latents={tmp_path}/l.npz",
         )  # fmt: skip
+        assert f"linear layers by {recipe}: " in done.stdout
         latents.append(np.load(tmp_path / "l.npz")["latents"])
     assert np.isfinite(latents[0]).all()
     np.testing.assert_array_equal(*latents)

@@ -3,15 +3,11 @@
 import multiprocessing
 import os
 import pathlib
-import runpy
 import signal
 import socket
-import sys
 import time
 
-import jax
-
-from tests.launch.commands import ROOT
+from tests.launch import commands
 
 _SERVER = multiprocessing.get_context("forkserver")
 
@@ -38,7 +34,9 @@ class Job:
         for i, output in enumerate(self._outputs):
             words = ["launch.train", *map(str, flags), *together]
             words += [f"--process_id={i}"] if together else []
-            process = _SERVER.Process(target=_child, args=(words, str(output), devices, patch))
+            process = _SERVER.Process(
+                target=commands.enter, args=(words, [str(output)] * 2, devices, patch)
+            )
             process.start()
             self.processes.append(process)
 
@@ -86,15 +84,3 @@ def steps(workdir: pathlib.Path) -> int:
     """Lines of metrics.jsonl so far."""
     file = workdir / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def _child(words, output, devices, patch):
-    for number in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.chdir(ROOT)
-    jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if patch:
-        patch()
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -248,6 +248,18 @@ def test_native_fp4_is_the_same(monkeypatch):
         assert error(a, b) < 1e-3
 
 
+@pytest.mark.parametrize(
+    "capability, nvfp4, fp8",
+    [(0.0, "as bfloat16", "conversion"), (9.0, "as bfloat16", "are"), (10.0, "as they", "are")],
+)
+def test_the_backend_is_chosen_by_capability(monkeypatch, capability, nvfp4, fp8):
+    monkeypatch.setattr(linear_lib, "_capability", lambda: capability)
+    get = recipe_lib.get
+    assert linear_lib.backend(get("nvfp4_ar")).startswith(f"nvfp4_ar: NVFP4, multiplied {nvfp4}")
+    assert linear_lib.backend(get("fp8")).endswith(fp8)
+    assert linear_lib.backend(None) == "not quantised"
+
+
 def test_not_a_number_stays_in_its_sample():
     p, x = layer(32, 32), tokens(3, 16, 32)
     y = forward(p, x.at[0, 3, 5].set(jnp.nan), recipe("nvfp4_w4a4"))

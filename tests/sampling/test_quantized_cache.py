@@ -16,6 +16,7 @@ from longlive_jax.sampling import programs, stream
 from tests.sampling import test_program, test_stream
 
 FORMATS = ["fp8", "nvfp4"]
+SLOW_FP8 = pytest.param("fp8", marks=pytest.mark.slow)
 SIZE = test_stream.SIZE
 # Eight heads of 16.
 MODEL = dataclasses.replace(test_stream.MODEL, dim=128)
@@ -91,8 +92,18 @@ def test_the_error_is_that_of_the_format(kv, limit):
     assert 0 < error(quantised[:, chunk:], exact[:, chunk:]) < limit
 
 
+MESHES = [{"seq": 2}, {"seq": 8}, {"data": 2, "fsdp": 2, "seq": 2}]
+QUICK = [("fp8", MESHES[1]), ("nvfp4", MESHES[2])]
+
+
 @pytest.mark.parametrize(
-    "kv, mesh", [("fp8", {"seq": 8}), ("nvfp4", {"data": 2, "fsdp": 2, "seq": 2})], ids=str
+    "kv, mesh",
+    [
+        pytest.param(kv, mesh, marks=() if (kv, mesh) in QUICK else pytest.mark.slow)
+        for kv in FORMATS
+        for mesh in MESHES
+    ],
+    ids=str,
 )
 def test_the_mesh_changes_nothing(kv, mesh):
     """But for sums in another order, which now and then round to another code."""
@@ -108,7 +119,7 @@ def test_the_mesh_changes_nothing(kv, mesh):
         np.testing.assert_allclose(many[0].cache.k.amax, one[0].cache.k.amax, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kv", ["nvfp4"])
+@pytest.mark.parametrize("kv", ["nvfp4", SLOW_FP8])
 def test_videos_of_a_batch_do_not_touch(kv):
     cfg = make_config(kv)
     together = run(cfg, 3, 2, cuts=(2,), samples=(0, 1))[1]
@@ -126,7 +137,7 @@ def test_guidance_has_two_branches_in_the_cache():
     assert 0 < error(latents, exact) < 0.1
 
 
-@pytest.mark.parametrize("kv", ["nvfp4"])
+@pytest.mark.parametrize("kv", ["nvfp4", SLOW_FP8])
 def test_streaming_equals_offline_to_the_bit(kv):
     cfg = make_config(kv)
     sampler, params = sampler_of(cfg)
