@@ -74,7 +74,7 @@ def linear(
         y = y.reshape(*x.shape[:-1], y.shape[-1])
     # The sum is rounded as one in y's dtype would be; the bias's gradient is summed in float32.
     bias = bias.astype(y.dtype).astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
-    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+    return (exact.round_input(y) + bias).astype(y.dtype)
 
 
 def quantize_activation(x: jax.Array, recipe: Recipe, axes: Sequence[str] = ()) -> Quantized:

@@ -56,7 +56,7 @@ def test_quantize_nvfp4_by_a_given_amax(rule):
     # A NaN takes its own block with it, and no other.
     expected = formats.quantize_nvfp4(x.at[0, 48:64].set(0), rule, amax=jnp.float32(1.7))
     tensor = lib.quantize_nvfp4(x.at[0, 53].set(jnp.nan), rule, amax=jnp.float32(1.7))
-    decoded = np.asarray(tensor.dequantize(jnp.float32))
+    decoded = np.array(tensor.dequantize(jnp.float32))
     assert np.isnan(decoded[0, 48:64]).all()
     decoded[0, 48:64] = 0
     np.testing.assert_array_equal(decoded, np.asarray(expected.dequantize(jnp.float32)))
