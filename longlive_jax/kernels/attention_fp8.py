@@ -13,10 +13,10 @@ peaked logits turn into 6 % of an output; int8 has even steps and is wrong by 1 
 channels are alike, as they are once queries and keys were both multiplied by one Hadamard matrix,
 which leaves their products as they were. That is up to whoever stores the keys.
 
-How values are stored. The second product contracts tokens and wants them contiguous. It also wants
-the probabilities of 16 tokens in another order than the first product leaves them in registers; the
-order of keys being free, the values' tokens are permuted instead (`pack_values`), once, when they
-are stored, and no register moves between lanes.
+How they are stored. The second product contracts tokens and wants them contiguous: values are
+[head, head_dim, token]. It also wants the probabilities of 16 tokens in another order than the
+first product leaves them in registers; the order of keys being free, the keys' tokens are permuted
+instead. `pack` does both, once, when they are stored, and no register moves between lanes.
 
 Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
 `filled` are real. The cache is read where it lies, all layers of it: nothing is copied.
@@ -33,31 +33,46 @@ from longlive_jax.formats import FP8Tensor
 from longlive_jax.kernels import attention_fp8_hopper as hopper
 
 
-def pack_values(v: jax.Array) -> jax.Array:
-    """[..., token, head, head_dim] as the second product wants it: [..., head, head_dim, token].
+def pack(k: FP8Tensor, v: FP8Tensor) -> tuple[FP8Tensor, FP8Tensor]:
+    """Keys and values [..., token, head, head_dim], scale [..., 1, head, 1], as they are stored.
 
-    Of every 16 tokens, the order becomes 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+    Returns:
+      k of the same shape, its tokens permuted, and v [..., head, head_dim, token], scale
+      [..., head, 1, 1].
 
     Raises:
       InputError: tokens that are not a multiple of 16.
     """
-    *lead, tokens, heads, head_dim = v.shape
-    if tokens % 16:
-        raise InputError(f"attention_fp8: {tokens} tokens; they must be a multiple of 16")
-    v = jnp.moveaxis(v, -3, -1).reshape(*lead, heads, head_dim, tokens // 16, 2, 4, 2)
-    return jnp.swapaxes(v, -3, -2).reshape(*lead, heads, head_dim, tokens)
+    v = v.replace(values=jnp.moveaxis(v.values, -3, -1), scale=jnp.swapaxes(v.scale, -3, -2))
+    return k.replace(values=pack_keys(k.values)), v
+
+
+def pack_keys(k: jax.Array) -> jax.Array:
+    """[..., token, head, head_dim]: of every 16 tokens the order becomes 0 1 4 5 8 9 12 13 2 3 ..
+
+    Raises:
+      InputError: tokens that are not a multiple of 16.
+    """
+    return _permute(k, (4, 2))
+
+
+def unpack_keys(k: jax.Array) -> jax.Array:
+    """The inverse of `pack_keys`."""
+    return _permute(k, (2, 4))
 
 
 def unpack_values(v: jax.Array) -> jax.Array:
-    """The inverse of `pack_values`."""
-    *lead, tokens = v.shape
-    v = jnp.swapaxes(v.reshape(*lead, tokens // 16, 4, 2, 2), -3, -2)
-    return jnp.moveaxis(v.reshape(*lead, tokens), -1, -3)
+    """Stored values [..., head, head_dim, token] as [..., token, head, head_dim]."""
+    return jnp.moveaxis(v, -1, -3)
 
 
-def pack(v: FP8Tensor) -> FP8Tensor:
-    """Values [..., token, head, head_dim] of scale [..., 1, head, 1], packed, and so is scale."""
-    return v.replace(values=pack_values(v.values), scale=jnp.swapaxes(v.scale, -3, -2))
+def _permute(x, split):
+    """Pairs of tokens, in every 16 a matrix of `split`, transposed."""
+    *lead, tokens, heads, head_dim = x.shape
+    if tokens % 16:
+        raise InputError(f"attention_fp8: {tokens} tokens; they must be a multiple of 16")
+    pairs = x.reshape(*lead, tokens // 16, *split, 2, heads, head_dim)
+    return jnp.swapaxes(pairs, -5, -4).reshape(x.shape)
 
 
 def supports(q: jax.Array, tokens: int) -> bool:
@@ -85,12 +100,9 @@ def attention(
 
     Args:
       q: [row, query, head, head_dim].
-      k: values E4M3 or int8 [row, token, head, head_dim], scale [row, 1, head, 1].
-      v: packed: values E4M3 [row, head, head_dim, token], scale [row, head, 1, 1].
-      past_k: the cache, all layers: values [layer, row, slot, token, head, head_dim], scale
-        [layer, row, slot, 1, head, 1].
-      past_v: packed: values [layer, row, slot, head, head_dim, token], scale
-        [layer, row, slot, head, 1, 1].
+      k, v: packed (`pack`): k's values E4M3 or int8 [row, token, head, head_dim], scale
+        [row, 1, head, 1]; v's values E4M3 [row, head, head_dim, token], scale [row, head, 1, 1].
+      past_k, past_v: packed, the cache, all layers: [layer, row, slot, ...] of the same.
       layer: int32 [], the layer to read.
       filled: int32 [row], how many of its slots are real, from the first.
       dense: (q, k, v, kv_len) -> out, such as `ops.attention.attention`.
@@ -105,8 +117,8 @@ def attention(
     if supports(q, k.shape[1]):
         return hopper.attention(q, k, v, past_k, past_v, layer, filled)
     past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
-    keys = _join(k.dequantize(q.dtype), past_k.dequantize(q.dtype))
-    values = _join(unpack_values(v.dequantize(q.dtype)), unpack_values(past_v.dequantize(q.dtype)))
+    keys = _join(*(unpack_keys(x.dequantize(q.dtype)) for x in (k, past_k)))
+    values = _join(*(unpack_values(x.dequantize(q.dtype)) for x in (v, past_v)))
     return dense(q, keys, values, (1 + filled) * k.shape[1])
 
 
@@ -167,7 +179,9 @@ def reference(
         )
         return jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, carry), None
 
-    keys = tiled(slots(k.values, past_k.values), slots(k.scale, past_k.scale))
+    keys = tiled(
+        slots(unpack_keys(k.values), unpack_keys(past_k.values)), slots(k.scale, past_k.scale)
+    )
     values = tiled(
         slots(unpack_values(v.values), unpack_values(past_v.values)),
         slots(v.scale, past_v.scale).swapaxes(2, 3),

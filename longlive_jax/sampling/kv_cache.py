@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_fp8
+from longlive_jax.kernels import attention_bf16, attention_fp8
 from longlive_jax.ops.attention import attention
 from longlive_jax.quant import kv
 
@@ -23,8 +23,8 @@ class KVCache:
 
     k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
       guidance (prompt, negative prompt), else one. Sharded by batch and by head. With `format`
-      "fp8" or "nvfp4" (see `quant.kv`) FP8Tensors or NVFP4Tensors of that shape, but for values in
-      FP8: [layer, branch, batch, slot, head, head_dim, token], by `kernels.attention_fp8.pack`.
+      "fp8" or "nvfp4" (see `quant.kv`) FP8Tensors or NVFP4Tensors of that shape. Those in FP8 are
+      packed (`kernels.attention_fp8.pack`): v [layer, branch, batch, slot, head, head_dim, token].
     chunk: int32 [batch, slot], index of the chunk a slot holds, EMPTY if none. Filled slots come
       first, so the visible keys are a prefix.
     """
@@ -49,21 +49,19 @@ class KVCache:
         """
         q, branches = kv.load(q, q.dtype), self.k.shape[1]
         filled = jnp.tile(jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32), branches)
+        past = [jax.tree.map(_merge_rows, table) for table in (self.k, self.v)]
+
+        def only_layer(leaf):
+            return jax.lax.dynamic_slice_in_dim(leaf, layer, 1)
+
         if self.format == "fp8":
-            k, v = (kv.store(x, "fp8") for x in (k, v))
-            past = (jax.tree.map(_merge_rows, table) for table in (self.k, self.v))
-            return attention_fp8.attention(
-                q, k, attention_fp8.pack(v), *past, layer, filled, attention
-            )
-
-        def behind(fresh, table):
-            past = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), table
-            )
-            past = kv.load(past, fresh.dtype).reshape(fresh.shape[0], -1, *fresh.shape[2:])
-            return jnp.concatenate([kv.load(fresh, fresh.dtype), past], axis=1)
-
-        return attention(q, behind(k, self.k), behind(v, self.v), (1 + filled) * q.shape[1])
+            fresh = _stored(k, v, "fp8")
+            return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
+        fresh = [kv.load(x, x.dtype) for x in (k, v)]
+        if self.format == "nvfp4":
+            past = [kv.load(jax.tree.map(only_layer, table), q.dtype) for table in past]
+            layer = 0
+        return attention_bf16.attention(q, *fresh, *past, layer, filled, attention)
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
@@ -97,7 +95,7 @@ class KVCache:
 
 def _stored(k, v, name, axis=None):
     k, v = (kv.store(x, name, axis) for x in (k, v))
-    return k, attention_fp8.pack(v) if name == "fp8" else v
+    return attention_fp8.pack(k, v) if name == "fp8" else (k, v)
 
 
 def _merge_rows(table):

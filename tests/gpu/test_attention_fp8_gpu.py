@@ -13,7 +13,7 @@ import pytest
 from longlive_jax.kernels import attention_fp8 as af
 from longlive_jax.kernels import attention_fp8_hopper as hopper
 from longlive_jax.ops import attention as dense
-from tests.kernels.test_attention_fp8 import TUNINGS, error, inputs, quantized, video
+from tests.kernels.test_attention_fp8 import TUNINGS, error, inputs, stored, video
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +57,7 @@ def test_error_over_a_window(keys_in, bound):
     if keys_in == jnp.int8:
         k = k @ (hadamard / 128**0.5)
         q = (q.astype(jnp.float32) @ (hadamard / 128**0.5)).astype(jnp.bfloat16)
-    keys, values = quantized(chunks(k), keys_in), af.pack(quantized(chunks(v)))
+    keys, values = stored(chunks(k), chunks(v), keys_in)
     fresh_k, fresh_v = (jax.tree.map(lambda leaf: leaf[0, :, 3], x) for x in (keys, values))
     past_k, past_v = (jax.tree.map(lambda leaf: leaf[:, :, :3], x) for x in (keys, values))
     out = jax.jit(hopper.attention)(

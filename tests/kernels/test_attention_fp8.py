@@ -36,6 +36,10 @@ def quantized(x, dtype=hopper.E4M3):
     return FP8Tensor(values=values, scale=q.scale[..., None, :, :], dtype=q.dtype)
 
 
+def stored(k, v, keys_in=hopper.E4M3):
+    return af.pack(quantized(k, keys_in), quantized(v))
+
+
 @functools.cache
 def inputs(rows=1, queries=128, tokens=128, slots=2, layers=2, heads=1, keys_in=hopper.E4M3):
     """q, k, v, past_k, past_v whose slots differ in size, layer, filled (not all, then all)."""
@@ -47,12 +51,11 @@ def inputs(rows=1, queries=128, tokens=128, slots=2, layers=2, heads=1, keys_in=
     past = (layers, rows, slots, tokens, heads, HEAD_DIM)
     size = jnp.asarray([4.0**i for i in range(slots)], jnp.bfloat16)
     size = jnp.broadcast_to(size[:, None, None, None], past)
+    fresh = (draw(key, rows, tokens, heads, HEAD_DIM) for key in keys[1:3])
     return (
         draw(keys[0], rows, queries, heads, HEAD_DIM) * 2,
-        quantized(draw(keys[1], rows, tokens, heads, HEAD_DIM), keys_in),
-        af.pack(quantized(draw(keys[2], rows, tokens, heads, HEAD_DIM))),
-        quantized(draw(keys[3], *past), keys_in),
-        af.pack(quantized(draw(keys[4], *past) / size)),
+        *stored(*fresh, keys_in),
+        *stored(draw(keys[3], *past), draw(keys[4], *past) / size, keys_in),
         jnp.int32(layers - 1),
         jnp.arange(rows, dtype=jnp.int32) + (slots - 1),
     )
@@ -65,7 +68,7 @@ def exact(q, k, v, past_k, past_v, layer, filled):
         n = 1 + int(filled[row])
         keys = [k[row].dequantize(jnp.float32)[None], past_k[layer, row].dequantize(jnp.float32)]
         values = [v[row].dequantize(jnp.float32)[None], past_v[layer, row].dequantize(jnp.float32)]
-        keys = jnp.concatenate(keys)[:n]
+        keys = af.unpack_keys(jnp.concatenate(keys)[:n])
         keys = keys.reshape(-1, *keys.shape[2:])
         values = af.unpack_values(jnp.concatenate(values)[:n]).reshape(keys.shape)
         logits = jnp.einsum("qhd,khd->hqk", q[row].astype(jnp.float32), keys) / HEAD_DIM**0.5
@@ -121,7 +124,8 @@ def test_slots_that_are_not_filled_are_not_read():
 
 def test_slots_of_zeros_and_tiny_queries():
     q, k, v, past_k, past_v, layer, filled = inputs()
-    past_v = af.pack(quantized(jnp.zeros((2, 1, 2, 128, 1, HEAD_DIM), jnp.bfloat16)))
+    zeros = jnp.zeros((2, 1, 2, 128, 1, HEAD_DIM), jnp.bfloat16)
+    _, past_v = stored(zeros, zeros)
     q = q.at[:, 0].set(0).at[:, 1].set(1e-38)
     args = (q, k, v, past_k, past_v, layer, filled)
     out = interpreted(hopper.Tuning(), args)
@@ -152,15 +156,16 @@ def test_kernel_refuses_parts_of_a_tile():
         hopper.attention(*inputs(tokens=64))
 
 
-def test_packed_values():
-    v = jnp.arange(2 * 32 * 3 * 4).reshape(2, 32, 3, 4)
-    packed = af.pack_values(v)
-    assert packed.shape == (2, 3, 4, 32)
-    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    np.testing.assert_array_equal(packed[..., 16:], jnp.moveaxis(v, 1, -1)[..., 16:][..., order])
-    np.testing.assert_array_equal(af.unpack_values(packed), v)
+def test_packed():
+    k, v = (quantized(jax.random.normal(jax.random.key(i), (2, 32, 3, 4))) for i in range(2))
+    packed_k, packed_v = af.pack(k, v)
+    order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    np.testing.assert_array_equal(packed_k.values[:, 16:], k.values[:, 16:][:, order])
+    np.testing.assert_array_equal(af.unpack_keys(packed_k.values), k.values)
+    assert packed_v.shape == (2, 3, 4, 32) and packed_v.scale.shape == (2, 3, 1, 1)
+    np.testing.assert_array_equal(af.unpack_values(packed_v.values), v.values)
     with pytest.raises(InputError, match="24 tokens"):
-        af.pack_values(v[:, :24])
+        af.pack_keys(k.values[:, :24])
 
 
 def held(layout, x):
@@ -178,11 +183,11 @@ def held(layout, x):
 
 
 def test_probabilities_stay_in_their_lanes():
-    """Registers of the first product, taken as they are, are an operand of permuted columns."""
+    """Registers of the first product, of permuted keys, are an operand in the keys' own order."""
     x = np.arange(64 * 128).reshape(64, 128)
-    product = held(plgpu.Layout.WGMMA, x)
-    permuted = np.asarray(af.pack_values(jnp.asarray(x.T)[:, None, :])[0].T).T
-    operand = held(plgpu.Layout.WGMMA_8BIT, permuted)
+    permuted = np.asarray(af.pack_keys(jnp.asarray(x.T)[:, None, :]))[:, 0].T
+    product = held(plgpu.Layout.WGMMA, permuted)
+    operand = held(plgpu.Layout.WGMMA_8BIT, x)
     numbers = hopper.registers_of_operand(np.arange(product.shape[3]), x.shape)
     np.testing.assert_array_equal(
         operand, product[..., numbers.reshape(-1, 2), :].reshape(operand.shape)
@@ -234,13 +239,7 @@ def test_error_on_a_video(keys_in, bound):
         q, k = q @ hadamard, k @ hadamard
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
     empty = jnp.zeros((1, 1, *k.shape), jnp.bfloat16)
-    args = (
-        q,
-        quantized(k, keys_in),
-        af.pack(quantized(v)),
-        quantized(empty, keys_in),
-        af.pack(quantized(empty)),
-    )
+    args = (q, *stored(k, v, keys_in), *stored(empty, empty, keys_in))
     out = af.reference(*args, jnp.int32(0), jnp.zeros(1, jnp.int32))
     assert bound / 3 < error(out, expected) < bound
 

@@ -74,7 +74,8 @@ def test_the_cache_holds_each_chunk_quantised_once(kv):
             np.testing.assert_array_equal(*(np.asarray(q.scales) for q in (stored, expected)))
             assert stored.amax == expected.amax
             continue
-        values = stored.values if table == "k" else attention_fp8.unpack_values(stored.values)
+        unpack = attention_fp8.unpack_keys if table == "k" else attention_fp8.unpack_values
+        values = unpack(stored.values)
         for head in range(MODEL.num_heads):
             expected = quantize_fp8(chunk[:, head])
             np.testing.assert_array_equal(values[:, head], expected.values)

@@ -1,0 +1,86 @@
+"""bfloat16 attention over the cache on a Hopper GPU: against its oracle, and its speed.
+
+LONGLIVE_TEST_PLATFORM=gpu python -m pytest -m gpu -s tests/gpu/test_attention_bf16_gpu.py
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longlive_jax.kernels import attention_bf16 as ab
+from longlive_jax.kernels import attention_bf16_hopper as hopper
+from longlive_jax.ops import attention as dense
+from tests.kernels.test_attention_bf16 import TUNINGS, error, inputs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper():
+    q = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.bfloat16)
+    if not ab.supports(q, 128):
+        pytest.skip("no Hopper GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
+
+
+@functools.cache
+def oracle(filled):
+    args = small(filled)
+    return jax.jit(ab.reference)(*args)
+
+
+def small(filled):
+    """Slots that are not real are no numbers."""
+    q, k, v, past_k, past_v, layer, _ = inputs(rows=2, queries=256, tokens=384, slots=3, heads=3)
+    real = jnp.arange(3)[None, :] < jnp.asarray(filled)[:, None]
+    real = real.reshape(1, 2, 3, 1, 1, 1)
+    past = (jnp.where(real, x, jnp.nan) for x in (past_k, past_v))
+    return (q, k, v, *past, layer, jnp.asarray(filled, jnp.int32))
+
+
+@pytest.mark.parametrize("filled", [(3, 3), (1, 2), (0, 3), (0, 0)], ids=str)
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+def test_kernel_is_its_oracle(tuning, filled):
+    out = jax.jit(functools.partial(hopper.attention, tuning=tuning))(*small(filled))
+    assert error(out, oracle(filled)) < 5e-3
+
+
+def test_attention_takes_the_kernel():
+    args = small((1, 2))
+    run = jax.jit(functools.partial(ab.attention, dense=dense.attention))
+    assert "mosaic_gpu" in run.lower(*args).as_text()
+
+
+def window():
+    """A chunk over a window of four, all heads."""
+    args = inputs(queries=7040, tokens=7040, slots=3, heads=24)
+    return (*args[:-1], jnp.full(1, 3, jnp.int32))
+
+
+def behind(q, k, v, past_k, past_v, layer, filled):
+    """cuDNN over the chunk's and the cache's keys and values, copied together."""
+
+    def join(fresh, table):
+        past = jax.lax.dynamic_index_in_dim(table, layer, keepdims=False)
+        return jnp.concatenate([fresh, past.reshape(1, -1, *fresh.shape[2:])], axis=1)
+
+    return dense.attention(q, join(k, past_k), join(v, past_v))
+
+
+def test_error_over_a_window():
+    args = window()
+    assert error(jax.jit(hopper.attention)(*args), jax.jit(behind)(*args)) < 5e-3
+
+
+@pytest.mark.parametrize("run", [hopper.attention, behind], ids=["kernel", "cuDNN"])
+def test_speed(run):
+    args, run = window(), jax.jit(run)
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    for _ in range(20):
+        out = run(*args)
+    jax.block_until_ready(out)
+    seconds = (time.perf_counter() - start) / 20
+    print(f"\n{seconds * 1e3:.2f} ms, {4 * 7040 * 28160 * 24 * 128 / seconds / 1e12:.0f} TFLOP/s")
