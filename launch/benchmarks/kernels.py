@@ -21,8 +21,12 @@ from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
 from longlive_jax.kernels import attention_fp8_hopper
+from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
+from longlive_jax.ops import quantized
 from longlive_jax.ops.attention import attention
+from longlive_jax.ops.gelu import gelu
+from longlive_jax.ops.norm import layer_norm
 from longlive_jax.quant import kv
 from longlive_jax.training import cost
 
@@ -105,6 +109,59 @@ def _quantize_nvfp4(shape, rule):
     )
 
 
+def quantize_fp8(cfg: config_lib.Config) -> list[Entry]:
+    """A chunk's activations by rows: as they are, behind a block's norm, behind its GELU."""
+    m = cfg.model
+    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    frames, dim, ffn_dim = m.chunk_frames, m.dim, m.ffn_dim
+    if on_cpu():
+        frames, patches, dim, ffn_dim = 2, 3, quantize_fp8_lib.SLICE, 2 * quantize_fp8_lib.SLICE
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, wide = (
+        jax.random.normal(key, (1, 1, frames, patches, n), jnp.bfloat16)
+        for key, n in zip(keys, (dim, ffn_dim))
+    )
+    scale, shift = (jax.random.normal(key, (1, 1, frames, 1, dim)) for key in keys[2:])
+    norm = (x, 1 + scale, shift)
+    return [
+        _quantize_fp8("", (x,), lambda x: x, quantized.quantize_rows),
+        _quantize_fp8("", (wide,), lambda x: x, quantized.quantize_rows),
+        _quantize_fp8("layer_norm ", norm, layer_norm, quantized.layer_norm_quantize_rows),
+        _quantize_fp8("gelu ", (wide,), gelu, quantized.gelu_quantize_rows, activation="gelu"),
+    ]
+
+
+def _quantize_fp8(name, arguments, operation, public, **how):
+    lib = quantize_fp8_lib
+    x = arguments[0]
+    kernel = functools.partial(lib.kernel, interpret=interpret(), **how)
+    tilings = () if on_cpu() else lib.tilings(x.shape[-1], len(arguments) > 1)
+
+    def by_rows(y):
+        y = formats.quantize_fp8(y, axis=-1)
+        return y.values, y.scale
+
+    def oracle(x, *rest):
+        """The operation in float32, rounded once."""
+        return by_rows(operation(x.astype(jnp.float32), *rest).astype(x.dtype))
+
+    return Entry(
+        name=f"quantize_fp8 {name}{x.size // x.shape[-1]}x{x.shape[-1]}",
+        arguments=arguments,
+        call=kernel,
+        baseline=lambda *x: by_rows(operation(*x)),
+        oracle=oracle,
+        # An exponential or a sum that is off by float32's last bit, before two roundings.
+        limit=1e-2 if name else 0.0,
+        details={
+            "as FP8Tensor": lambda *x: public(*x),
+            **{f"kernel, tiling {t}": functools.partial(kernel, tiling=t) for t in tilings},
+        },
+        # All read once; codes and scales written.
+        bytes=sum(y.nbytes for y in arguments) + x.size + 4 * x.size // x.shape[-1],
+    )
+
+
 def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
     """A steady chunk's self-attention of one layer over the cache, window full."""
     lib, hopper = attention_fp8_lib, attention_fp8_hopper
@@ -120,10 +177,10 @@ def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
         for key in jax.random.split(jax.random.key(0), 3)
     )
 
-    k8, v8 = (jax.jit(kv.store, static_argnums=1)(x, "fp8") for x in (k, v))
-    past_k, past_v = (_cache_of(x, slots) for x in (k8, v8))
+    fresh = lib.pack(*(jax.jit(kv.store, static_argnums=1)(x, "fp8") for x in (k, v)))
+    past = (_cache_of(x, slots) for x in fresh)
     filled = jnp.full((rows,), slots, jnp.int32)
-    arguments = (q, k8, lib.pack(v8), past_k, lib.pack(past_v), jnp.int32(0), filled)
+    arguments = (q, *fresh, *past, jnp.int32(0), filled)
     window = [jnp.concatenate([x] * (1 + slots), axis=1) for x in (k, v)]
     keys = window[0].shape[1]
 
@@ -131,6 +188,7 @@ def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
         """What the sampler does where there is no kernel."""
         past = (jax.tree.map(lambda x: x[0], y) for y in (past_k, past_v))
         k, v, *past = (x.dequantize(q.dtype) for x in (k, v, *past))
+        k, past[0] = (lib.unpack_keys(x) for x in (k, past[0]))
         v, past[1] = (lib.unpack_values(x) for x in (v, past[1]))
         joined = (jnp.concatenate([x[:, None], y], 1) for x, y in ((k, past[0]), (v, past[1])))
         return attention(q, *(x.reshape(rows, keys, heads, -1) for x in joined))
@@ -166,7 +224,7 @@ def _relative_error(result, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-ENTRIES = (quantize_nvfp4, attention_fp8)
+ENTRIES = (quantize_nvfp4, quantize_fp8, attention_fp8)
 
 
 def run(cfg: config_lib.Config) -> dict:

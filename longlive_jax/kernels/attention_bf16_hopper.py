@@ -45,9 +45,9 @@ class Tuning:
     """
 
     tile: int = 128
-    stages: int = 3
+    stages: int = 2
     overlap: bool = True
-    turns: bool = True
+    turns: bool = False
 
 
 def attention(

@@ -319,8 +319,8 @@ def _block(p, cfg, x, modulation, angle, attend, text_kv, parallel, key=None):
         y = _cross_attention(p, cfg, x, text_kv, parallel, key)
         x = x + checkpoint_name(y, "output")
     with jax.named_scope("ffn"):
-        h = layer_norm(x, 1 + m[..., 4:5, :], m[..., 3:4, :])
-        h = gelu(checkpoint_name(linear("ffn.0", h), "ffn"))
+        h = parallel.layer_norm("ffn.0", x, 1 + m[..., 4:5, :], m[..., 3:4, :])
+        h = parallel.gelu("ffn.2", checkpoint_name(linear("ffn.0", h), "ffn"))
         y = checkpoint_name(linear("ffn.2", h), "output")
         return _gated(x, y, m[..., 5:6, :])
 
@@ -337,7 +337,7 @@ def _gated(x, y, gate):
 
 def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
     """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
-    h = layer_norm(x, 1 + m[..., 1:2, :], m[..., 0:1, :])
+    h = parallel.layer_norm("self_attn.qkv", x, 1 + m[..., 1:2, :], m[..., 0:1, :])
     qkv = checkpoint_name(parallel.linear(p, "self_attn.qkv", h, key), "qkv")
     q, k, v = jnp.split(qkv, 3, axis=-1)
     p = p["self_attn"]
@@ -348,18 +348,14 @@ def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
 
 def _cross_attention(p, cfg, x, text_kv, parallel, key=None):
     """A chunk's tokens see its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
-    h = _layer_norm_affine(p["norm3"], x)
+    affine = (p["norm3"][n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("weight", "bias"))
+    h = parallel.layer_norm("cross_attn.q", x, *affine)
     q = parallel.linear(p, "cross_attn.q", h, key)
     q = _heads(rms_norm(q, p["cross_attn"]["norm_q"]["weight"]), cfg)
     rows = q.shape[0] * q.shape[1]
     k, v = (y.reshape(rows, *y.shape[2:]) for y in text_kv)
     y = attention(q.reshape(rows, -1, *q.shape[-2:]), k, v)
     return parallel.linear(p, "cross_attn.o", y.reshape(x.shape), key)
-
-
-def _layer_norm_affine(p, x):
-    lead = (1,) * (x.ndim - 1)
-    return layer_norm(x, p["weight"].reshape(*lead, -1), p["bias"].reshape(*lead, -1))
 
 
 def _head(p, cfg, x, e, grid):

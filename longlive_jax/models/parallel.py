@@ -8,10 +8,16 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.formats import FP8Tensor
 from longlive_jax.ops import ulysses
+from longlive_jax.ops.gelu import gelu
+from longlive_jax.ops.norm import layer_norm
+from longlive_jax.ops.quantized import gelu_quantize_rows, layer_norm_quantize_rows
 from longlive_jax.quant import kv
 from longlive_jax.quant import linear as quantized
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.quant.recipe import FP8, Recipe
+
+BY_ROWS = FP8(rows=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,21 @@ class Parallel:
         recipe = None if self.recipe is None else self.recipe.at(path)
         axes = () if self.seq_axis is None else (self.seq_axis,)
         return quantized.linear(p, x, recipe, key, axes)
+
+    def layer_norm(self, path: str, x, scale, shift) -> jax.Array | FP8Tensor:
+        """`ops.norm.layer_norm`, as the block's linear layer at this path is given it."""
+        if self._takes_rows(path):
+            return layer_norm_quantize_rows(x, scale, shift)
+        return layer_norm(x, scale, shift)
+
+    def gelu(self, path: str, x) -> jax.Array | FP8Tensor:
+        """`ops.gelu.gelu`, as the block's linear layer at this path is given it."""
+        return gelu_quantize_rows(x) if self._takes_rows(path) else gelu(x)
+
+    def _takes_rows(self, path):
+        """Whether it multiplies FP8 with a scale a row, and asks for no gradient."""
+        recipe = None if self.recipe is None else self.recipe.at(path)
+        return recipe is not None and recipe.gradients is None and recipe.activation == BY_ROWS
 
     def to_heads(self, x: jax.Array) -> kv.Stored:
         """[batch, token / n, head, head_dim] -> [batch, token, head / n, head_dim], as sent."""

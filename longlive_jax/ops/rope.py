@@ -86,8 +86,9 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
       x: [..., token, head, head_dim].
       angle: float32 [..., token, head_dim / 2], same leading axes or 1.
     """
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    cos, sin = jnp.cos(angle)[..., None, :, None], jnp.sin(angle)[..., None, :, None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    # (a cos - b sin, b cos + a sin). Stacked from two arrays, XLA would make them separately.
+    signs = jnp.asarray([-1.0, 1.0], jnp.float32).reshape((1,) * angle.ndim + (1, 2))
+    rotated = pairs * cos + jnp.flip(pairs, axis=-1) * (sin * signs)
     return rotated.reshape(x.shape).astype(x.dtype)

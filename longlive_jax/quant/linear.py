@@ -28,7 +28,9 @@ from longlive_jax.formats import (
     quantize_nvfp4,
     random_hadamard,
 )
+from longlive_jax.kernels import quantize_nvfp4 as kernel
 from longlive_jax.ops import linear as plain
+from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant.recipe import FP8, NVFP4, Format, Recipe
 
 SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
@@ -63,7 +65,7 @@ def linear(
         return plain.linear(params, x)
     weight, bias = params["weight"], params["bias"]
     if isinstance(x, Quantized):
-        y = matmul(x, _quantized(weight, recipe), x.dtype)
+        y = matmul(_in_memory(x), _quantized(weight, recipe), x.dtype)
     else:
         keys = None if key is None else _keys_of(key, x.shape)
         rows = x.shape[:1] + ((1,) if keys is None else keys.shape[1:])
@@ -187,9 +189,7 @@ def _quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
     keys: [.., group], for tensors and for groups within them; taken if the format is stochastic.
     """
     if isinstance(fmt, FP8):
-        # A GPU's library takes 8-bit operands that lie in memory; left alone, the compiler draws
-        # the quantisation into the product, and then searches for a kernel for long.
-        return jax.lax.optimization_barrier(_quantize_fp8(x, fmt, lead, axes))
+        return _in_memory(_quantize_fp8(x, fmt, lead, axes))
     if fmt.hadamard:
         x = random_hadamard(x)
     amax = _amax(x, tuple(range(lead, x.ndim)), axes)
@@ -197,15 +197,20 @@ def _quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
     groups = amax.shape if keys is None else keys.shape
     each = jnp.broadcast_to(amax.reshape(amax.shape + (1,) * (len(groups) - lead)), groups)
 
-    def one(x, amax, key):
-        q = quantize_nvfp4(x, fmt.rule, fmt.block, key=key, amax=amax)
+    tensors = x.reshape(-1, *x.shape[len(groups) :])
+    by_kernel = kernel.supports(tensors[0], fmt.rule, fmt.block, keys)
+    quantize = kernel.quantize_nvfp4 if by_kernel else quantize_nvfp4
+
+    def one(x, amax, key=None):
+        q = quantize(x, fmt.rule, fmt.block, key=key, amax=amax)
         return q.values, q.scales
 
-    values, scales = jax.vmap(one)(
-        x.reshape(-1, *x.shape[len(groups) :]),
-        each.reshape(-1),
-        None if keys is None else keys.reshape(-1),
-    )
+    if not by_kernel:
+        keys = None if keys is None else keys.reshape(-1)
+        values, scales = jax.vmap(one)(tensors, each.reshape(-1), keys)
+    else:  # the kernel is for one
+        made = [one(*tensor) for tensor in zip(tensors, each.reshape(-1))]
+        values, scales = (jnp.stack(y) for y in zip(*made))
     return NVFP4Tensor(
         values=values.reshape(x.shape),
         scales=scales.reshape(*x.shape[:-1], -1),
@@ -216,9 +221,18 @@ def _quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
     )
 
 
+def _in_memory(q):
+    """A GPU's library takes 8-bit operands that lie in memory.
+
+    Left alone, the compiler draws the quantisation into the product, and then searches for a kernel
+    for long.
+    """
+    return jax.lax.optimization_barrier(q)
+
+
 def _quantize_fp8(x, fmt, lead, axes):
     if fmt.rows:
-        return quantize_fp8(x, jnp.dtype(fmt.dtype), axis=-1)
+        return quantize_rows(x)
     amax = _amax(x, tuple(range(lead, x.ndim)), axes)
     one = functools.partial(quantize_fp8, dtype=jnp.dtype(fmt.dtype))
     for _ in range(lead):

@@ -3,6 +3,8 @@
 LONGLIVE_TEST_PLATFORM=gpu python -m pytest -m gpu -s tests/gpu/test_kernels_gpu.py
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
+from longlive_jax.quant import linear
+from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_quantize_nvfp4 as cpu
 
 pytestmark = pytest.mark.gpu
@@ -82,3 +86,15 @@ def test_quantize_nvfp4_on_a_mesh_of_one_device():
     x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
     with jax.set_mesh(mesh):
         check(jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp", "seq"))), "mse")
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_quantised_linear_layer_takes_the_kernel(samples):
+    """Each sample is a tensor of its own, with its own largest magnitude."""
+    recipe = recipe_lib.get("nvfp4_w4a4").at("ffn.0")
+    x = jax.random.normal(jax.random.key(0), (samples, *SHAPE), jnp.bfloat16)
+    run = jax.jit(functools.partial(linear.quantize_activation, recipe=recipe))
+    assert "mosaic_gpu" in run.lower(x).as_text()
+    q = run(x)
+    for i in range(samples):
+        cpu.equal(q[i], formats.quantize_nvfp4(x[i]))

@@ -1,0 +1,293 @@
+"""bfloat16 to FP8 (E4M3) by rows in one read, on Hopper, behind what makes the rows.
+
+The scale of a row waits for its largest magnitude, so that XLA writes the row and reads it again.
+Here a row stays on the chip in between: it comes to shared memory, is activated or normalised,
+rounded to bfloat16, measured, scaled, and leaves as E4M3. A program is one warpgroup that goes
+through a run of rows; a multiprocessor holds several, and they fill each other's waits.
+
+A thread takes 8 numbers, 16 bytes, of a slice of 1,024. A row that is normalised, which is read
+three times, lies in registers, and so do the run's scale and shift. Any other stays in shared
+memory, where its activation replaces it: held in registers, long rows leave room for too few
+programs to hide what the exponentials wait for.
+
+The bits are those of `formats.quantize_fp8` behind a bfloat16 array: a largest magnitude has 8
+bits, and its quotient by 448 is a product with a seventh in two parts, see `_SEVENTH`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import exact
+
+SLICE = 1024  # numbers that a warpgroup of 128 threads takes at a time: 16 bytes a thread
+# Of a row: as the bench has tried, in shared memory; in registers, without spilling any.
+MAX_COLUMNS = 16 * SLICE
+MAX_NORMED = 6 * SLICE
+GELU = "gelu"
+# By what `tilings` says: (rows that a program goes through at most, of which have their place in
+# shared memory, slices that a thread works on at once where it holds no whole row). The first is
+# used: for a chunk of 7,040 rows all programs run at once, as many on a multiprocessor as its
+# registers (normed), its threads (short) or its shared memory (long) admit.
+TILINGS = {
+    "normed": ((11, 3, 1), (11, 2, 1), (11, 1, 1), (5, 2, 1), (22, 3, 1), (4, 2, 1)),
+    "short": ((4, 2, 1), (4, 1, 3), (1, 1, 3), (2, 1, 3), (7, 2, 1), (14, 2, 1)),
+    "long": ((2, 1, 2), (1, 1, 2), (8, 1, 2), (8, 1, 1), (18, 2, 2), (18, 2, 7), (4, 1, 7)),
+}
+
+_LANES = 128  # a copy takes at most 256 numbers along an axis: a row is [n / 128, 128]
+_LINES = SLICE // _LANES
+_LAYOUT = plgpu.Layout.WG_STRIDED((_LINES, _LANES), vec_size=8)
+_INFINITY = 0x7F80  # of a bfloat16
+# 1 / 7 in two parts. The first has 15 bits, so that its product with a bfloat16's mantissa m is
+# exact, and the sum of both is RN(m / 7), contracted or not: sevenths are no near-ties.
+_SEVENTH = (18725 / 2**17, float(np.float32(1 / 7 - 18725 / 2**17)))
+# x / (1 + 2^(x (a + b x^2))) is x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+_A = -2 * (2 / math.pi) ** 0.5 / math.log(2)
+_B = _A * 0.044715
+
+
+def supports(x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> bool:
+    """Whether the kernel takes these: bfloat16 rows, local, on a Hopper GPU; scales for runs."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    mesh = jax.typeof(x).sharding.mesh
+    return (
+        jax.default_backend() == "gpu"
+        and str(capability).startswith("9.")
+        and (mesh.empty or mesh.are_all_axes_manual)
+        and x.dtype == jnp.bfloat16
+        and _divides(x.shape, scale is not None)
+        and (scale is None or _runs(x.shape, scale.shape, shift.shape) > 0)
+    )
+
+
+def _divides(shape, normed):
+    """Whether rows of x can be taken, and there are any."""
+    most = MAX_NORMED if normed else MAX_COLUMNS
+    return len(shape) > 0 and shape[-1] % SLICE == 0 and 0 < shape[-1] <= most and 0 not in shape
+
+
+def _runs(shape, scale, shift):
+    """How many runs of consecutive rows there are, one for each row of scale and of shift.
+
+    0: they do not have x's leading axes, then ones, then x's last.
+    """
+    if scale != shift or len(shape) != len(scale) or shape[-1] != scale[-1]:
+        return 0
+    kept = next((i for i, (a, b) in enumerate(zip(shape, scale)) if a != b), len(shape) - 1)
+    return math.prod(shape[:kept]) if set(scale[kept:-1]) <= {1} else 0
+
+
+def kernel(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    shift: jax.Array | None = None,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    tiling: tuple[int, int, int] | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel itself, on one device's array (on a mesh: in a manual `jax.shard_map`).
+
+    Args:
+      x: [..., n], bfloat16, n a multiple of 1,024, at most 16,384; normalised, at most 6,144.
+      scale, shift: float32 or bfloat16, of x's rank, with x's leading axes, then axes of size 1,
+        then n. Given: x is normalised first, then `* scale + shift`.
+      activation: "gelu": of x, by tanh. None: none.
+      eps: of the norm.
+      tiling: one of `tilings`, or another; None: the first.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      values float8_e4m3fn [..., n], scales float32 [..., 1].
+
+    Raises:
+      InputError: another dtype or shape of x, an unknown activation, scales that do not fit.
+    """
+    _validate(x, scale, shift, activation)
+    n, rows = x.shape[-1], math.prod(x.shape[:-1])
+    tiles = (n // _LANES, _LANES)
+    runs, operands = 1, [x.reshape(rows, *tiles)]
+    if scale is not None:
+        runs = _runs(x.shape, scale.shape, shift.shape)
+        operands += [y.astype(jnp.float32).reshape(runs, *tiles) for y in (scale, shift)]
+    at_most, in_flight, at_once = tiling or tilings(n, scale is not None)[0]
+    at_most = min(at_most, rows // runs)
+    values, scales = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            rows=rows // runs,
+            at_most=at_most,
+            in_flight=min(in_flight, at_most),
+            at_once=at_once,
+            activation=activation,
+            eps=eps,
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ),
+        grid=(runs, pl.cdiv(rows // runs, at_most)),
+        grid_names=("run", "part"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(*operands)
+    return values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+
+
+def tilings(n: int, normed: bool) -> tuple[tuple[int, int, int], ...]:
+    """Those of `TILINGS` for rows of n."""
+    return TILINGS["normed" if normed else "short" if n <= 4 * SLICE else "long"]
+
+
+def _validate(x, scale, shift, activation):
+    if x.dtype != jnp.bfloat16:
+        raise InputError(f"fp8 kernel: input is {x.dtype}; it must be bfloat16: cast it")
+    if (scale is None) != (shift is None) or (scale is not None and activation):
+        raise InputError("fp8 kernel: give scale and shift, or an activation, or neither")
+    if not _divides(x.shape, scale is not None):
+        raise InputError(
+            f"fp8 kernel: shape {x.shape} must hold rows of a multiple of {SLICE} numbers, at most "
+            f"{MAX_COLUMNS}, normalised {MAX_NORMED}; use formats.quantize_fp8"
+        )
+    if activation not in (None, GELU):
+        raise InputError(f"fp8 kernel: unknown activation {activation!r}; it must be {GELU!r}")
+    if scale is not None and not _runs(x.shape, scale.shape, shift.shape):
+        raise InputError(
+            f"fp8 kernel: scale {scale.shape} and shift {shift.shape} for {x.shape}; both must "
+            "have x's leading axes, then ones, then x's last: broadcast them, or use ops.norm"
+        )
+
+
+def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
+    affine, (values_ref, scales_ref) = refs[:-2], refs[-2:]
+    run, part = lax.axis_index("run"), lax.axis_index("part")
+    first = run * rows + part * at_most
+    count = lax.min(jnp.int32(at_most), rows - part * at_most)
+    tiles = x_ref.shape[1:]
+    slices = range(tiles[0] // _LINES)
+    at_once = math.gcd(at_once, len(slices))
+    # Of a run of rows: they stay in registers.
+    affine = [[_load(ref.at[run, _lines(i), :]) for i in slices] for ref in affine]
+
+    def group(step):
+        return [step * at_once + j for j in range(at_once)]
+
+    def store(row, i, x, inverse):
+        values = (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn)
+        _store(values_ref.at[row, _lines(i), :], values)
+
+    def normed(row, x_smem):
+        made = _layer_norm([_load(x_smem.at[_lines(i), :]) for i in slices], *affine, eps)
+        scale, inverse = _scale(functools.reduce(lax.max, map(_magnitude, made)))
+        for i in slices:
+            store(row, i, made[i], inverse)
+        _store(scales_ref.at[row], scale)
+
+    def activated(row, x_smem):
+        def measure(step, largest):
+            for i in group(step):
+                ref = x_smem.at[_lines(i), :]
+                x = _load(ref)
+                if activation == GELU:
+                    x = _rounded(_gelu(x.astype(jnp.float32)))
+                    ref[...] = x  # by the thread that read it and will again
+                largest = lax.max(largest, _magnitude(x))
+            return largest
+
+        def write(step, _):
+            for i in group(step):
+                store(row, i, _load(x_smem.at[_lines(i), :]), inverse)
+
+        zeros = plgpu.layout_cast(jnp.zeros((_LINES, _LANES), jnp.uint16), _LAYOUT)
+        scale, inverse = _scale(lax.fori_loop(0, len(slices) // at_once, measure, zeros))
+        lax.fori_loop(0, len(slices) // at_once, write, None)
+        _store(scales_ref.at[row], scale)
+
+    spec = plgpu.BlockSpec((1, *tiles), lambda i: (first + i, 0, 0))
+    quantize = normed if affine else activated
+
+    def step(index, x_smem):
+        quantize(first + index[0], x_smem.at[0])
+        plgpu.commit_smem()  # all have read, and written: the next row may come
+
+    plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
+
+
+def _lines(i):
+    return pl.ds(i * _LINES, _LINES)
+
+
+def _load(ref):
+    return plgpu.load(ref, layout=_LAYOUT, optimized=False)
+
+
+def _store(ref, value):
+    if hasattr(plgpu, "store"):  # from jax 0.12 on
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def _gelu(x):
+    """As `ops.gelu.gelu` of float32, by the logistic function.
+
+    Not by the chip's tanh: its error of 2^-11 is most of 1 + tanh where that is small, and many
+    steps of E4M3. Those of the exponential and of the root are below 2^-21.
+    """
+    power = jnp.exp2(x * (_A + _B * (x * x)))
+    # 1 / (1 + power), in two steps: there is no approximate quotient here.
+    root = lax.rsqrt(1 + power)
+    return x * root * root
+
+
+def _layer_norm(slices, scale, shift, eps):
+    """A row as by `ops.norm.layer_norm`, in slices: statistics in float32, of the mean first."""
+    slices = [x.astype(jnp.float32) for x in slices]
+    n = len(slices) * SLICE
+    mean = _total(slices) / n
+    slices = [x - mean for x in slices]
+    rate = lax.rsqrt(_total([x * x for x in slices]) / n + eps)
+    return [_rounded(x * rate * gain + offset) for x, gain, offset in zip(slices, scale, shift)]
+
+
+def _rounded(x):
+    """To bfloat16, two numbers an instruction.
+
+    The barrier hides that float32 of the result is wanted next: the compiler would round each
+    number by itself. (One slice, one register: of several it permutes numbers below 32 bits.)
+    """
+    return lax.optimization_barrier(x.astype(jnp.bfloat16))
+
+
+def _total(slices):
+    return jnp.sum(functools.reduce(lax.add, slices))
+
+
+def _magnitude(x):
+    """The bits of |x|, bfloat16: in the order of the magnitudes, with NaN above all."""
+    return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)
+
+
+def _scale(largest):
+    """Magnitudes of which one is the largest -> scale and inverse as in `formats.quantize_fp8`."""
+    bits = jnp.max(largest.astype(jnp.int32))
+    mantissa = _float((bits & 0x7F) << 16 | 0x3F800000)
+    power = _float((bits & _INFINITY) << 16)
+    seventh = mantissa * _SEVENTH[0] + mantissa * _SEVENTH[1]
+    scale = jnp.maximum(seventh * power * 2.0**-6, exact.TINY)
+    scale = jnp.where(bits > _INFINITY, jnp.nan, scale)
+    return scale, jnp.where(bits < _INFINITY, 1 / scale, jnp.nan)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)

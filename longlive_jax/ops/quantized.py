@@ -1,0 +1,63 @@
+"""FP8 operands straight from what makes them: one pass over memory where the kernel runs.
+
+Each function is a composition of `formats.quantize_fp8(axis=-1)` behind an operation of this
+package, rounding to bfloat16 included, and returns its values and scales. On a Hopper GPU
+`kernels.quantize_fp8` does it, where its `supports` says so: bfloat16, rows of a multiple of 1,024,
+one device's arrays (on a mesh: in a manual `jax.shard_map`). Elsewhere XLA does, as composed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import formats
+from longlive_jax.kernels import quantize_fp8 as lib
+from longlive_jax.ops.gelu import gelu
+from longlive_jax.ops.norm import layer_norm
+
+
+def quantize_rows(x: jax.Array) -> formats.FP8Tensor:
+    """`formats.quantize_fp8(x, axis=-1)`, in E4M3: the same bits.
+
+    x: [..., n], bfloat16 or float32. Values float8_e4m3fn [..., n], scale float32 [..., 1].
+
+    Raises:
+      InputError: what `formats.quantize_fp8` refuses.
+    """
+    if not lib.supports(x):
+        return formats.quantize_fp8(x, axis=-1)
+    return _tensor(x, *lib.kernel(x))
+
+
+def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
+    """`quantize_rows` of `gelu(x)`, which is computed in float32 and rounded to x's dtype once.
+
+    The kernel's exponential is the chip's fast one: a number may be bfloat16's next one, and its
+    code E4M3's, where it was near a tie.
+
+    Raises:
+      InputError: what `formats.quantize_fp8` refuses.
+    """
+    if not lib.supports(x):
+        return formats.quantize_fp8(gelu(x.astype(jnp.float32)).astype(x.dtype), axis=-1)
+    return _tensor(x, *lib.kernel(x, activation=lib.GELU))
+
+
+def layer_norm_quantize_rows(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float = 1e-6
+) -> formats.FP8Tensor:
+    """`quantize_rows(layer_norm(x, scale, shift, eps))`.
+
+    `scale` and `shift` broadcast against x and have its rank, as in `ops.norm`. The kernel takes
+    one of each for a run of consecutive rows: their leading axes are x's, the rest 1, the last n.
+
+    Raises:
+      InputError: what `formats.quantize_fp8` refuses.
+    """
+    if not lib.supports(x, scale, shift):
+        return formats.quantize_fp8(layer_norm(x, scale, shift, eps), axis=-1)
+    return _tensor(x, *lib.kernel(x, scale, shift, eps=eps))
+
+
+def _tensor(x, values, scale):
+    return formats.FP8Tensor(values=values, scale=scale, dtype=np.dtype(x.dtype))
