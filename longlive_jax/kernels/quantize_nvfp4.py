@@ -75,7 +75,7 @@ def quantize_nvfp4(
     sharding = jax.typeof(x).sharding
     if not _is_local(sharding.mesh):
         specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
-        run = jax.shard_map(run, **specs)
+        run = jax.shard_map(run, mesh=sharding.mesh, **specs)
     codes, scales = run(x, amax)
     values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(x.shape)
     return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
