@@ -83,16 +83,19 @@ def load_transformer(
     """What `stream.Sampler(cfg, mesh)` takes: with quant.recipe, quantised weights.
 
     They come from a checkpoint that the recipe quantised, or are quantised here.
+
+    Raises:
+      InputError: a checkpoint that does not fit, or whose weights cannot be quantised.
     """
     if _stored_recipe(checkpoint) is None:
         params = load(checkpoint, "dit", cfg, mesh, weights=weights)
-        params = stream.Sampler(cfg, mesh).quantize(params)
     else:
         section, tree = spec("dit", cfg)
         params = store.load(
             directory(checkpoint), "dit", tree, mesh, cfg.compute_dtype, mesh_lib.SAMPLING_RULES,
             config=section, recipe=recipe_lib.get(cfg.quant.recipe),
         )  # fmt: skip
+    params = stream.Sampler(cfg, mesh).prepare(params)
     return quantized.check(params, f"--checkpoint={checkpoint}")
 
 

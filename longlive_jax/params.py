@@ -75,6 +75,15 @@ def stack(specs: Tree, num_layers: int) -> Tree:
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
+def layer_of(specs: Tree) -> Tree:
+    """The specs of one of the layers that `stack` stacked."""
+
+    def one(s: ParamSpec) -> ParamSpec:
+        return ParamSpec(s.shape[1:], s.axes[1:], dtype=s.dtype)
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
 def is_spec(x) -> bool:
     return isinstance(x, ParamSpec)
 

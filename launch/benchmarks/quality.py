@@ -68,7 +68,7 @@ def run(cfg: config_lib.Config) -> dict:
 def _outputs(cfg, mesh, params, rounded=False):
     """Hidden states by layer, and latents by chunk, on the host."""
     sampler = stream.Sampler(cfg, mesh)
-    params = sampler.quantize(params)
+    params = sampler.prepare(params)
     size = cfg.sample.height // 16, cfg.sample.width // 16
 
     def inputs(chunk):

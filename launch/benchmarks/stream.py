@@ -18,7 +18,7 @@ def run(cfg: config_lib.Config) -> dict:
     mesh = mesh_lib.make_mesh(cfg.mesh)
     sampler = stream.Sampler(cfg, mesh)
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
-    params = sampler.quantize(params)
+    params = sampler.prepare(params)
     size = cfg.sample.height // 16, cfg.sample.width // 16
     inputs = [sampler.place(chunk_inputs(cfg, chunk, size)) for chunk in range(2)]
 

@@ -123,12 +123,13 @@ def check(params: params_lib.Tree, name: str) -> params_lib.Tree:
     Raises:
       InputError: naming the first that is not.
     """
-    leaves = params_lib.flatten(params)
-    tensors = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
-    for path, finite in jax.device_get({p: _finite(t) for p, t in tensors.items()}).items():
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
+    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    found = {name_of(p): _finite(leaf) for p, leaf in leaves if isinstance(leaf, Quantized)}
+    for where, finite in jax.device_get(found).items():
         if not finite:
             raise InputError(
-                f"{name}: {'/'.join(path)} has values that are not finite (NaN or infinity), so it "
+                f"{name}: {where} has values that are not finite (NaN or infinity), so it "
                 "cannot be quantised; its training diverged, or the checkpoint is damaged: use an "
                 "earlier one"
             )

@@ -94,8 +94,22 @@ def spec(cfg: config_lib.Model) -> params_lib.Tree:
 def sampling_spec(
     cfg: config_lib.Model, recipe: Recipe | None, dtype: jnp.dtype | None
 ) -> params_lib.Tree:
-    """`spec` of what `denoise` and `commit` take: with a recipe, weights quantised from `dtype`."""
-    return quantized_weights.quantize_specs(spec(cfg), recipe, dtype)
+    """`spec` of what `denoise` and `commit` take: layers apart, with a recipe quantised."""
+    specs = quantized_weights.quantize_specs(spec(cfg), recipe, dtype)
+    return specs | {"blocks": (params_lib.layer_of(specs["blocks"]),) * cfg.num_layers}
+
+
+def layers(params: params_lib.Tree) -> params_lib.Tree:
+    """Parameters of `spec`, quantised or not, with a tuple of layers for the stacked "blocks".
+
+    A GPU's library multiplies by arrays that lie alone: of a stack, each pass would copy them all.
+    """
+    number = len(jax.tree.leaves(params["blocks"])[0])
+
+    def layer(i):
+        return jax.tree.map(lambda w: jax.lax.index_in_dim(w, i, keepdims=False), params["blocks"])
+
+    return params | {"blocks": tuple(layer(i) for i in range(number))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,31 +131,29 @@ def denoise(params, cfg, latents, timesteps, frames, text, cache, parallel=Paral
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
     """
     params = _gather_globals(params, cfg, parallel)
-    x, e, layer = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
-    x = jax.lax.fori_loop(0, cfg.num_layers, layer, x)
-    return _head(params["head"], cfg, x, e, latents.shape[2:4])[:, 0]
+    states, e = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
+    return _head(params["head"], cfg, states[-1], e, latents.shape[2:4])[:, 0]
 
 
 def hidden_states(params, cfg, latents, timesteps, frames, text, cache, parallel=Parallel()):
     """What each layer of `denoise` leaves: [layer, batch, 1, frame, patch, dim]. Args: the same."""
     params = _gather_globals(params, cfg, parallel)
-    x, _, layer = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
-    return jax.lax.scan(lambda x, i: (layer(i, x),) * 2, x, jnp.arange(cfg.num_layers))[1]
+    states, _ = _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel)
+    return jnp.stack(states)
 
 
 def _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel):
-    """Tokens and time vectors before the first layer, and (i, tokens) -> tokens of layer i."""
+    """Tokens after each layer, and time vectors."""
     x, e, modulation, angle = _embed(
         params, cfg, latents[:, None], timesteps[:, None], frames[:, None]
     )
-
-    def layer(i, x):
+    states = []
+    for i in range(cfg.num_layers):
         block = _block_params(params, cfg, i, parallel)
-
         attend = _streaming_attend(functools.partial(cache.attend, i), parallel)
-        return _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
-
-    return x, e, layer
+        x = _block(block, cfg, x, modulation, angle, attend, text[i], parallel)
+        states.append(x)
+    return states, e
 
 
 def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel()):
@@ -157,25 +169,19 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     zero = jnp.zeros(frames.shape, jnp.float32)
     x, _, modulation, angle = _embed(params, cfg, latents[:, None], zero[:, None], frames[:, None])
 
-    def layer(i, carry):
-        x, cache = carry
-        block = _block_params(params, cfg, i, parallel)
-        stored = cache
-
-        def attend(q, k, v):
-            nonlocal stored
-            out = cache.attend(i, q, k, v)
-            # Read before written, or XLA keeps a copy of the cache to read from.
-            out, k, v = jax.lax.optimization_barrier((out, k, v))
-            stored = cache.write(i, slot, k, v, parallel.seq_axis)
-            return out
-
-        attend = _streaming_attend(attend, parallel)
-        x = _block(block, cfg, x, modulation, angle, attend, _layer(text, i), parallel)
-        return x, stored
+    def attend(i, q, k, v):
+        nonlocal cache
+        out = cache.attend(i, q, k, v)
+        # Read before written, or XLA keeps a copy of the cache to read from.
+        out, k, v = jax.lax.optimization_barrier((out, k, v))
+        cache = cache.write(i, slot, k, v, parallel.seq_axis)
+        return out
 
     last = cfg.num_layers - 1
-    x, cache = jax.lax.fori_loop(0, last, layer, (x, cache))
+    for i in range(last):
+        block = _block_params(params, cfg, i, parallel)
+        by_layer = _streaming_attend(functools.partial(attend, i), parallel)
+        x = _block(block, cfg, x, modulation, angle, by_layer, text[i], parallel)
     # Nothing reads the last layer's output: its keys and values are all that is left to compute.
     block = _block_params(params, cfg, last, parallel)
     _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle, parallel)
@@ -249,17 +255,12 @@ def text_keys_values(params, cfg, context, parallel=Parallel()):
       context: [batch, text_len, text_dim], compute dtype.
 
     Returns:
-      k, v: [layer, batch, 1, text_len, head, head_dim].
+      For each layer k, v: [batch, 1, text_len, head, head_dim].
     """
     params = _gather_globals(params, cfg, parallel)
     text = embed_text(params, context[:, None])
-
-    def layer(_, i):
-        block = _block_params(params, cfg, i, parallel, only="cross_attn")
-        return None, _text_kv(block, cfg, text, parallel)
-
-    _, kv = jax.lax.scan(layer, None, jnp.arange(cfg.num_layers))
-    return kv
+    blocks = (_block_params(params, cfg, i, parallel, "cross_attn") for i in range(cfg.num_layers))
+    return tuple(_text_kv(block, cfg, text, parallel) for block in blocks)
 
 
 def _text_kv(p, cfg, text, parallel, key=None):
@@ -430,17 +431,13 @@ def _fold_in(keys, number):
     return fold(keys, number)
 
 
-def _layer(tree, i):
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), tree)
-
-
 def _block_params(params, cfg, i, parallel, only=None):
     """Parameters of layer i, whole on this device."""
-    blocks = params["blocks"]
-    specs = sampling_spec(cfg, parallel.recipe, parallel.dtype)["blocks"]
+    block = params["blocks"][i]
+    specs = sampling_spec(cfg, parallel.recipe, parallel.dtype)["blocks"][i]
     if only is not None:
-        blocks, specs = {only: blocks[only]}, {only: specs[only]}
-    return parallel.gather(_layer(blocks, i), specs)
+        block, specs = {only: block[only]}, {only: specs[only]}
+    return parallel.gather(block, specs)
 
 
 def _gather_globals(params, cfg, parallel):

@@ -18,9 +18,9 @@ from longlive_jax.formats import (
     Quantized,
     exact,
     from_packed,
-    quantize_fp8,
     quantize_nvfp4,
 )
+from longlive_jax.kernels.pack_fp8 import quantize_heads
 
 Stored = jax.Array | Quantized
 
@@ -43,11 +43,7 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
         amax = amax if axis is None else jax.lax.pmax(amax, axis)
         return jax.vmap(lambda x, amax: quantize_nvfp4(x, "mse", amax=amax))(x, amax)
     if name == "fp8":
-        rows, tokens, heads, head_dim = x.shape
-        by_head = jnp.swapaxes(x, 1, 2).reshape(rows, heads, -1)
-        q = quantize_fp8(by_head, axis=-1)
-        values = jnp.swapaxes(q.values.reshape(rows, heads, tokens, head_dim), 1, 2)
-        return q.replace(values=values, scale=q.scale.reshape(rows, 1, heads, 1))
+        return quantize_heads(x)
     return x
 
 

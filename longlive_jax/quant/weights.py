@@ -96,6 +96,12 @@ def _program(recipe, dtype, place):
     return jax.jit(lambda stacked: jax.lax.map(one, stacked), out_shardings=place)
 
 
+def is_quantized(tree: params_lib.Tree) -> bool:
+    """Whether `quantize_params` made it."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
+    return any(isinstance(leaf, Quantized) for leaf in leaves)
+
+
 def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:
     """A tree of arrays, or of specs, with dicts for quantised weights: for a checkpoint's paths."""
 

@@ -158,7 +158,7 @@ def _enter_shot(state, cut, cfg):
 
 
 def _text(params, inputs, cfg, parallel):
-    """Cross-attention keys and values, [layer, branch * batch, 1, text_len, head, head_dim]."""
+    """`dit.text_keys_values` of branch * batch rows."""
     context = inputs.context
     if inputs.negative is not None:
         context = jnp.concatenate([context, inputs.negative])
@@ -274,8 +274,7 @@ def _branches(x, branches):
 class Sampler:
     """`chunk_step` and its companions, compiled for a mesh; parameters in, latents out.
 
-    Parameters are those of `dit.spec` in compute dtype, or with a recipe what `quantize` makes of
-    them.
+    Parameters are what `prepare` makes of those of `dit.spec`.
 
     Frames of the chunk and heads of the cache are sharded over `seq`, batch over `data` and `fsdp`.
     States passed in are donated: use what comes back.
@@ -306,16 +305,17 @@ class Sampler:
         stacked = jax.tree.map(lambda s: jax.P(None, *s), (inputs, latents))
         self.rollout = compile(_rollout, (param_specs, state, stacked[0]), (state, stacked[1]))
 
-    def quantize(self, params: params_lib.Tree) -> params_lib.Tree:
-        """Parameters of `dit.spec` as `param_shardings` places them, by the config's recipe."""
-        return weights_lib.quantize_params(
-            params,
-            dit.spec(self.cfg.model),
-            recipe_lib.get(self.cfg.quant.recipe),
-            self.mesh,
-            mesh_lib.SAMPLING_RULES,
-            self.cfg.compute_dtype,
-        )
+    def prepare(self, params: params_lib.Tree) -> params_lib.Tree:
+        """Parameters of `dit.spec`, in compute dtype, as the programs take them.
+
+        Placed on the mesh, weights quantised by the config's recipe (or already so), layers apart.
+        """
+        specs, rules = dit.spec(self.cfg.model), mesh_lib.SAMPLING_RULES
+        recipe, dtype = recipe_lib.get(self.cfg.quant.recipe), self.cfg.compute_dtype
+        if not weights_lib.is_quantized(params):
+            params = jax.device_put(params, params_lib.shardings(specs, self.mesh, rules))
+            params = weights_lib.quantize_params(params, specs, recipe, self.mesh, rules, dtype)
+        return jax.jit(dit.layers, out_shardings=self.param_shardings)(params)
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
         """The state before the first chunk. `height`, `width`: of the latents."""

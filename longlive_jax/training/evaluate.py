@@ -114,7 +114,7 @@ class Evaluator:
         folder = self._root / f"step-{step:06d}"
         text = self._embed(average)
         decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
-        params = self._sampler.quantize(self._cast(average["dit"]))
+        params = self._sampler.prepare(self._cast(average["dit"]))
         chunks = render.render(self._sampler, params, self._batch, text, decoder=decoder)
         first = jax.process_index() == 0
         with contextlib.ExitStack() as stack:

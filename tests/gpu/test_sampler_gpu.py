@@ -76,7 +76,7 @@ def test_golden_rollout_in_float32(golden, name):
     ]
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
     params = golden_params(golden, dit.spec(cfg.model))
-    params = jax.device_put(params, sampler.param_shardings)
+    params = sampler.prepare(params)
     with jax.default_matmul_precision("highest"):
         state = sampler.init_state(1, *noise.shape[2:4])
         latents = [np.asarray(x) for _, x in sampler.stream(params, state, inputs)]
@@ -136,8 +136,7 @@ def test_bfloat16_stream_stays_near_float32():
         sample = config_lib.Sample(height=128, width=192)
         cfg = config_lib.Config(model=model, vae=vae, sample=sample, dtype=dtype)
         sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
-        placed = jax.device_put(params, sampler.param_shardings)
-        placed = jax.tree.map(lambda x, d=dtype: x.astype(d), placed)
+        placed = sampler.prepare(jax.tree.map(lambda x, d=dtype: x.astype(d), params))
         inputs = [
             stream.ChunkInput(
                 noise=jax.random.normal(jax.random.key(10 + i), (1, 8, 8, 12, 4)),

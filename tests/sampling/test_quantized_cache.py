@@ -36,7 +36,7 @@ def random_params():
 @functools.cache
 def sampler_of(cfg):
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
-    return sampler, jax.device_put(random_params(), sampler.param_shardings)
+    return sampler, sampler.prepare(random_params())
 
 
 @functools.cache

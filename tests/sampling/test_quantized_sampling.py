@@ -34,9 +34,7 @@ def random_params():
 @functools.cache
 def run(cfg, chunks=3, batch=1):
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
-    specs = dit.spec(cfg.model)
-    where = params_lib.shardings(specs, sampler.mesh, mesh_lib.SAMPLING_RULES)
-    params = sampler.quantize(jax.device_put(random_params(), where))
+    params = sampler.prepare(random_params())
     jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(s)),
                  params, sampler.param_shardings)  # fmt: skip
     state = sampler.init_state(batch, *SIZE)

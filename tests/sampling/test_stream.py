@@ -58,7 +58,7 @@ def draw_params(model):
 @functools.cache
 def sampler_of(cfg: config_lib.Config):
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
-    return sampler, jax.device_put(random_params(), sampler.param_shardings)
+    return sampler, sampler.prepare(random_params())
 
 
 def make_inputs(cfg, chunks, batch=1, cuts=(), seed=0, samples=None):
@@ -94,8 +94,14 @@ def off_mesh(tree):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
 
 
-denoise = jax.jit(dit.denoise, static_argnums=1)
-text_keys_values = jax.jit(dit.text_keys_values, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def denoise(params, cfg, *arguments):
+    return dit.denoise(dit.layers(params), cfg, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def text_keys_values(params, cfg, context):
+    return dit.text_keys_values(dit.layers(params), cfg, context)
 
 
 def close(a, b, limit=1e-5):
@@ -113,7 +119,7 @@ def test_rollouts_are_the_originals(name, seq):
     cfg, case = golden_files.rollout(name)
     cfg = dataclasses.replace(cfg, mesh=config_lib.Mesh(seq=seq))
     sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
-    params = jax.device_put(golden_files.transformer_params(), sampler.param_shardings)
+    params = sampler.prepare(golden_files.transformer_params())
 
     def chunk(i):
         return stream.ChunkInput(
@@ -416,7 +422,7 @@ def test_full_size_chunk_step_traces_and_fits():
     state = jax.eval_shape(lambda: stream.init_state(cfg, 1, 44, 80))
     cache = sum(x.size * x.dtype.itemsize for x in (state.cache.k, state.cache.v))
     assert cache == 2 * 30 * 3 * 7040 * 3072 * 2  # 7.8 GB: three chunks, not the original's 10.4
-    params = params_lib.abstract(dit.spec(cfg.model), dtype=jnp.bfloat16)
+    params = params_lib.abstract(dit.sampling_spec(cfg.model, None, None), dtype=jnp.bfloat16)
     inputs = stream.ChunkInput(
         noise=jax.ShapeDtypeStruct((1, 8, 44, 80, 48), jnp.float32),
         context=jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16),

@@ -41,6 +41,7 @@ def test_the_average_is_quantised(monkeypatch, tmp_path):
     expected = weights.quantize_params(
         jax.tree.map(lambda w: w.astype(cfg.compute_dtype), jax.device_get(masters)), specs, own
     )
+    expected = dit.layers(expected)
     assert jax.tree.structure(made[0]) == jax.tree.structure(expected)
     where = params_lib.shardings(
         dit.sampling_spec(cfg.model, own, cfg.compute_dtype), mesh, mesh_lib.SAMPLING_RULES
