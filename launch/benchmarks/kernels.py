@@ -19,15 +19,16 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
+from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
+from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
-from longlive_jax.kernels import attention_fp8_hopper
+from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.ops import quantized
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm
-from longlive_jax.quant import kv
 from longlive_jax.training import cost
 
 # The issue of a quantiser's speed is settled at this size.
@@ -162,52 +163,69 @@ def _quantize_fp8(name, arguments, operation, public, **how):
     )
 
 
+def attention_bf16(cfg: config_lib.Config) -> list[Entry]:
+    lib, hopper = attention_bf16_lib, attention_bf16_hopper
+    q, k, v, slots = _window(cfg)
+    return [_attention("attention_bf16", lib, hopper, q, (k, v), slots)]
+
+
 def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
-    """A steady chunk's self-attention of one layer over the cache, window full."""
     lib, hopper = attention_fp8_lib, attention_fp8_hopper
-    if on_cpu():
-        rows, tokens, slots, heads = 1, hopper.TILE, 1, 1
-    else:
-        rows, heads = 1, cfg.model.num_heads
-        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
-        tokens = cfg.model.chunk_frames * patches
-        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
-    q, k, v = (
-        jax.random.normal(key, (rows, tokens, heads, hopper.HEAD_DIM), jnp.bfloat16)
-        for key in jax.random.split(jax.random.key(0), 3)
+    q, k, v, slots = _window(cfg)
+    fresh = jax.jit(pack_fp8_lib.pack)(k, v)
+    return [_attention("attention_fp8", lib, hopper, q, fresh, slots, fp8=True)]
+
+
+def _attention(name, lib, hopper, q, fresh, slots, fp8=False):
+    """A steady chunk's self-attention of one layer over the cache, window full."""
+    rows, tokens, heads, head_dim = q.shape
+    keys = (1 + slots) * tokens
+    past = (_cache_of(x, slots) for x in fresh)
+    return Entry(
+        name=f"{name} {tokens}x{keys}, {heads} heads",
+        arguments=(q, *fresh, *past, jnp.int32(0), jnp.full((rows,), slots, jnp.int32)),
+        call=functools.partial(hopper.attention, interpret=interpret()),
+        baseline=functools.partial(lib.by_dense, dense=attention),
+        oracle=lib.reference,
+        error=_relative_error,
+        limit=1e-2,
+        bytes=rows * heads * head_dim * (4 * tokens + (2 if fp8 else 4) * keys),
+        flops=4 * rows * heads * tokens * keys * head_dim,
+        fp8=fp8,
     )
 
-    fresh = lib.pack(*(jax.jit(kv.store, static_argnums=1)(x, "fp8") for x in (k, v)))
-    past = (_cache_of(x, slots) for x in fresh)
-    filled = jnp.full((rows,), slots, jnp.int32)
-    arguments = (q, *fresh, *past, jnp.int32(0), filled)
-    window = [jnp.concatenate([x] * (1 + slots), axis=1) for x in (k, v)]
-    keys = window[0].shape[1]
 
-    def by_xla(q, k, v, past_k, past_v, layer, filled):
-        """What the sampler does where there is no kernel."""
-        past = (jax.tree.map(lambda x: x[0], y) for y in (past_k, past_v))
-        k, v, *past = (x.dequantize(q.dtype) for x in (k, v, *past))
-        k, past[0] = (lib.unpack_keys(x) for x in (k, past[0]))
-        v, past[1] = (lib.unpack_values(x) for x in (v, past[1]))
-        joined = (jnp.concatenate([x[:, None], y], 1) for x, y in ((k, past[0]), (v, past[1])))
-        return attention(q, *(x.reshape(rows, keys, heads, -1) for x in joined))
+def pack_fp8(cfg: config_lib.Config) -> list[Entry]:
+    """A chunk's fresh keys and values, for FP8 attention and its cache."""
+    _, k, v, _ = _window(cfg)
+    lib = pack_fp8_lib
+
+    def by_xla(k, v):
+        return attention_fp8_lib.pack(lib.quantize_heads(k), lib.quantize_heads(v))
 
     return [
         Entry(
-            name=f"attention_fp8 {tokens}x{keys}, {heads} heads",
-            arguments=arguments,
-            call=functools.partial(hopper.attention, interpret=interpret()),
+            name=f"pack_fp8 {k.shape[1]} tokens, {k.shape[2]} heads",
+            arguments=(k, v),
+            call=functools.partial(lib.kernel, interpret=interpret()),
             baseline=by_xla,
-            oracle=lib.reference,
-            error=_relative_error,
-            limit=1e-2,
-            details={"dense, bfloat16 keys": lambda *_: attention(q, *window)},
-            bytes=rows * heads * hopper.HEAD_DIM * (4 * tokens + 2 * keys),
-            flops=4 * rows * heads * tokens * keys * hopper.HEAD_DIM,
-            fp8=True,
+            bytes=2 * k.size * 3,
         )
     ]
+
+
+def _window(cfg):
+    """A chunk's q, k, v [1, token, head, head_dim], and the cache's slots."""
+    if on_cpu():
+        tokens, slots, heads = attention_fp8_hopper.TILE, 1, 1
+    else:
+        heads = cfg.model.num_heads
+        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+        tokens = cfg.model.chunk_frames * patches
+        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
+    shape = (1, tokens, heads, attention_fp8_hopper.HEAD_DIM)
+    keys = jax.random.split(jax.random.key(0), 3)
+    return *(jax.random.normal(key, shape, jnp.bfloat16) for key in keys), slots
 
 
 def _cache_of(x, slots):
@@ -224,7 +242,7 @@ def _relative_error(result, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-ENTRIES = (quantize_nvfp4, quantize_fp8, attention_fp8)
+ENTRIES = (quantize_nvfp4, quantize_fp8, attention_bf16, pack_fp8, attention_fp8)
 
 
 def run(cfg: config_lib.Config) -> dict:

@@ -61,6 +61,11 @@ def attention(
     arrays = (q, k, v, past_k, past_v)
     if supports(q, k.shape[1]) and all(x.dtype == hopper.DTYPE for x in arrays):
         return hopper.attention(*arrays, layer, filled)
+    return by_dense(*arrays, layer, filled, dense)
+
+
+def by_dense(q, k, v, past_k, past_v, layer, filled, dense) -> jax.Array:
+    """`attention` without the kernel."""
     keys, values = _join(k, past_k, layer), _join(v, past_v, layer)
     return dense(q, keys, values, (1 + filled) * k.shape[1])
 

@@ -116,6 +116,11 @@ def attention(
     _validate(q, k, v, past_k, past_v)
     if supports(q, k.shape[1]):
         return hopper.attention(q, k, v, past_k, past_v, layer, filled)
+    return by_dense(q, k, v, past_k, past_v, layer, filled, dense)
+
+
+def by_dense(q, k, v, past_k, past_v, layer, filled, dense) -> jax.Array:
+    """`attention` without the kernel."""
     past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
     keys = _join(*(unpack_keys(x.dequantize(q.dtype)) for x in (k, past_k)))
     values = _join(*(unpack_values(x.dequantize(q.dtype)) for x in (v, past_v)))
