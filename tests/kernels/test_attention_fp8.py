@@ -87,7 +87,13 @@ def interpreted(tuning, args):
     return hopper.attention(*args, tuning=tuning, interpret=params)
 
 
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        pytest.param(t, id=name, marks=() if t.overlap else pytest.mark.slow)
+        for name, t in TUNINGS.items()
+    ],
+)
 def test_kernel_is_its_oracle(tuning):
     args = inputs()
     assert error(interpreted(tuning, args), af.reference(*args)) < 1e-3

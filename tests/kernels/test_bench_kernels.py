@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.launch.commands import run
 
 
+@pytest.mark.slow
 def test_every_kernel_is_right():
     done = run("bench", "kernels", "--config=configs/tiny.py")
     figures = json.loads(done.stdout.splitlines()[-1])
