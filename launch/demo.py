@@ -73,7 +73,7 @@ def _sample(out: pathlib.Path, name: str, shots: list[dict], *more: str) -> None
     _run(
         "launch.sample", WORLD, f"--checkpoint={ASSETS / 'tiny_world' / 'checkpoint'}",
         f"--prompts={out / name}.json", f"--output={out / name}.mp4",
-        f"--contact_sheet={out / name}.png", *more,
+        f"--contact_sheet={out / name}.png", "--config.sample.steps=10", *more,
     )  # fmt: skip
 
 
