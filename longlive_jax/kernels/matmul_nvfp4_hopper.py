@@ -14,8 +14,8 @@ as 448 * 2^126 is none) and the sums (2^7).
 Codes lie as registers want them, see `pack`: no thread fetches for another, and of a register's
 four pairs of codes one needs a mask, one a shift and a mask, two twice that. XLA puts them so.
 
-What the compiler wants, found in its output (CUDA 13.0; 4 and 6 stages: no spills, no product run by
-itself, no weight moved; about 200 instructions a thread and step, of which the products are 8):
+What the compiler wants, found in its output (CUDA 13.0; 4 and 6 stages: no spills, no product run
+by itself, no weight moved; about 200 instructions a thread and step, of which the products are 8):
 - A half's weights are used up where they are made. Were those of the next step carried round the
   loop, they would be made in the registers of an operand in flight, and all products would be run
   one by one (C7513); with two sets of registers and no wait in between as well (C7512).
