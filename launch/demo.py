@@ -39,12 +39,12 @@ SHOTS = [
         "chunks": 2,
     },
     {"prompt": "A pink moon gets bigger over a dark blue background.", "chunks": 2},
-    {"prompt": "Over a white background, a red triangle bounces up and down.", "chunks": 2},
+    {"prompt": "Over a white background, a red triangle bounces up and down.", "chunks": 1},
 ]
 NEXT = [
     {
         "prompt": "There is a background of white and grey stripes. A purple cross falls.",
-        "chunks": 2,
+        "chunks": 1,
     }
 ]
 

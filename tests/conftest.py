@@ -21,6 +21,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """Jobs of several processes first: last, they would be all that runs, and mostly wait."""
+    items.sort(key=lambda item: "multiprocess" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Equal programs of different tests and of the commands they start are compiled once."""

@@ -15,8 +15,8 @@ def test_demo(tmp_path):
     assert "Look at:" in done.stdout
     files = os.listdir(tmp_path / "demo")
     assert {"shots.mp4", "shots.png", "continued.mp4", "continued.png"} <= set(files)
-    assert probe(tmp_path / "demo/shots.mp4").frames == 6 * 32 - 3
-    assert probe(tmp_path / "demo/continued.mp4").frames > 6 * 32
+    assert probe(tmp_path / "demo/shots.mp4").frames == 5 * 32 - 3
+    assert probe(tmp_path / "demo/continued.mp4").frames > 5 * 32
     for name in ("shots.png", "continued.png"):
         with Image.open(tmp_path / "demo" / name) as sheet:
             assert sheet.width > 192
