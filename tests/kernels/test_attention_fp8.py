@@ -104,6 +104,7 @@ def test_kernel_finds_its_row_and_head():
     assert error(interpreted(hopper.Tuning(), args), af.reference(*args)) < 1e-3
 
 
+@pytest.mark.slow
 def test_keys_in_int8_and_two_blocks_of_queries():
     args = inputs(queries=256, slots=1, keys_in=jnp.int8)
     assert error(interpreted(hopper.Tuning(), args), af.reference(*args)) < 1e-3

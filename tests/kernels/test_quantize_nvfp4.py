@@ -72,7 +72,7 @@ def check(x, amax, rule):
 
 
 # Of the adaptive rules mse is the one that recipes use.
-QUICK = ("static_6", "static_4", "mse")
+QUICK = ("static_6", "mse")
 
 
 @pytest.mark.parametrize(
