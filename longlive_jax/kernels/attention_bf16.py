@@ -17,15 +17,13 @@ from jax import lax
 
 from longlive_jax.errors import InputError
 from longlive_jax.kernels import attention_bf16_hopper as hopper
+from longlive_jax.kernels.attention_hopper import divides
+from longlive_jax.kernels.chip import is_hopper, is_local
 
 
 def supports(q: jax.Array, tokens: int) -> bool:
     """Whether the kernel runs such queries over slots of so many tokens on this machine."""
-    if jax.default_backend() != "gpu" or q.dtype != hopper.DTYPE:
-        return False
-    if jax.devices()[0].compute_capability != "9.0" or q.shape[-1] != hopper.HEAD_DIM:
-        return False
-    return q.shape[1] % hopper.QUERIES == tokens % hopper.TILE == 0
+    return is_hopper() and is_local(q) and q.dtype == hopper.DTYPE and divides(q.shape, tokens)
 
 
 def attention(

@@ -26,12 +26,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from longlive_jax.errors import InputError
-from longlive_jax.kernels.attention_fp8_hopper import HEAD_DIM, LOG2_SCALE, QUERIES
+from longlive_jax.kernels import attention_hopper as shared
+from longlive_jax.kernels.attention_hopper import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS
 
-TILE = 128  # a slot's tokens are a multiple of it, whatever the tuning
 DTYPE = jnp.bfloat16
-_ROWS = QUERIES // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +66,14 @@ def attention(
     Raises:
       InputError: other numbers of queries, tokens or channels.
     """
-    rows, queries, heads, head_dim = q.shape
-    layers, _, slots, tokens = past_k.shape[:4]
-    if queries % QUERIES or tokens % TILE or head_dim != HEAD_DIM:
-        raise InputError(
-            f"attention_bf16: {queries} queries and slots of {tokens} tokens, head_dim {head_dim}; "
-            f"the kernel takes multiples of {QUERIES} and {TILE}, and {HEAD_DIM}"
-        )
-    place = jnp.concatenate([jnp.reshape(layer, 1).astype(jnp.int32) * rows, filled])
-    run = plgpu.kernel(
-        functools.partial(
-            _body, tiles=tokens // tuning.tile, slots=slots, tuning=tuning, interpret=interpret
-        ),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(rows, heads, queries // QUERIES),  # the queries of a head together: keys stay in L2
-        grid_names=("row", "head", "block"),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=_scratch(tuning, interpret),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
+    layers, rows, slots, tokens, heads = past_k.shape[:5]
+    shared.validate("attention_bf16", q.shape, tokens)
+    body = functools.partial(
+        _body, tiles=tokens // tuning.tile, slots=slots, tuning=tuning, interpret=interpret
     )
+    run = shared.program(body, q, _scratch(tuning, interpret), interpret)
     past = (layers * rows * slots, tokens, heads, HEAD_DIM)
+    place = shared.place(layer, filled)
     return run(q, k, v, past_k.reshape(past), past_v.reshape(past), place)
 
 
@@ -101,17 +85,12 @@ def _scratch(tuning, interpret):
         return plgpu.SMEM(shape, DTYPE, transforms=rows_of_128_bytes)
 
     return {
-        "queries": operand(2, _ROWS, HEAD_DIM),  # at last the result
+        "queries": operand(2, ROWS, HEAD_DIM),  # at last the result
         "keys": operand(stages, tuning.tile, HEAD_DIM),
         "values": operand(stages, tuning.tile, HEAD_DIM),
         # On the GPU probabilities stay in registers, which the interpreter cannot multiply.
-        "probabilities": None if interpret is None else operand(2, _ROWS, tuning.tile),
-        "q_here": plgpu.Barrier(num_barriers=2),
-        "k_here": plgpu.Barrier(num_barriers=stages),
-        "v_here": plgpu.Barrier(num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "turn": plgpu.Barrier(num_barriers=2) if tuning.turns else None,
+        "probabilities": None if interpret is None else operand(2, ROWS, tuning.tile),
+        **shared.barriers(tuning),
     }
 
 
@@ -125,63 +104,38 @@ def _body(q, k, v, past_k, past_v, place, out, *, tiles, slots, tuning, interpre
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
+        rings = shared.Rings(smem, tuning.stages)
 
-        def await_stage(n, free):
-            stage = lax.rem(n, jnp.int32(tuning.stages))
-            pl.when(n >= tuning.stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-            return stage
-
-        def send(n, keys, values):
-            stage = await_stage(n, smem.k_free)
-            plgpu.copy_gmem_to_smem(keys, smem.keys.at[stage], smem.k_here.at[stage])
-            stage = await_stage(n, smem.v_free)
-            plgpu.copy_gmem_to_smem(values, smem.values.at[stage], smem.v_here.at[stage])
-
-        def send_fresh(n, _):
+        def tile(k, v, row, n):
             here = (row, pl.ds(n * tuning.tile, tuning.tile), head)
-            send(n, k.at[here], v.at[here])
+            return k.at[here], v.at[here]
 
-        def send_slot(slot, _):
-            def send_past(n, _):
-                here = (first + slot, pl.ds(n * tuning.tile, tuning.tile), head)
-                send((1 + slot) * tiles + n, past_k.at[here], past_v.at[here])
-
-            lax.fori_loop(0, tiles, send_past, None)
-
-        lax.fori_loop(0, tiles, send_fresh, None)
-        lax.fori_loop(0, filled, send_slot, None)
-
-        def await_last(n, _):
-            await_stage(n, smem.k_free)
-            await_stage(n, smem.v_free)
-
-        # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
-        sent = (1 + filled) * tiles
-        lax.fori_loop(sent, sent + tuning.stages, await_last, None)
+        sent = rings.send_window(
+            tiles,
+            filled,
+            fresh=lambda n: tile(k, v, row, n),
+            past=lambda slot, n: tile(past_k, past_v, first + slot, n),
+        )
+        rings.await_last(sent)
 
     @pl.when(warpgroup < 2)
     def multiply():
         plgpu.set_max_registers(240, action="increase")
-        mine = (row, pl.ds(block * QUERIES + warpgroup * _ROWS, _ROWS), head)
+        mine = (row, pl.ds(block * QUERIES + warpgroup * ROWS, ROWS), head)
         io = smem.queries.at[warpgroup]
         plgpu.copy_gmem_to_smem(q.at[mine], io, smem.q_here.at[warpgroup])
         plgpu.barrier_wait(smem.q_here.at[warpgroup])
         steps = _Steps(smem, warpgroup, tuning, interpret)
         total, mass = (steps.overlapped if tuning.overlap else steps.plain)((1 + filled) * tiles)
-        io[...] = (total * _wide(1 / mass, HEAD_DIM)).astype(DTYPE)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(io, out.at[mine])
-        plgpu.wait_smem_to_gmem(0)
+        shared.write(total * shared.wide(1 / mass, HEAD_DIM), io, out.at[mine])
 
 
-class _Steps:
+class _Steps(shared.Steps):
     """A warpgroup's passes over tiles of keys: logits, softmax, product with values."""
 
     def __init__(self, smem, warpgroup, tuning, interpret):
-        self.smem, self.warpgroup = smem, warpgroup
-        self.tuning, self.interpret = tuning, interpret
-        self.logits = plgpu.ACC((_ROWS, tuning.tile), jnp.float32)
-        self.product = plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32)
+        super().__init__(smem, warpgroup, tuning, interpret)
+        self.logits = plgpu.ACC((ROWS, tuning.tile), jnp.float32)
 
     def plain(self, tiles):
         """Logits, softmax, product, each after the other. Returns total and mass."""
@@ -190,14 +144,14 @@ class _Steps:
             total, top, mass = carry
             x = self.only_logits(n)
             p, top, decay, mass = self.softmax(x, top, mass)
-            total = total * _wide(decay, HEAD_DIM)
+            total = total * shared.wide(decay, HEAD_DIM)
             p, total, mass = lax.optimization_barrier((p.astype(DTYPE), total, mass))
             self.await_values(n)
             self.begin_turn()
             return self.only_product(n, p, total), top, mass
 
         self.first_turn()
-        total, _, mass = lax.fori_loop(0, tiles, step, (_zeros(), *_nothing()))
+        total, _, mass = lax.fori_loop(0, tiles, step, (shared.zeros(), *shared.nothing()))
         self.last_turn()
         return total, mass
 
@@ -207,7 +161,7 @@ class _Steps:
         Returns total and mass.
         """
         self.first_turn()
-        p, top, _, mass = self.softmax(self.only_logits(0), *_nothing())
+        p, top, _, mass = self.softmax(self.only_logits(0), *shared.nothing())
         self.await_values(0)
 
         def step(n, carry):
@@ -230,14 +184,16 @@ class _Steps:
                     new_total = self.load_total(out, total)
                     self.free(self.smem.v_free, n - 1)
                     new_p, new_total = lax.optimization_barrier((new_p, new_total))
-                    new_total = new_total * _wide(decay, HEAD_DIM)
+                    new_total = new_total * shared.wide(decay, HEAD_DIM)
                     return new_p.astype(DTYPE), new_total, new_top, new_mass
 
                 return pl.run_scoped(under_product, self.product)
 
             return pl.run_scoped(under_logits, self.logits)
 
-        p, total, _, mass = lax.fori_loop(1, tiles, step, (p.astype(DTYPE), _zeros(), top, mass))
+        p, total, _, mass = lax.fori_loop(
+            1, tiles, step, (p.astype(DTYPE), shared.zeros(), top, mass)
+        )
         self.begin_turn()
         total = self.only_product(tiles - 1, p, total)
         self.last_turn()
@@ -286,46 +242,5 @@ class _Steps:
         """Logits -> probabilities of the new top, top, what the past decays by, mass."""
         new = jnp.maximum(top, jnp.max(x, axis=1) * LOG2_SCALE)
         decay = jnp.exp2(top - new)
-        p = jnp.exp2(x * LOG2_SCALE - _wide(new, self.tuning.tile))
+        p = jnp.exp2(x * LOG2_SCALE - shared.wide(new, self.tuning.tile))
         return p, new, decay, mass * decay + jnp.sum(p, axis=1)
-
-    def await_keys(self, n):
-        plgpu.barrier_wait(self.smem.k_here.at[self.stage(n)])
-
-    def await_values(self, n):
-        plgpu.barrier_wait(self.smem.v_here.at[self.stage(n)])
-
-    def stage(self, n):
-        return lax.rem(jnp.asarray(n, jnp.int32), jnp.int32(self.tuning.stages))
-
-    def free(self, barrier, n):
-        plgpu.barrier_arrive(barrier.at[self.stage(n)])
-
-    def begin_turn(self):
-        if self.tuning.turns:
-            plgpu.barrier_wait(self.smem.turn.at[self.warpgroup])
-
-    def end_turn(self):
-        if self.tuning.turns:
-            plgpu.barrier_arrive(self.smem.turn.at[1 - self.warpgroup])
-
-    def first_turn(self):
-        pl.when(self.warpgroup == 1)(self.begin_turn)
-
-    def last_turn(self):
-        pl.when(self.warpgroup == 0)(self.end_turn)
-
-
-def _zeros():
-    return plgpu.layout_cast(jnp.zeros((_ROWS, HEAD_DIM), jnp.float32), plgpu.Layout.WGMMA)
-
-
-def _nothing():
-    """Top and mass before any key."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    top = jnp.full((_ROWS,), -jnp.inf, jnp.float32)
-    return plgpu.layout_cast(top, layout), plgpu.layout_cast(jnp.zeros_like(top), layout)
-
-
-def _wide(x, columns):
-    return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))

@@ -17,7 +17,6 @@ after every change, for results do not show it.
 
 import dataclasses
 import functools
-import math
 import types
 
 import jax
@@ -30,18 +29,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor
+from longlive_jax.kernels import attention_hopper as shared
+from longlive_jax.kernels.attention_hopper import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS, TILE
 
-HEAD_DIM = 128
-TILE = 128  # keys a step
-QUERIES = 128  # a program's: 64 for each of the two warpgroups that multiply
 E4M3 = jnp.float8_e4m3fn
 KEY_DTYPES = {jnp.dtype(E4M3): 448.0, jnp.dtype(jnp.int8): 127.0}  # and the largest code
 TINY = 2.0**-100  # least magnitude of a query row that gets a scale of its own
 GAIN = 8.0  # log2 of what probabilities are multiplied by
-LOG2_SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # softmax in powers of two
-_ROWS = QUERIES // 2
 _WHOLE = 1.5 * 2**23  # float32 from here to 2^22 further, either way, are the whole numbers
 _SPREAD = 2.0**-40  # scales of values further below the largest count as this far below it
 
@@ -75,13 +70,8 @@ def attention(
 
     interpret: `plgpu.InterpretGPUParams()` to run it on a CPU; None: on the GPU.
     """
-    rows, queries, heads, head_dim = q.shape
-    layers, _, slots, tokens = past_k.shape[:4]
-    if queries % QUERIES or tokens % TILE or head_dim != HEAD_DIM:
-        raise InputError(
-            f"attention_fp8: {queries} queries and slots of {tokens} tokens, head_dim {head_dim}; "
-            f"the kernel takes multiples of {QUERIES} and {TILE}, and {HEAD_DIM}"
-        )
+    layers, rows, slots, tokens, heads = past_k.shape[:5]
+    shared.validate("attention_fp8", q.shape, tokens)
     at_layer = functools.partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
     k_scale = jnp.concatenate(
         [k.scale.reshape(rows, 1, heads), at_layer(past_k.scale)[:, :, 0, :, 0]], axis=1
@@ -90,20 +80,11 @@ def attention(
         [v.scale.reshape(rows, 1, heads), at_layer(past_v.scale)[..., 0, 0]], axis=1
     )
     v_change, v_last = changes_of_scale(v_scale, filled)
-    place = jnp.concatenate([jnp.reshape(layer, 1).astype(jnp.int32) * rows, filled])
-    run = plgpu.kernel(
-        functools.partial(
-            _body, tiles=tokens // TILE, slots=slots, tuning=tuning, interpret=interpret
-        ),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(rows, heads, queries // QUERIES),  # the queries of a head together: keys stay in L2
-        grid_names=("row", "head", "block"),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=_scratch(q.dtype, k.values.dtype, tuning, interpret),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
+    body = functools.partial(
+        _body, tiles=tokens // TILE, slots=slots, tuning=tuning, interpret=interpret
     )
+    scratch = _scratch(q.dtype, k.values.dtype, tuning, interpret)
+    run = shared.program(body, q, scratch, interpret)
     return run(
         q,
         k.values,
@@ -113,7 +94,7 @@ def attention(
         k_scale,
         v_change,
         v_last,
-        place,
+        shared.place(layer, filled),
     )
 
 
@@ -137,18 +118,13 @@ def _scratch(dtype, key_dtype, tuning, interpret):
     stages = tuning.stages
     operand = functools.partial(plgpu.SMEM, transforms=rows_of_128_bytes)
     return {
-        "io": plgpu.SMEM((2, _ROWS, HEAD_DIM), dtype),
-        "queries": operand((2, _ROWS, HEAD_DIM), key_dtype),
+        "io": plgpu.SMEM((2, ROWS, HEAD_DIM), dtype),
+        "queries": operand((2, ROWS, HEAD_DIM), key_dtype),
         "keys": operand((stages, TILE, HEAD_DIM), key_dtype),
         "values": operand((stages, HEAD_DIM, TILE), E4M3),
         # On the GPU probabilities stay in registers, which the interpreter cannot multiply.
-        "probabilities": None if interpret is None else operand((2, _ROWS, TILE), E4M3),
-        "q_here": plgpu.Barrier(num_barriers=2),
-        "k_here": plgpu.Barrier(num_barriers=stages),
-        "v_here": plgpu.Barrier(num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "turn": plgpu.Barrier(num_barriers=2) if tuning.turns else None,
+        "probabilities": None if interpret is None else operand((2, ROWS, TILE), E4M3),
+        **shared.barriers(tuning),
     }
 
 
@@ -165,53 +141,26 @@ def _body(
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
+        rings = shared.Rings(smem, tuning.stages)
 
-        def await_stage(n, free):
-            stage = lax.rem(n, jnp.int32(tuning.stages))
-            pl.when(n >= tuning.stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-            return stage
-
-        def send(n, source, here, free, target):
-            stage = await_stage(n, free)
-            plgpu.copy_gmem_to_smem(source, target.at[stage], here.at[stage])
-
-        def send_keys(n, keys):
-            send(n, keys, smem.k_here, smem.k_free, smem.keys)
-
-        def send_values(n, values):
-            send(n, values, smem.v_here, smem.v_free, smem.values)
-
-        def send_fresh(n, _):
+        def tile(k, v, row, n):
             keys = pl.ds(n * TILE, TILE)
-            send_keys(n, k.at[row, keys, head])
-            send_values(n, v.at[row * q.shape[2] + head, :, keys])
+            return k.at[row, keys, head], v.at[row * q.shape[2] + head, :, keys]
 
-        def send_slot(slot, _):
-            def send_past(n, _):
-                keys, where = pl.ds(n * TILE, TILE), first + slot
-                send_keys((1 + slot) * tiles + n, past_k.at[where, keys, head])
-                values = past_v.at[where * q.shape[2] + head, :, keys]
-                send_values((1 + slot) * tiles + n, values)
-
-            lax.fori_loop(0, tiles, send_past, None)
-
-        lax.fori_loop(0, tiles, send_fresh, None)
-        lax.fori_loop(0, filled, send_slot, None)
-        sent = (1 + filled) * tiles
+        sent = rings.send_window(
+            tiles,
+            filled,
+            fresh=lambda n: tile(k, v, row, n),
+            past=lambda slot, n: tile(past_k, past_v, first + slot, n),
+        )
         if tuning.overlap:
-            send_keys(sent, k.at[row, pl.ds(0, TILE), head])
-
-        def await_last(n, _):
-            await_stage(n + int(tuning.overlap), smem.k_free)
-            await_stage(n, smem.v_free)
-
-        # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
-        lax.fori_loop(sent, sent + tuning.stages, await_last, None)
+            rings.send_keys(sent, k.at[row, pl.ds(0, TILE), head])
+        rings.await_last(sent, spare=int(tuning.overlap))
 
     @pl.when(warpgroup < 2)
     def multiply():
         plgpu.set_max_registers(240, action="increase")
-        mine = (row, pl.ds(block * QUERIES + warpgroup * _ROWS, _ROWS), head)
+        mine = (row, pl.ds(block * QUERIES + warpgroup * ROWS, ROWS), head)
         logits_scale = _load_queries(q.at[mine], smem, warpgroup)
         steps = _Steps(smem, warpgroup, tuning, interpret)
         sums = (steps.overlapped if tuning.overlap else steps.plain)(
@@ -220,11 +169,8 @@ def _body(
             1 + filled,
         )
         total, mass = sums
-        total = total * _wide(v_last[row, head] / mass, HEAD_DIM)
-        smem.io[warpgroup] = total.astype(smem.io.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.io.at[warpgroup], out.at[mine])
-        plgpu.wait_smem_to_gmem(0)
+        total = total * shared.wide(v_last[row, head] / mass, HEAD_DIM)
+        shared.write(total, smem.io.at[warpgroup], out.at[mine])
 
 
 def _load_queries(q, smem, warpgroup):
@@ -234,7 +180,7 @@ def _load_queries(q, smem, warpgroup):
     x = plgpu.load(smem.io.at[warpgroup], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1), TINY)
     largest = KEY_DTYPES[smem.queries.dtype]
-    x = x * _wide(largest / amax, HEAD_DIM)
+    x = x * shared.wide(largest / amax, HEAD_DIM)
     if smem.queries.dtype == jnp.int8:
         x = lax.bitcast_convert_type(x + _WHOLE, jnp.int32)  # rounded; the lowest byte is the code
     smem.queries[warpgroup] = x.astype(smem.queries.dtype)
@@ -242,15 +188,13 @@ def _load_queries(q, smem, warpgroup):
     return plgpu.layout_cast(amax, plgpu.Layout.WGMMA.reduce(1)) * (LOG2_SCALE / largest)
 
 
-class _Steps:
+class _Steps(shared.Steps):
     """A warpgroup's passes over tiles of keys: logits, softmax, product with values."""
 
     def __init__(self, smem, warpgroup, tuning, interpret):
-        self.smem, self.warpgroup = smem, warpgroup
-        self.tuning, self.interpret = tuning, interpret
+        super().__init__(smem, warpgroup, tuning, interpret)
         self.whole = smem.keys.dtype == jnp.int8
-        self.logits = plgpu.ACC((_ROWS, TILE), jnp.int32 if self.whole else jnp.float32)
-        self.product = plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32)
+        self.logits = plgpu.ACC((ROWS, TILE), jnp.int32 if self.whole else jnp.float32)
 
     def plain(self, scales, tiles, slots):
         """Logits, softmax, product, each after the other. Returns total and mass."""
@@ -276,10 +220,12 @@ class _Steps:
 
             part = pl.run_scoped(product, self.product)
             self.free(self.smem.v_free, n)
-            return total * _wide(decay * change, HEAD_DIM) + part, top, mass
+            return total * shared.wide(decay * change, HEAD_DIM) + part, top, mass
 
         self.first_turn()
-        total, _, mass = _over_tiles(step, scales, tiles, slots, (_zeros(), *_nothing()))
+        total, _, mass = _over_tiles(
+            step, scales, tiles, slots, (shared.zeros(), *shared.nothing())
+        )
         self.last_turn()
         return total, mass
 
@@ -317,26 +263,22 @@ class _Steps:
                 x_next, part = pl.run_scoped(product, self.product)
                 self.free(self.smem.k_free, n + 1)
                 self.free(self.smem.v_free, n)
-                new_total = total * _wide(decay * change, HEAD_DIM) + part
+                new_total = total * shared.wide(decay * change, HEAD_DIM) + part
                 return x_next, new_total, new_top, new_mass
 
             return pl.run_scoped(under_logits, self.logits)
 
-        _, total, _, mass = _over_tiles(step, scales, tiles, slots, (x, _zeros(), *_nothing()))
+        _, total, _, mass = _over_tiles(
+            step, scales, tiles, slots, (x, shared.zeros(), *shared.nothing())
+        )
         self.last_turn()
         return total, mass
-
-    def await_keys(self, n):
-        plgpu.barrier_wait(self.smem.k_here.at[self.stage(n)])
-
-    def await_values(self, n):
-        plgpu.barrier_wait(self.smem.v_here.at[self.stage(n)])
 
     def issue_logits(self, n, out):
         keys = self.smem.keys.at[self.stage(n)].transpose((1, 0))
         if self.whole and self.interpret is None:
             bits = int(np.float32(_WHOLE).view(np.int32))
-            start = jnp.full((_ROWS, TILE), bits, jnp.int32)
+            start = jnp.full((ROWS, TILE), bits, jnp.int32)
             out[...] = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
         plgpu.wgmma(out, self.smem.queries.at[self.warpgroup], keys)
 
@@ -366,33 +308,13 @@ class _Steps:
             largest, zero = largest - _WHOLE, scale * _WHOLE
         new = jnp.maximum(top, largest * scale)
         decay = jnp.exp2(top - new)
-        p = jnp.exp2(x * _wide(scale, TILE) - _wide(new - GAIN + zero, TILE))
+        p = jnp.exp2(x * shared.wide(scale, TILE) - shared.wide(new - GAIN + zero, TILE))
         mass = mass * decay + jnp.sum(p, axis=1)
         if self.interpret is None:
             return _operand(p), new, decay, mass
         # The same order of tokens that `_operand` gives.
-        p = p.reshape(_ROWS, TILE // 16, 2, 4, 2).swapaxes(2, 3).reshape(_ROWS, TILE)
+        p = p.reshape(ROWS, TILE // 16, 2, 4, 2).swapaxes(2, 3).reshape(ROWS, TILE)
         return p.astype(E4M3), new, decay, mass
-
-    def stage(self, n):
-        return lax.rem(jnp.asarray(n, jnp.int32), jnp.int32(self.tuning.stages))
-
-    def free(self, barrier, n):
-        plgpu.barrier_arrive(barrier.at[self.stage(n)])
-
-    def begin_turn(self):
-        if self.tuning.turns:
-            plgpu.barrier_wait(self.smem.turn.at[self.warpgroup])
-
-    def end_turn(self):
-        if self.tuning.turns:
-            plgpu.barrier_arrive(self.smem.turn.at[1 - self.warpgroup])
-
-    def first_turn(self):
-        pl.when(self.warpgroup == 1)(self.begin_turn)
-
-    def last_turn(self):
-        pl.when(self.warpgroup == 0)(self.end_turn)
 
 
 def _over_tiles(step, scales, tiles, slots, carry):
@@ -408,21 +330,6 @@ def _over_tiles(step, scales, tiles, slots, carry):
         return lax.fori_loop(0, tiles, at, carry)
 
     return lax.fori_loop(0, slots, over_slot, carry)
-
-
-def _zeros():
-    return plgpu.layout_cast(jnp.zeros((_ROWS, HEAD_DIM), jnp.float32), plgpu.Layout.WGMMA)
-
-
-def _nothing():
-    """Top and mass before any key."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    top = jnp.full((_ROWS,), -jnp.inf, jnp.float32)
-    return plgpu.layout_cast(top, layout), plgpu.layout_cast(jnp.zeros_like(top), layout)
-
-
-def _wide(x, columns):
-    return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
 
 
 def _operand(p):

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, nvfp4
 from longlive_jax.kernels import matmul_nvfp4_hopper as hopper
+from longlive_jax.kernels.chip import is_hopper, is_local
 
 TUNING = hopper.Tuning()
 DTYPES = ("bfloat16", "float32")
@@ -23,20 +24,13 @@ DTYPES = ("bfloat16", "float32")
 
 def supports(x: jax.Array, w: NVFP4Tensor) -> bool:
     """Whether the kernel takes these: bfloat16, local, on a Hopper GPU, in whole tiles."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
     return (
-        jax.default_backend() == "gpu"
-        and str(capability).startswith("9.")
-        and all(_is_local(y) for y in (x, w.values, w.scales))
+        is_hopper()
+        and all(map(is_local, (x, w.values, w.scales)))
         and x.dtype == jnp.bfloat16
         and x.shape[-1] == w.shape[-1]
         and hopper.divides(math.prod(x.shape[:-1]), math.prod(w.shape[:-1]), w.shape[-1])
     )
-
-
-def _is_local(x):
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh.empty or mesh.are_all_axes_manual
 
 
 def matmul(x: jax.Array, w: NVFP4Tensor, dtype=jnp.float32) -> jax.Array:

@@ -38,6 +38,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
+from longlive_jax.kernels import mosaic
+
 ROWS = 128  # of x, a tile
 COLUMNS = 256  # of the result, a tile; half of them a warpgroup
 DEPTH = 64  # a step
@@ -181,7 +183,7 @@ def _body(x, words, scales, out, *, grid, steps, tuning, interpret, **smem):
             rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * COLUMNS, COLUMNS)
 
             def fetch_step(k, _):
-                stage = await_free(n * steps + k)
+                stage = mosaic.await_free(n * steps + k, tuning.stages, smem.free)
                 w_here, x_here = smem.w_here.at[stage], smem.x_here.at[stage]
                 here = pl.ds(k * (DEPTH // _BLOCKS), DEPTH // _BLOCKS)
                 plgpu.copy_gmem_to_smem(words.at[columns, here], smem.word_ring.at[stage], w_here)
@@ -192,17 +194,12 @@ def _body(x, words, scales, out, *, grid, steps, tuning, interpret, **smem):
 
             lax.fori_loop(0, steps, fetch_step, None)
 
-        def await_free(n):
-            stage = lax.rem(n, jnp.int32(tuning.stages))
-            pl.when(n >= tuning.stages)(lambda: plgpu.barrier_wait(smem.free.at[stage]))
-            return stage
-
         lax.fori_loop(0, tiles, fetch_tile, None)
         # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
         last = tiles * steps
 
         def await_last(n, _):
-            await_free(n)
+            mosaic.await_free(n, tuning.stages, smem.free)
 
         lax.fori_loop(last, last + tuning.stages, await_last, None)
 
@@ -291,13 +288,13 @@ class _Steps:
                 part = (x[:, first : first + rows] * _REST).astype(io.dtype)
                 part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
                 here = io.at[:, pl.ds(i * _OPERAND, _OPERAND)]
-                _store(here.transpose((1, 0)), part)
+                mosaic.store(here.transpose((1, 0)), part)
             plgpu.commit_smem()
             place = out.at[pl.ds(row + first, rows), pl.ds(column, _HALF)]
             plgpu.copy_smem_to_gmem(io, place)
 
     def stage(self, n):
-        return lax.rem(jnp.asarray(n, jnp.int32), jnp.int32(self.tuning.stages))
+        return mosaic.stage(n, self.tuning.stages)
 
     def free(self, n):
         plgpu.barrier_arrive(self.smem.free.at[self.stage(n)])
@@ -364,10 +361,3 @@ def _expand(_, words, *scales):
             registers[index] = block(register, *place)
         blocks.append((array(registers) * scale).registers)
     return array(np.concatenate(blocks, axis=1))
-
-
-def _store(ref, value):
-    if hasattr(plgpu, "store"):  # from jax 0.12 on
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

@@ -20,14 +20,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor, exact, quantize_fp8
-from longlive_jax.kernels import attention_fp8
+from longlive_jax.kernels import attention_fp8, mosaic
+from longlive_jax.kernels.chip import is_hopper, is_local
 
 TILE = 128  # tokens
 HEAD_DIM = 128
@@ -89,15 +89,7 @@ def quantize_heads(x: jax.Array) -> FP8Tensor:
 
 def supports(x: jax.Array) -> bool:
     """Whether the kernel takes such keys and values: bfloat16, local, on a Hopper GPU, in tiles."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    mesh = jax.typeof(x).sharding.mesh
-    return (
-        jax.default_backend() == "gpu"
-        and str(capability).startswith("9.")
-        and (mesh.empty or mesh.are_all_axes_manual)
-        and x.dtype == jnp.bfloat16
-        and _divides(x.shape)
-    )
+    return is_hopper() and is_local(x) and x.dtype == jnp.bfloat16 and _divides(x.shape)
 
 
 def _divides(shape):
@@ -166,11 +158,10 @@ def _largest_body(k, v, out, *, tile, here):
     def magnitudes(first):
         layout = plgpu.Layout.WG_STRIDED((_LINES, HEAD_DIM), vec_size=8)
         x = plgpu.load(tile.at[pl.ds(first, _LINES), :], layout=layout, optimized=False)
-        # The bits, in the order of the magnitudes, with NaN above all.
-        return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)
+        return mosaic.magnitude(x)
 
     largest = functools.reduce(lax.max, map(magnitudes, range(0, TILE, _LINES)))
-    _store(out.at[which, row, n, head], jnp.max(largest.astype(jnp.int32)))
+    mosaic.store(out.at[which, row, n, head], jnp.max(largest.astype(jnp.int32)))
 
 
 def _keys(k, inverse, interpret):
@@ -206,7 +197,7 @@ def _keys_body(k, inverse, out, *, tile, codes, here):
     layout = plgpu.Layout.WG_STRIDED(tile.shape[1:], vec_size=8)
     for i in halves:
         x = plgpu.load(tile.at[i], layout=layout, optimized=False)
-        _store(codes.at[i], _encode(x, inverse))
+        mosaic.store(codes.at[i], _encode(x, inverse))
     plgpu.commit_smem()
     for i in halves:
         plgpu.copy_smem_to_gmem(codes.at[i], out.at[groups, i, :, :, columns])
@@ -239,8 +230,8 @@ def _values_body(v, inverse, out, *, tile, codes, here):
     inverse = inverse[row, head]
     plgpu.barrier_wait(here)
     channels = tile.transpose((1, 0))
-    x = plgpu.load(channels, layout=_a_row_a_thread(1), optimized=False).astype(jnp.float32)
-    _store(codes, _encode(plgpu.layout_cast(x, _a_row_a_thread(_WORD)), inverse))
+    x = plgpu.load(channels, layout=mosaic.a_row_a_thread(1), optimized=False).astype(jnp.float32)
+    mosaic.store(codes, _encode(plgpu.layout_cast(x, mosaic.a_row_a_thread(_WORD)), inverse))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(codes, out.at[row * lax.axis_size("head") + head, :, tokens])
     plgpu.wait_smem_to_gmem(0)
@@ -250,17 +241,5 @@ def _place():
     return tuple(map(lax.axis_index, _GRID))
 
 
-def _a_row_a_thread(vector):
-    """Layout of [128, columns]: a thread has a row, in registers of so many columns."""
-    return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
-
-
 def _encode(x, inverse):
     return (x.astype(jnp.float32) * inverse).astype(_E4M3)
-
-
-def _store(ref, value):
-    if hasattr(plgpu, "store"):  # from jax 0.12 on
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

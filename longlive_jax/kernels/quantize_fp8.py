@@ -26,6 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels.chip import is_hopper, is_local
 
 SLICE = 1024  # numbers that a warpgroup of 128 threads takes at a time: 16 bytes a thread
 # Of a row: as the bench has tried, in shared memory; in registers, without spilling any.
@@ -56,12 +58,9 @@ _B = _A * 0.044715
 
 def supports(x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> bool:
     """Whether the kernel takes these: bfloat16 rows, local, on a Hopper GPU; scales for runs."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    mesh = jax.typeof(x).sharding.mesh
     return (
-        jax.default_backend() == "gpu"
-        and str(capability).startswith("9.")
-        and (mesh.empty or mesh.are_all_axes_manual)
+        is_hopper()
+        and is_local(x)
         and x.dtype == jnp.bfloat16
         and _divides(x.shape, scale is not None)
         and (scale is None or _runs(x.shape, scale.shape, shift.shape) > 0)
@@ -184,14 +183,14 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
 
     def store(row, i, x, inverse):
         values = (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn)
-        _store(values_ref.at[row, _lines(i), :], values)
+        mosaic.store(values_ref.at[row, _lines(i), :], values)
 
     def normed(row, x_smem):
         made = _layer_norm([_load(x_smem.at[_lines(i), :]) for i in slices], *affine, eps)
-        scale, inverse = _scale(functools.reduce(lax.max, map(_magnitude, made)))
+        scale, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
         for i in slices:
             store(row, i, made[i], inverse)
-        _store(scales_ref.at[row], scale)
+        mosaic.store(scales_ref.at[row], scale)
 
     def activated(row, x_smem):
         def measure(step, largest):
@@ -201,7 +200,7 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
                 if activation == GELU:
                     x = _rounded(_gelu(x.astype(jnp.float32)))
                     ref[...] = x  # by the thread that read it and will again
-                largest = lax.max(largest, _magnitude(x))
+                largest = lax.max(largest, mosaic.magnitude(x))
             return largest
 
         def write(step, _):
@@ -211,7 +210,7 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
         zeros = plgpu.layout_cast(jnp.zeros((_LINES, _LANES), jnp.uint16), _LAYOUT)
         scale, inverse = _scale(lax.fori_loop(0, len(slices) // at_once, measure, zeros))
         lax.fori_loop(0, len(slices) // at_once, write, None)
-        _store(scales_ref.at[row], scale)
+        mosaic.store(scales_ref.at[row], scale)
 
     spec = plgpu.BlockSpec((1, *tiles), lambda i: (first + i, 0, 0))
     quantize = normed if affine else activated
@@ -229,13 +228,6 @@ def _lines(i):
 
 def _load(ref):
     return plgpu.load(ref, layout=_LAYOUT, optimized=False)
-
-
-def _store(ref, value):
-    if hasattr(plgpu, "store"):  # from jax 0.12 on
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def _gelu(x):
@@ -271,11 +263,6 @@ def _rounded(x):
 
 def _total(slices):
     return jnp.sum(functools.reduce(lax.add, slices))
-
-
-def _magnitude(x):
-    """The bits of |x|, bfloat16: in the order of the magnitudes, with NaN above all."""
-    return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)
 
 
 def _scale(largest):

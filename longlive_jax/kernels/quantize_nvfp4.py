@@ -26,6 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact, nvfp4
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels.chip import is_hopper, is_local
 
 ROWS = 128  # blocks that a warpgroup of 128 threads quantises at a time, one a thread
 # (steps of ROWS blocks that a program makes at most, of which are on their way from memory). The
@@ -73,7 +75,7 @@ def quantize_nvfp4(
     amax = jnp.asarray(amax, jnp.float32)
     run = functools.partial(kernel, rule=rule)
     sharding = jax.typeof(x).sharding
-    if not _is_local(sharding.mesh):
+    if not is_local(x):
         specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
         run = jax.shard_map(run, mesh=sharding.mesh, **specs)
     codes, scales = run(x, amax)
@@ -90,23 +92,16 @@ def supports(
 ) -> bool:
     """Whether the kernel quantises x: bfloat16 in rows of blocks, to nearest, on Hopper GPUs."""
     sharding = jax.typeof(x).sharding
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
     return (
-        jax.default_backend() == "gpu"
-        and str(capability).startswith("9.")
+        is_hopper()
         and x.dtype == jnp.bfloat16
         and rule in nvfp4.RULES
         and tuple(block) == (1, nvfp4.BLOCK)
         and key is None
         and (amax is None or jnp.shape(amax) == ())
-        and (_is_local(sharding.mesh) or sharding.mesh.are_all_axes_explicit)
+        and (is_local(x) or sharding.mesh.are_all_axes_explicit)
         and _divides(sharding.shard_shape(x.shape))
     )
-
-
-def _is_local(mesh):
-    """Whether arrays of this mesh are what one device holds."""
-    return mesh.empty or mesh.are_all_axes_manual
 
 
 def kernel(
@@ -192,29 +187,17 @@ def _kernel(x_ref, constants_ref, codes_ref, scales_ref, *, rule, steps, in_flig
         unit, encode, *tables = (constants_ref[i] for i in range(26))
         tables = tables[:8], tables[8:16], tables[16:]
         # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
-        x = plgpu.load(x_smem, layout=_layout(8), optimized=False)
-        x = plgpu.layout_cast(x.astype(jnp.float32), _layout(1))
+        x = plgpu.load(x_smem, layout=mosaic.a_row_a_thread(8), optimized=False)
+        x = plgpu.layout_cast(x.astype(jnp.float32), mosaic.a_row_a_thread(1))
         words, scales = _quantize(x, unit, encode, tables, rule)
         codes = [(word >> shift & 255).astype(jnp.uint8) for word in words for shift in _BYTES]
-        codes = plgpu.layout_cast(jnp.concatenate(codes, axis=1), _layout(8))
+        codes = plgpu.layout_cast(jnp.concatenate(codes, axis=1), mosaic.a_row_a_thread(8))
         rows = pl.ds((first + index[0]) * ROWS, ROWS)
-        _store(codes_ref.at[rows, :], codes)
-        _store(scales_ref.at[rows, :], scales.astype(jnp.uint8))
+        mosaic.store(codes_ref.at[rows, :], codes)
+        mosaic.store(scales_ref.at[rows, :], scales.astype(jnp.uint8))
 
     spec = plgpu.BlockSpec((ROWS, nvfp4.BLOCK), lambda i: (first + i, 0))
     plgpu.emit_pipeline(step, grid=(steps,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
-
-
-def _layout(vector):
-    """Of [rows, columns]: a thread has a row, in registers of so many columns."""
-    return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
-
-
-def _store(ref, value):
-    if hasattr(plgpu, "store"):  # from jax 0.12 on
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def _quantize(x, unit, encode, tables, rule):

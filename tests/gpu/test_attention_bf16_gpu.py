@@ -13,16 +13,10 @@ import pytest
 from longlive_jax.kernels import attention_bf16 as ab
 from longlive_jax.kernels import attention_bf16_hopper as hopper
 from longlive_jax.ops import attention as dense
-from tests.kernels.test_attention_bf16 import TUNINGS, error, inputs
+from tests.kernels.checks import error
+from tests.kernels.test_attention_bf16 import TUNINGS, inputs
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def needs_hopper():
-    q = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.bfloat16)
-    if not ab.supports(q, 128):
-        pytest.skip("no Hopper GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 
 
 @functools.cache

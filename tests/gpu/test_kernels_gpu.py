@@ -19,16 +19,8 @@ from longlive_jax.quant import linear
 from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_quantize_nvfp4 as cpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 SHAPE = (512, 4096)
-
-
-@pytest.fixture(autouse=True)
-def needs_hopper():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
-    if not jax.devices()[0].compute_capability.startswith("9."):
-        pytest.skip(f"{jax.devices()[0].device_kind} is no Hopper GPU")
 
 
 def check(x, rule, amax=None):

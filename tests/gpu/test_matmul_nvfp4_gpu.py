@@ -14,16 +14,8 @@ from longlive_jax.kernels import matmul_nvfp4 as lib
 from longlive_jax.kernels import matmul_nvfp4_hopper as hopper
 from tests.kernels import test_matmul_nvfp4 as cpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 DTYPES = (jnp.float32, jnp.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def needs_hopper():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
-    if not jax.devices()[0].compute_capability.startswith("9."):
-        pytest.skip(f"{jax.devices()[0].device_kind} is no Hopper GPU")
 
 
 def run(args, dtype, tuning=lib.TUNING):

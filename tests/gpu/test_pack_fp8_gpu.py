@@ -14,21 +14,14 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.kernels import pack_fp8 as lib
 from tests.kernels import test_pack_fp8 as cpu
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def needs_hopper():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
-    if not jax.devices()[0].compute_capability.startswith("9."):
-        pytest.skip(f"{jax.devices()[0].device_kind} is no Hopper GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 
 
 def chunk(rows=1):
     """k and v of a chunk of 7,040 tokens; heads differ in size."""
     x = jax.random.normal(jax.random.key(0), (2, rows, 7040, 24, 128), jnp.bfloat16)
-    return tuple(x * (1 + jnp.arange(24, dtype=jnp.bfloat16))[:, None])
+    sizes = 1 + jnp.arange(24, dtype=jnp.bfloat16)
+    return tuple(x * sizes.reshape(1, 1, 1, 24, 1))
 
 
 @pytest.mark.parametrize("inputs", (cpu.normal, cpu.extremes, chunk, lambda: chunk(rows=2)))

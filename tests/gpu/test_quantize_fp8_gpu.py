@@ -15,17 +15,9 @@ from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.ops import quantized
 from tests.kernels import test_quantize_fp8 as cpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 # Of the chip's own exponential and roots, besides the order of sums.
 OTHER_CODES = 1e-2
-
-
-@pytest.fixture(autouse=True)
-def needs_hopper():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
-    if not jax.devices()[0].compute_capability.startswith("9."):
-        pytest.skip(f"{jax.devices()[0].device_kind} is no Hopper GPU")
 
 
 def check(function, arguments, oracle, other_codes=0.0, **how):

@@ -19,14 +19,8 @@ from longlive_jax.models import dit
 from longlive_jax.ops.attention import attention
 from longlive_jax.sampling import stream
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dit_tiny.npz"
-
-
-@pytest.fixture(autouse=True)
-def needs_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
 
 
 @pytest.fixture(scope="module")

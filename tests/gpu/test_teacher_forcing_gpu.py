@@ -17,13 +17,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.ops import dense_attention
 from longlive_jax.ops import teacher_forcing as tf
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def needs_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU; set LONGLIVE_TEST_PLATFORM=gpu on a machine that has one")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
 
 
 def draw(shape, dtype=jnp.bfloat16):

@@ -12,6 +12,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.kernels import attention_bf16 as ab
 from longlive_jax.kernels import attention_bf16_hopper as hopper
 from longlive_jax.ops import attention as dense
+from tests.kernels.checks import error
 
 HEAD_DIM = hopper.HEAD_DIM
 TUNINGS = {
@@ -57,12 +58,6 @@ def exact(q, k, v, past_k, past_v, layer, filled):
         p = np.exp(logits - logits.max(axis=-1, keepdims=True))
         out.append(np.einsum("hqk,khd->qhd", p / p.sum(axis=-1, keepdims=True), values))
     return np.stack(out)
-
-
-def error(out, expected):
-    """Relative, of the whole."""
-    out, expected = np.asarray(out, np.float32), np.asarray(expected, np.float32)
-    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
 def interpreted(args, tuning=TUNINGS["default"]):

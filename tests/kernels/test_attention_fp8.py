@@ -14,6 +14,7 @@ from longlive_jax.kernels import attention_fp8 as af
 from longlive_jax.kernels import attention_fp8_hopper as hopper
 from longlive_jax.ops import attention as dense
 from longlive_jax.ops import rope
+from tests.kernels.checks import error
 
 HEAD_DIM = hopper.HEAD_DIM
 TUNINGS = {
@@ -74,12 +75,6 @@ def exact(q, k, v, past_k, past_v, layer, filled):
         logits = jnp.einsum("qhd,khd->hqk", q[row].astype(jnp.float32), keys) / HEAD_DIM**0.5
         out.append(jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits, axis=-1), values))
     return jnp.stack(out)
-
-
-def error(out, expected):
-    """Relative, of the whole."""
-    out, expected = np.asarray(out, np.float32), np.asarray(expected, np.float32)
-    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
 def interpreted(tuning, args):

@@ -48,7 +48,12 @@ def expected(x, codes, scales):
 def check(y, expected, dtype=jnp.float32):
     assert y.dtype == dtype and y.shape == expected.shape
     y = np.asarray(y).astype(np.float64)
-    limit = 2e-6 if dtype == jnp.float32 else 2**-8
+    limit = 2**-8
+    if dtype == jnp.float32:
+        # A tensor core's sums are not quite float32: with every 16 of depth it aligns terms to the
+        # largest, the sum so far among them, and cuts off what lies below. Of a depth of some
+        # thousands that is far above float32's rounding, which is all that the interpreter does.
+        limit = 1e-4 if jax.default_backend() == "gpu" else 2e-6
     # Of a sum's terms, not of the sum, which may be small.
     size = np.sqrt(np.mean(expected**2, axis=0, keepdims=True))
     np.testing.assert_array_less(np.abs(y - expected), limit * (np.abs(expected) + 4 * size))
@@ -65,7 +70,14 @@ def tensor(codes, scales, parts=1):
     return nvfp4.from_packed(packed, scales, jnp.ones(parts), "mse")
 
 
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+# Interpreted, each of these takes seconds; what is left has float32 and bfloat16, either once.
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        pytest.param(t, id=name, marks=() if name == "3 stages" else pytest.mark.slow)
+        for name, t in TUNINGS.items()
+    ],
+)
 def test_kernel_is_the_product(tuning):
     """2 x 2 tiles of 4 steps, and in bfloat16 by one of the schedules."""
     args = inputs(256, 256, 512)
@@ -73,6 +85,7 @@ def test_kernel_is_the_product(tuning):
     check(interpreted(args, dtype, tuning), expected(*args), dtype)
 
 
+@pytest.mark.slow
 def test_one_step_and_more_programs_than_tiles():
     args = inputs(128, 64, 256)
     y = interpreted(args, jnp.bfloat16, hopper.Tuning(programs=132))

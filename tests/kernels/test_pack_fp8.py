@@ -14,6 +14,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.kernels import attention_fp8
 from longlive_jax.kernels import pack_fp8 as lib
 from longlive_jax.quant import kv
+from tests.kernels.checks import pretend_hopper
 
 SHAPE = (2, 256, 3, 128)  # two rows of two tiles, three heads
 
@@ -89,15 +90,9 @@ def test_elsewhere_it_is_the_oracle(dtype, tokens):
 CHUNK = jax.ShapeDtypeStruct((1, 7040, 24, 128), jnp.bfloat16)
 
 
-def hopper(monkeypatch):
-    device = type("Device", (), {"compute_capability": "9.0"})()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-
-
 def test_what_is_supported(monkeypatch):
     assert not lib.supports(CHUNK)
-    hopper(monkeypatch)
+    pretend_hopper(monkeypatch)
     assert lib.supports(CHUNK)
     others = ((1, 7040, 24, 64), (1, 7000, 24, 128), (0, 7040, 24, 128), (7040, 24, 128))
     assert not any(lib.supports(jax.ShapeDtypeStruct(s, jnp.bfloat16)) for s in others)
@@ -108,7 +103,7 @@ def test_what_is_supported(monkeypatch):
 def test_it_lowers_for_hopper(monkeypatch, rows):
     x = jax.ShapeDtypeStruct((rows, *CHUNK.shape[1:]), CHUNK.dtype)
     expected = jax.eval_shape(oracle, x, x)
-    hopper(monkeypatch)
+    pretend_hopper(monkeypatch)
     traced = jax.jit(lib.pack).trace(x, x)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 3
     assert jax.tree.map(jax.typeof, traced.out_info) == jax.tree.map(jax.typeof, expected)

@@ -5,9 +5,7 @@ takes a number to bfloat16's next one only where it is near a tie, one in about 
 of error, and to another code where that in turn is at a tie of E4M3.
 """
 
-import fractions
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.ops import quantized
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm
+from tests.kernels.checks import check_quotients
 
 N = 3072
 ROWS = 7  # of which programs take 3, 3 and 1
@@ -114,17 +113,7 @@ def test_every_largest_magnitude():
 
 
 def test_a_seventh_is_rounded_once():
-    high, low = map(fractions.Fraction, lib._SEVENTH)
-
-    def rounded(q):  # to 24 bits, to nearest; no ties here
-        unit = fractions.Fraction(2) ** (math.frexp(q)[1] - 24)
-        return round(q / unit) * unit
-
-    for mantissa in range(128, 256):
-        exact = rounded(fractions.Fraction(mantissa, 7))
-        assert rounded(mantissa * high) == mantissa * high
-        assert rounded(mantissa * high + rounded(mantissa * low)) == exact
-        assert rounded(mantissa * high + mantissa * low) == exact
+    check_quotients(lib._SEVENTH, 7)
 
 
 @pytest.mark.parametrize("scale", (1, 4))

@@ -1,8 +1,6 @@
 """The NVFP4 quantiser as a kernel: the oracle's bits in interpret mode, and its lowering for Hopper."""
 
-import fractions
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
+from tests.kernels.checks import check_quotients
 
 SHAPE = (32, 256)  # 512 blocks: four to a thread
 RULE = "static_6"  # the fastest to compile, where the rule does not matter
@@ -88,18 +87,7 @@ def test_bits_are_the_oracles(rule):
 
 
 def test_a_sixth_is_rounded_once():
-    """For all mantissas that a bfloat16 has; contracted or not."""
-    high, low = map(fractions.Fraction, lib._SIXTH)
-
-    def rounded(q):  # to 24 bits, to nearest; no ties here
-        unit = fractions.Fraction(2) ** (math.frexp(q)[1] - 24)
-        return round(q / unit) * unit
-
-    for mantissa in range(128, 256):
-        exact = rounded(fractions.Fraction(mantissa, 6))
-        assert rounded(mantissa * high) == mantissa * high
-        assert rounded(mantissa * high + rounded(mantissa * low)) == exact
-        assert rounded(mantissa * high + mantissa * low) == exact
+    check_quotients(lib._SIXTH, 6)
 
 
 @pytest.mark.parametrize("rule", ("static_4", "mse"))

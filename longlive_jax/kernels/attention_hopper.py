@@ -1,0 +1,201 @@
+"""What the programs of `attention_bf16` and `attention_fp8` for Hopper have in common.
+
+A program takes 128 queries of one head and has three warpgroups. One fetches tiles of keys and of
+values into two rings in shared memory; two multiply, 64 queries each. Their numbers are 2, 0 and 1.
+
+In shared memory (`smem`) both have `keys` and `values`, the rings [stage, ...], and the barriers
+that `barriers` makes; of a tuning both read `stages` and `turns`. Formats, and in which order a
+tile's products and its softmax go, are the programs' own.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.kernels import mosaic
+
+HEAD_DIM = 128
+TILE = 128  # a slot's tokens are a multiple of it
+QUERIES = 128  # a program's: 64 for each of the two warpgroups that multiply
+ROWS = QUERIES // 2
+LOG2_SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # softmax in powers of two
+
+
+def divides(shape: tuple[int, ...], tokens: int) -> bool:
+    """Whether programs divide q's shape [row, query, head, head_dim], and tiles a slot's tokens."""
+    return shape[1] % QUERIES == tokens % TILE == 0 and shape[-1] == HEAD_DIM
+
+
+def validate(name: str, shape: tuple[int, ...], tokens: int) -> None:
+    """Refuses what `divides` does not take.
+
+    Raises:
+      InputError: other numbers of queries, tokens or channels.
+    """
+    if not divides(shape, tokens):
+        raise InputError(
+            f"{name}: {shape[1]} queries and slots of {tokens} tokens, head_dim {shape[-1]}; "
+            f"the kernel takes multiples of {QUERIES} and {TILE}, and {HEAD_DIM}"
+        )
+
+
+def program(body, q: jax.Array, scratch: dict, interpret):
+    """The kernel of a body with this scratch memory; its result has q's shape and dtype."""
+    rows, queries, heads, _ = q.shape
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(rows, heads, queries // QUERIES),  # the queries of a head together: keys stay in L2
+        grid_names=("row", "head", "block"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+
+def place(layer: jax.Array, filled: jax.Array) -> jax.Array:
+    """int32 [1 + row], as programs read it: the layer's first row, then each row's real slots."""
+    return jnp.concatenate([jnp.reshape(layer, 1).astype(jnp.int32) * len(filled), filled])
+
+
+def barriers(tuning) -> dict:
+    """Scratch memory: queries and tiles are here, tiles are free, a warpgroup's turn has come."""
+    stages = tuning.stages
+    return {
+        "q_here": plgpu.Barrier(num_barriers=2),
+        "k_here": plgpu.Barrier(num_barriers=stages),
+        "v_here": plgpu.Barrier(num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "turn": plgpu.Barrier(num_barriers=2) if tuning.turns else None,
+    }
+
+
+class Rings:
+    """The rings of keys and of values, for the warpgroup that fetches: it sends tiles in turn."""
+
+    def __init__(self, smem, stages):
+        self.smem, self.stages = smem, stages
+
+    def send_keys(self, n, source):
+        """Sends the n-th tile of keys, from device memory."""
+        self._send(n, source, self.smem.k_free, self.smem.keys, self.smem.k_here)
+
+    def send_values(self, n, source):
+        """Sends the n-th tile of values, from device memory."""
+        self._send(n, source, self.smem.v_free, self.smem.values, self.smem.v_here)
+
+    def _send(self, n, source, free, ring, here):
+        stage = mosaic.await_free(n, self.stages, free)
+        plgpu.copy_gmem_to_smem(source, ring.at[stage], here.at[stage])
+
+    def send_window(self, tiles, filled, fresh, past):
+        """Sends the chunk's tiles and those of as many slots as are filled; returns their number.
+
+        Args:
+          tiles: of a slot, and of the chunk.
+          fresh: n -> the chunk's n-th tile of keys, and of values, in device memory.
+          past: (slot, n) -> a slot's.
+        """
+
+        def send(n, keys, values):
+            self.send_keys(n, keys)
+            self.send_values(n, values)
+
+        def send_fresh(n, _):
+            send(n, *fresh(n))
+
+        def send_slot(slot, _):
+            def send_past(n, _):
+                send((1 + slot) * tiles + n, *past(slot, n))
+
+            lax.fori_loop(0, tiles, send_past, None)
+
+        lax.fori_loop(0, tiles, send_fresh, None)
+        lax.fori_loop(0, filled, send_slot, None)
+        return (1 + filled) * tiles
+
+    def await_last(self, sent, spare=0):
+        """Waits until all tiles are free again: so many, and so many more of keys."""
+
+        def wait(n, _):
+            mosaic.await_free(n + spare, self.stages, self.smem.k_free)
+            mosaic.await_free(n, self.stages, self.smem.v_free)
+
+        # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
+        lax.fori_loop(sent, sent + self.stages, wait, None)
+
+
+class Steps:
+    """A warpgroup that multiplies: its waits for tiles, what it frees, its turns at the products.
+
+    The passes over the tiles are a subclass's.
+    """
+
+    def __init__(self, smem, warpgroup, tuning, interpret):
+        self.smem, self.warpgroup = smem, warpgroup
+        self.tuning, self.interpret = tuning, interpret
+        self.product = plgpu.ACC((ROWS, HEAD_DIM), jnp.float32)
+
+    def await_keys(self, n):
+        plgpu.barrier_wait(self.smem.k_here.at[self.stage(n)])
+
+    def await_values(self, n):
+        plgpu.barrier_wait(self.smem.v_here.at[self.stage(n)])
+
+    def stage(self, n):
+        """Where the n-th tiles are in their rings."""
+        return mosaic.stage(n, self.tuning.stages)
+
+    def free(self, barrier, n):
+        """Frees the n-th tile of keys (`smem.k_free`) or of values, for this warpgroup."""
+        plgpu.barrier_arrive(barrier.at[self.stage(n)])
+
+    def begin_turn(self):
+        """Waits until the other warpgroup has issued its products, if they go in turns."""
+        if self.tuning.turns:
+            plgpu.barrier_wait(self.smem.turn.at[self.warpgroup])
+
+    def end_turn(self):
+        if self.tuning.turns:
+            plgpu.barrier_arrive(self.smem.turn.at[1 - self.warpgroup])
+
+    def first_turn(self):
+        """Before all products: the first turn is warpgroup 0's."""
+        pl.when(self.warpgroup == 1)(self.begin_turn)
+
+    def last_turn(self):
+        """After all products: warpgroup 1 may finish."""
+        pl.when(self.warpgroup == 0)(self.end_turn)
+
+
+def zeros() -> jax.Array:
+    """A total before any key: float32 [64, 128], as a product lies."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, HEAD_DIM), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def nothing() -> tuple[jax.Array, jax.Array]:
+    """Top and mass before any key: float32 [64]."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    top = jnp.full((ROWS,), -jnp.inf, jnp.float32)
+    return plgpu.layout_cast(top, layout), plgpu.layout_cast(jnp.zeros_like(top), layout)
+
+
+def wide(x: jax.Array, columns: int) -> jax.Array:
+    """[64] -> [64, columns]."""
+    return lax.broadcast_in_dim(x, (ROWS, columns), (0,))
+
+
+def write(total: jax.Array, io, out) -> None:
+    """A warpgroup's result to device memory, rounded, by way of its place `io` in shared memory."""
+    io[...] = total.astype(io.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(io, out)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,21 @@
+"""What every kernel's `supports` asks first: which chip this is, and whether an array is local."""
+
+import jax
+
+
+def is_hopper() -> bool:
+    """Whether JAX computes on a Hopper GPU, of compute capability 9.x."""
+    if jax.default_backend() != "gpu":
+        return False
+    # Not every GPU says what it is: AMD's have no such number.
+    return str(getattr(jax.local_devices()[0], "compute_capability", None)).startswith("9.")
+
+
+def is_local(x: jax.Array) -> bool:
+    """Whether x is what one device holds: of no mesh, or inside a manual `jax.shard_map`.
+
+    A kernel is compiled for one device and cannot be partitioned. x may be any shape and dtype, or
+    a `jax.ShapeDtypeStruct`.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.empty or mesh.are_all_axes_manual

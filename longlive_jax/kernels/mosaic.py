@@ -1,0 +1,41 @@
+"""Pieces of Mosaic GPU that several kernels use: stores, a layout, magnitudes, rings of stages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def store(ref, value: jax.Array) -> None:
+    """Writes an array or a scalar to memory, however its layout lies there."""
+    if hasattr(plgpu, "store"):  # from jax 0.12 on
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def a_row_a_thread(vector: int):
+    """Layout of [128, columns]: a thread has a row, in registers of so many columns."""
+    return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """The bits of |x|, bfloat16, as uint16: in the order of the magnitudes, with NaN above all."""
+    return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)
+
+
+def stage(n, stages: int) -> jax.Array:
+    """Where step n has its place in a ring of so many stages: int32 []."""
+    return lax.rem(jnp.asarray(n, jnp.int32), jnp.int32(stages))
+
+
+def await_free(n, stages: int, free) -> jax.Array:
+    """Waits until the place of step n in a ring is free; returns it, int32 [].
+
+    n: int32 []. free: a barrier for each stage, which is at once free the first time.
+    """
+    here = stage(n, stages)
+    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[here]))
+    return here
