@@ -149,9 +149,9 @@ def _denoising(params, cfg, latents, timesteps, frames, text, cache, parallel):
     )
     states = []
     for i in range(cfg.num_layers):
-        block = _block_params(params, cfg, i, parallel)
-        attend = _streaming_attend(functools.partial(cache.attend, i), parallel)
-        x = _block(block, cfg, x, modulation, angle, attend, text[i], parallel)
+        x = _denoising_layer(
+            params["blocks"][i], x, modulation, angle, text[i], cache, np.int32(i), cfg, parallel
+        )
         states.append(x)
     return states, e
 
@@ -169,21 +169,14 @@ def commit(params, cfg, latents, frames, text, cache, slot, parallel=Parallel())
     zero = jnp.zeros(frames.shape, jnp.float32)
     x, _, modulation, angle = _embed(params, cfg, latents[:, None], zero[:, None], frames[:, None])
 
-    def attend(i, q, k, v):
-        nonlocal cache
-        out = cache.attend(i, q, k, v)
-        # Read before written, or XLA keeps a copy of the cache to read from.
-        out, k, v = jax.lax.optimization_barrier((out, k, v))
-        cache = cache.write(i, slot, k, v, parallel.seq_axis)
-        return out
-
     last = cfg.num_layers - 1
     for i in range(last):
-        block = _block_params(params, cfg, i, parallel)
-        by_layer = _streaming_attend(functools.partial(attend, i), parallel)
-        x = _block(block, cfg, x, modulation, angle, by_layer, text[i], parallel)
+        x, cache = _committing_layer(
+            params["blocks"][i], x, modulation, angle, text[i], cache, np.int32(i), slot, cfg,
+            parallel,
+        )  # fmt: skip
     # Nothing reads the last layer's output: its keys and values are all that is left to compute.
-    block = _block_params(params, cfg, last, parallel)
+    block = _gather_block(params["blocks"][last], cfg, parallel)
     _, k, v = _self_qkv(block, cfg, x, _modulation(block, modulation), angle, parallel)
     k, v = (parallel.to_heads(_tokens(y)[:, 0]) for y in (k, v))
     return cache.write(last, slot, k, v, parallel.seq_axis)
@@ -239,6 +232,32 @@ def teacher_forcing(
 
 
 # ---------------------------------------------------------------------------------------------
+# Layers of the sampler: traced and lowered once, called for each.
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "parallel"))
+def _denoising_layer(block, x, modulation, angle, text, cache, i, cfg, parallel):
+    attend = _streaming_attend(functools.partial(cache.attend, i), parallel)
+    block = _gather_block(block, cfg, parallel)
+    return _block(block, cfg, x, modulation, angle, attend, text, parallel)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "parallel"))
+def _committing_layer(block, x, modulation, angle, text, cache, i, slot, cfg, parallel):
+    def attend(q, k, v):
+        nonlocal cache
+        out = cache.attend(i, q, k, v)
+        # Read before written, or XLA keeps a copy of the cache to read from.
+        out, k, v = jax.lax.optimization_barrier((out, k, v))
+        cache = cache.write(i, slot, k, v, parallel.seq_axis)
+        return out
+
+    attend = _streaming_attend(attend, parallel)
+    block = _gather_block(block, cfg, parallel)
+    return _block(block, cfg, x, modulation, angle, attend, text, parallel), cache
+
+
+# ---------------------------------------------------------------------------------------------
 # Text.
 
 
@@ -259,8 +278,13 @@ def text_keys_values(params, cfg, context, parallel=Parallel()):
     """
     params = _gather_globals(params, cfg, parallel)
     text = embed_text(params, context[:, None])
-    blocks = (_block_params(params, cfg, i, parallel, "cross_attn") for i in range(cfg.num_layers))
-    return tuple(_text_kv(block, cfg, text, parallel) for block in blocks)
+    return tuple(_text_layer(block, text, cfg, parallel) for block in params["blocks"])
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "parallel"))
+def _text_layer(block, text, cfg, parallel):
+    block = _gather_block({"cross_attn": block["cross_attn"]}, cfg, parallel)
+    return _text_kv(block, cfg, text, parallel)
 
 
 def _text_kv(p, cfg, text, parallel, key=None):
@@ -431,13 +455,10 @@ def _fold_in(keys, number):
     return fold(keys, number)
 
 
-def _block_params(params, cfg, i, parallel, only=None):
-    """Parameters of layer i, whole on this device."""
-    block = params["blocks"][i]
-    specs = sampling_spec(cfg, parallel.recipe, parallel.dtype)["blocks"][i]
-    if only is not None:
-        block, specs = {only: block[only]}, {only: specs[only]}
-    return parallel.gather(block, specs)
+def _gather_block(block, cfg, parallel):
+    """A layer's parameters, or some of them, whole on this device."""
+    specs = sampling_spec(cfg, parallel.recipe, parallel.dtype)["blocks"][0]
+    return parallel.gather(block, {name: specs[name] for name in block})
 
 
 def _gather_globals(params, cfg, parallel):
