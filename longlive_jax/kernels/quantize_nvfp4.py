@@ -104,6 +104,7 @@ def supports(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "tiling", "interpret"))
 def kernel(
     x: jax.Array,
     amax: jax.Array,
@@ -112,6 +113,8 @@ def kernel(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel itself, on one device's array (on a mesh: in a manual `jax.shard_map`).
+
+    Jitted: it takes seconds to lower, so a program with many calls shares one of each shape.
 
     Args:
       x: [..., n], bfloat16, n a multiple of 16 and the whole one of 2048.

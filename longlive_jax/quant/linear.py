@@ -65,7 +65,7 @@ def linear(
         return plain.linear(params, x)
     weight, bias = params["weight"], params["bias"]
     if isinstance(x, Quantized):
-        y = matmul(_in_memory(x), _quantized(weight, recipe), x.dtype)
+        y = _forward(recipe, _in_memory(x), weight)
     else:
         keys = None if key is None else _keys_of(key, x.shape)
         rows = x.shape[:1] + ((1,) if keys is None else keys.shape[1:])
@@ -97,17 +97,21 @@ def quantize_weight(weight: jax.Array, recipe: Recipe) -> Quantized:
     return _quantize(parts, recipe.weight, 1)
 
 
-def matmul(x: Quantized, weight: Quantized, dtype) -> jax.Array:
-    """x [..., in] times weight [part, out, in] -> [..., part * out]; sums and scales in float32."""
+def matmul(x: Quantized, weight: Quantized, dtype, sums=None) -> jax.Array:
+    """x [..., in] times weight [part, out, in] -> [..., part * out], scaled in float32.
+
+    sums: dtype that the codes' products, added up in float32, leave the product in. None: float32,
+      of 8-bit codes `dtype`: they are wrong by more than bfloat16's rounding, which halves what is
+      written and read here.
+    """
     lead, inputs = x.shape[:-1], x.shape[-1]
     if isinstance(x, NVFP4Tensor) and _has_fp4():
         operands = (x.values, weight.values, x.scales, weight.scales)
         y = jax.nn.scaled_matmul(*(y.reshape(1, -1, y.shape[-1]) for y in operands))
     else:
         a, b = (_codes(q).reshape(-1, inputs) for q in (x, weight))
-        # Eight-bit codes are wrong by more than bfloat16's rounding of their sum, which halves what
-        # is written and read here.
-        sums = dtype if isinstance(x, FP8Tensor) else jnp.float32
+        if sums is None:
+            sums = dtype if isinstance(x, FP8Tensor) else jnp.float32
         y = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
     columns = jnp.broadcast_to(_scale(weight), (*weight.shape[:-1], 1))
     columns = columns.reshape((1,) * len(lead) + (-1,))
@@ -122,7 +126,13 @@ def matmul(x: Quantized, weight: Quantized, dtype) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(recipe, axes, weight, x, keys):
     del keys
-    return matmul(quantize_activation(x, recipe, axes), _quantized(weight, recipe), x.dtype)
+    return _forward(recipe, quantize_activation(x, recipe, axes), weight)
+
+
+def _forward(recipe, x, weight):
+    # For inference, sums of 4-bit codes may be rounded as those of 8-bit ones are.
+    sums = x.dtype if recipe.gradients is None else None
+    return matmul(x, _quantized(weight, recipe), x.dtype, sums)
 
 
 def _product_fwd(recipe, axes, weight, x, keys):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_bf16, attention_fp8
+from longlive_jax.kernels import attention_bf16, attention_fp8, pack_fp8
 from longlive_jax.ops.attention import attention
 from longlive_jax.quant import kv
 
@@ -94,8 +94,9 @@ class KVCache:
 
 
 def _stored(k, v, name, axis=None):
-    k, v = (kv.store(x, name, axis) for x in (k, v))
-    return attention_fp8.pack(k, v) if name == "fp8" else (k, v)
+    if name == "fp8":
+        return pack_fp8.pack(*(kv.load(x, x.dtype) for x in (k, v)))
+    return tuple(kv.store(x, name, axis) for x in (k, v))
 
 
 def _merge_rows(table):
