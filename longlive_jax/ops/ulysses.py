@@ -2,9 +2,13 @@
 
 Outside attention each device holds some frames or chunks of every head; inside it holds every token
 of some heads. These run inside a fully manual `jax.shard_map`.
+
+What goes to, or came from, one device lies together: the first axis of what is sent counts devices.
+Left to find a layout by itself, XLA:GPU sends head by head, and reorders all that arrives.
 """
 
 import jax
+import jax.numpy as jnp
 
 
 def to_heads(x: jax.Array, mesh_axis: str | None, token_axis: int) -> jax.Array:
@@ -14,15 +18,28 @@ def to_heads(x: jax.Array, mesh_axis: str | None, token_axis: int) -> jax.Array:
     """
     if mesh_axis is None:
         return x
-    return jax.lax.all_to_all(
-        x, mesh_axis, split_axis=x.ndim - 2, concat_axis=token_axis, tiled=True
-    )
+    return _merge(_exchange(_split(x, mesh_axis, x.ndim - 2), mesh_axis), token_axis)
 
 
 def to_tokens(x: jax.Array, mesh_axis: str | None, token_axis: int) -> jax.Array:
     """The inverse of `to_heads`."""
     if mesh_axis is None:
         return x
-    return jax.lax.all_to_all(
-        x, mesh_axis, split_axis=token_axis, concat_axis=x.ndim - 2, tiled=True
-    )
+    return _merge(_exchange(_split(x, mesh_axis, token_axis), mesh_axis), x.ndim - 2)
+
+
+def _exchange(x, mesh_axis):
+    """[device to send to, ...] -> [device that it came from, ...]."""
+    return jax.lax.all_to_all(x, mesh_axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _split(x, mesh_axis, axis):
+    """[.., n * m, ..] -> [n, .., m, ..]."""
+    parts = (jax.lax.axis_size(mesh_axis), -1)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _merge(x, axis):
+    """[n, .., m, ..] -> [.., n * m, ..]."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
