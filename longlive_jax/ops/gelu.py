@@ -11,8 +11,8 @@ _CUBE = 0.044715
 def gelu(x: jax.Array) -> jax.Array:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), in float32, rounded once to x's dtype.
 
-    Of bfloat16 on a GPU, where no gradient is asked for, it is written in bfloat16: so XLA knows it,
-    and lets the product that x comes from end with it, on that product's float32 sums.
+    Of bfloat16 on a GPU, where no gradient is asked for, it is written in bfloat16: so XLA knows
+    it, and lets the product that x comes from end with it, on that product's float32 sums.
     Its gradient keeps x alone and is computed in float32: autodiff would keep the inner products,
     each as large as the widest array of the model.
     """

@@ -1,5 +1,10 @@
 """What a file of tests needs; it asks by `pytest.mark.usefixtures`."""
 
+import os
+
+# Tests of speed start commands of their own: leave them memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import pytest
 
