@@ -14,7 +14,9 @@ from absl import flags
 from launch import command
 from longlive_jax.errors import InputError
 
-BENCHMARKS = ("stream", "vae", "attention", "train", "balance", "kernels", "quality")
+BENCHMARKS = (
+    "stream", "vae", "convolution", "attention", "train", "balance", "kernels", "quality",
+)  # fmt: skip
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)
 flags.DEFINE_string("checkpoint", None, "quality: real weights instead of random ones.")

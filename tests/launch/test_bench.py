@@ -29,3 +29,12 @@ def test_both_layouts_are_the_same_loss():
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["balanced_loss"] == pytest.approx(figures["naive_loss"], rel=1e-5)
     assert figures["balanced_over_naive"] > 0
+
+
+@pytest.mark.slow
+def test_convolutions_of_each_stage():
+    result = commands.run("bench", "convolution", "--config=configs/tiny.py", "--chunks=2")
+    figures = json.loads(result.stdout.splitlines()[-1])
+    errors = [value for name, value in figures.items() if name.endswith("fp8_error")]
+    assert len(errors) == 4
+    assert all(0.01 < error < 0.06 for error in errors)  # E4M3 has 4 significant bits
