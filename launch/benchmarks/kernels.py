@@ -20,15 +20,16 @@ from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
 from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
-from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper
+from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper, chip
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
+from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
-from longlive_jax.ops import quantized
+from longlive_jax.ops import quantized, rope
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
-from longlive_jax.ops.norm import layer_norm
+from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.training import cost
 
 # The issue of a quantiser's speed is settled at this size.
@@ -163,6 +164,46 @@ def _quantize_fp8(name, arguments, operation, public, **how):
     )
 
 
+def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
+    """A chunk's queries, keys and values out of a layer's fused projection."""
+    lib, m = norm_rotate_lib, cfg.model
+    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    tokens, dim = m.chunk_frames * patches, m.dim
+    if on_cpu():
+        tokens, dim = 4, lib.SLICE
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = jax.random.normal(keys[0], (1, tokens, 3 * dim), jnp.bfloat16)
+    weights = (1 + jax.random.normal(keys[1], (2, dim)) / 4).astype(jnp.bfloat16)
+    angle = jax.random.uniform(keys[2], (1, tokens, lib.HEAD_DIM // 2), maxval=2 * math.pi)
+    kernel = functools.partial(lib.kernel, interpret=interpret())
+    tilings = () if on_cpu() else lib.TILINGS
+
+    def by_xla(qkv, weight_q, weight_k, angle, *_, between=lambda x: x):
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        q, k = between((rms_norm(q, weight_q), rms_norm(k, weight_k)))
+        q, k, v = (x.reshape(*x.shape[:-1], -1, lib.HEAD_DIM) for x in (q, k, v))
+        return rope.rotate(q, angle), rope.rotate(k, angle), v
+
+    def given_cosines(tiling):
+        return lambda qkv, weight_q, weight_k, _, *x: kernel(
+            qkv, weight_q, weight_k, *x, tiling=tiling
+        )
+
+    return [
+        Entry(
+            name=f"norm_rotate {tokens}x{dim}",
+            arguments=(qkv, *weights, angle, jnp.cos(angle), jnp.sin(angle)),
+            call=lambda *x: kernel(*x[:3], jnp.cos(x[3]), jnp.sin(x[3])),
+            baseline=by_xla,
+            # XLA may otherwise leave out the rounding behind the norm.
+            oracle=functools.partial(by_xla, between=jax.lax.optimization_barrier),
+            limit=1e-3,  # of the order of the norm's sum
+            details={f"given cosines, tiling {t}": given_cosines(t) for t in tilings},
+            bytes=2 * qkv.nbytes + weights.nbytes + 2 * angle.nbytes,  # cosines and sines read
+        )
+    ]
+
+
 def attention_bf16(cfg: config_lib.Config) -> list[Entry]:
     lib, hopper = attention_bf16_lib, attention_bf16_hopper
     q, k, v, slots = _window(cfg)
@@ -242,12 +283,12 @@ def _relative_error(result, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-ENTRIES = (quantize_nvfp4, quantize_fp8, attention_bf16, pack_fp8, attention_fp8)
+ENTRIES = (quantize_nvfp4, quantize_fp8, norm_rotate, attention_bf16, pack_fp8, attention_fp8)
 
 
 def run(cfg: config_lib.Config) -> dict:
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    if not on_cpu() and not capability.startswith("9."):
+    if not on_cpu() and not chip.is_hopper():
+        capability = getattr(jax.devices()[0], "compute_capability", "")
         raise InputError(
             f"bench kernels: {jax.devices()[0].device_kind}, of capability {capability or 'none'}; "
             "kernels need a Hopper GPU (9.0), or a CPU (JAX_PLATFORMS=cpu) to be interpreted"

@@ -30,6 +30,7 @@ from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm, rms_norm
+from longlive_jax.ops.rotated import norm_rotate
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
 from longlive_jax.quant.recipe import Recipe
@@ -364,11 +365,8 @@ def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
     """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
     h = parallel.layer_norm("self_attn.qkv", x, 1 + m[..., 1:2, :], m[..., 0:1, :])
     qkv = checkpoint_name(parallel.linear(p, "self_attn.qkv", h, key), "qkv")
-    q, k, v = jnp.split(qkv, 3, axis=-1)
     p = p["self_attn"]
-    q = _heads(rms_norm(q, p["norm_q"]["weight"]), cfg)
-    k = _heads(rms_norm(k, p["norm_k"]["weight"]), cfg)
-    return rope.rotate(q, angle), rope.rotate(k, angle), _heads(v, cfg)
+    return norm_rotate(qkv, p["norm_q"]["weight"], p["norm_k"]["weight"], angle)
 
 
 def _cross_attention(p, cfg, x, text_kv, parallel, key=None):

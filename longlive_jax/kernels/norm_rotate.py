@@ -1,0 +1,197 @@
+"""RMS norm and rotation of queries and keys, and the split of q, k, v, in one pass, on Hopper.
+
+XLA makes five kernels of it, and writes and reads queries and keys in between. Here a program, one
+warpgroup, reads a token's row of the fused projection into registers, at once, and writes three.
+Many programs share a multiprocessor and fill each other's waits.
+
+Arrays are [n, 8]: of every eighth head a thread has 8 numbers, 16 bytes, in its own row, so that
+swapping the numbers of a pair only renames registers. All its heads want the same 4 angles. What
+128 threads want of 64 angles goes through shared memory, where it is written eight times over.
+
+The bits are those of `ops.norm.rms_norm` and `ops.rope.rotate` by XLA, but for the order of sums:
+no product is contracted into a sum that XLA keeps apart from it.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels.chip import is_hopper, is_local
+
+HEAD_DIM = 128
+SLICE = 1024  # numbers that a warpgroup takes at a time: 8 a thread
+MAX_DIM = 6 * SLICE  # in registers, without spilling any
+# (rows that a program goes through at most, whether it fetches one while it works on the one
+# before). The first is used: weights come by way of the cache, and need no long programs.
+TILINGS = ((1, False), (2, False), (4, False), (9, False), (4, True), (7, True), (14, True))
+
+_THREADS = 128
+_WORD = SLICE // _THREADS
+_PAIRS = _WORD // 2
+_WIDE, _NARROW = mosaic.a_row_a_thread(_WORD), mosaic.a_row_a_thread(1)
+# Of a row's angles [16, 4]: every 16 threads have all.
+_ANGLES = plgpu.Layout.TILED(
+    plgpu.Tiling(((HEAD_DIM // _WORD, _PAIRS),)),
+    warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(2), -2), vector_dim=-1,
+)  # fmt: skip
+
+
+def supports(qkv: jax.Array, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array) -> bool:
+    """Whether the kernel takes these: bfloat16, local, heads of 128, on a Hopper GPU."""
+    return is_hopper() and is_local(qkv) and not _misfit(qkv, weight_q, weight_k, angle, angle)
+
+
+def _misfit(qkv, weight_q, weight_k, cos, sin):
+    """What of the arguments the kernel does not take; empty: nothing."""
+    if qkv.dtype != jnp.bfloat16:
+        return f"qkv is {qkv.dtype}; it must be bfloat16: cast it"
+    dim = qkv.shape[-1] // 3
+    if qkv.shape[-1] % (3 * SLICE) or dim > MAX_DIM or 0 in qkv.shape:
+        return f"qkv {qkv.shape} must end in 3 * dim, dim a multiple of {SLICE} up to {MAX_DIM}"
+    if weight_q.shape != (dim,) or weight_k.shape != (dim,):
+        return f"weights are {weight_q.shape} and {weight_k.shape}; they must be ({dim},)"
+    if cos.shape != (*qkv.shape[:-1], HEAD_DIM // 2) or sin.shape != cos.shape:
+        return (
+            f"cos {cos.shape} and sin {sin.shape} must have qkv's leading axes "
+            f"{qkv.shape[:-1]}, then {HEAD_DIM // 2}: broadcast them"
+        )
+    if cos.dtype != jnp.float32 or sin.dtype != jnp.float32:
+        return f"cos is {cos.dtype}, sin {sin.dtype}; they must be float32"
+    return ""
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "tiling", "interpret"))
+def kernel(
+    qkv: jax.Array,
+    weight_q: jax.Array,
+    weight_k: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    eps: float = 1e-6,
+    tiling: tuple[int, bool] | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
+
+    Jitted: a model of many layers lowers it once.
+
+    Args:
+      qkv: [..., 3 * dim], bfloat16, dim a multiple of 1,024, at most 6,144.
+      weight_q, weight_k: [dim], of the norms, bfloat16 or float32.
+      cos, sin: float32 [..., 64], of the angles of the pairs (2i, 2i + 1) of every head; qkv's
+        leading axes.
+      eps: of the norms.
+      tiling: one of `TILINGS`, or another; None: the first.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      q and k, normalised and rotated, and v, each bfloat16 [..., head, 128].
+
+    Raises:
+      InputError: other dtypes or shapes.
+    """
+    if misfit := _misfit(qkv, weight_q, weight_k, cos, sin):
+        raise InputError(f"norm_rotate kernel: {misfit}; or use ops.rotated")
+    rows, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
+    at_most, ahead = tiling or TILINGS[0]
+    at_most = min(at_most, rows)
+    shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
+    outs = plgpu.kernel(
+        functools.partial(_kernel, at_most=at_most, ahead=ahead, eps=eps),
+        out_type=(jax.ShapeDtypeStruct((rows, words, _WORD), qkv.dtype),) * 3,
+        grid=(pl.cdiv(rows, at_most),),
+        grid_names=("program",),
+        scratch_types={"shared_cos": shared, "shared_sin": shared},
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(
+        qkv.reshape(rows, 3, words, _WORD),
+        *(weight.reshape(words, _WORD) for weight in (weight_q, weight_k)),
+        *(x.reshape(rows, HEAD_DIM // _WORD, _PAIRS) for x in (cos, sin)),
+    )
+    return tuple(x.reshape(*qkv.shape[:-1], -1, HEAD_DIM) for x in outs)
+
+
+def _kernel(
+    qkv, weight_q, weight_k, cos, sin, q, k, v, *, shared_cos, shared_sin, at_most, ahead, eps
+):
+    first = lax.axis_index("program") * at_most
+    count = lax.min(jnp.int32(at_most), qkv.shape[0] - first)
+
+    def fetch(i):
+        parts = [_load(qkv.at[first + i, part], _WIDE) for part in range(3)]
+        return *parts, *(_load(x.at[first + i], _ANGLES) for x in (cos, sin))
+
+    def step(i, here):
+        there = fetch(lax.min(i + 1, count - 1)) if ahead else None
+        *parts, value, c, s = here if ahead else fetch(i)
+        mosaic.store(v.at[first + i], value)
+        c, s = _spread(c, shared_cos), _spread(s, shared_sin)
+        c = _join([c[n // 2] for n in range(_WORD)])
+        s = _join([s[n // 2] if n % 2 else -s[n // 2] for n in range(_WORD)])
+        for x, weight, out in zip(parts, (weight_q, weight_k), (q, k)):
+            made = [_rotated(y, c, s, zero) for y, zero in _normed(x, weight, eps)]
+            mosaic.store(out.at[first + i], jnp.concatenate(made, axis=0))
+        return there
+
+    lax.fori_loop(0, count, step, fetch(0) if ahead else None)
+
+
+def _spread(angles, shared):
+    """Of a row's angles [16, 4] the 4 that a thread wants: columns [128, 1]."""
+    mosaic.store(shared, jnp.concatenate([angles] * (_THREADS // len(angles)), axis=0))
+    return _columns(_load(shared, mosaic.a_row_a_thread(_PAIRS)))
+
+
+def _normed(x, weight, eps):
+    """A row [n, 8] as by `ops.norm.rms_norm`, in slices [128, 8]. With each a -0.0, see `_rotated`.
+
+    The mean is not negative. Its magnitude, which costs nothing, keeps `eps` a sum by itself.
+    """
+    weight = _slices(_load(weight, _WIDE))
+    x = x.astype(jnp.float32)
+    mean = jnp.sum(jnp.sum(x * x, axis=1)) * (1 / x.size)
+    rate = lax.rsqrt(jnp.abs(mean) + eps)
+    x = [y * rate * w.astype(jnp.float32) for y, w in zip(_slices(x), weight)]
+    # Rounded two numbers an instruction: the barrier hides that float32 of them is wanted next.
+    # (Of slices, one register each: of several it permutes numbers below 32 bits.)
+    return [(lax.optimization_barrier(y.astype(jnp.bfloat16)), rate * -0.0) for y in x]
+
+
+def _rotated(x, cos, sin, zero):
+    """As `ops.rope.rotate`, of bfloat16 [128, 8]. sin: negative for the first of a pair.
+
+    Products are contracted into a sum that they feed. XLA rounds both here: they are contracted
+    with `zero`, -0.0, which changes no number, and which the compiler does not know.
+    """
+    x = _columns(x.astype(jnp.float32))
+    swapped = _join([x[i ^ 1] for i in range(_WORD)])
+    made = (_join(x) * cos + zero) + (swapped * sin + zero)
+    return plgpu.layout_cast(made, _WIDE).astype(jnp.bfloat16)
+
+
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _slices(x):
+    return [x[i : i + _THREADS] for i in range(0, len(x), _THREADS)]
+
+
+def _columns(x):
+    """[128, n] -> [128, 1] each."""
+    x = plgpu.layout_cast(x, _NARROW)
+    return [x[:, i : i + 1] for i in range(x.shape[1])]
+
+
+def _join(columns):
+    return jnp.concatenate(columns, axis=1)
