@@ -83,6 +83,30 @@ def quantize_nvfp4(
     return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
 
 
+def quantize_each(
+    x: jax.Array,
+    amax: jax.Array,
+    rule: str = "mse",
+    block: tuple[int, int] = (1, nvfp4.BLOCK),
+    keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of tensors [n, ...] by `quantize_nvfp4`, each with its own amax [n].
+
+    keys: [n], to round stochastically; None: to nearest.
+    """
+    here = supports(x[0], rule, block, keys)
+    quantize = quantize_nvfp4 if here else formats.quantize_nvfp4
+
+    def one(x, amax, key=None):
+        q = quantize(x, rule, block, key=key, amax=amax)
+        return q.values, q.scales
+
+    if not here:
+        return jax.vmap(one)(x, amax, keys)
+    values, scales = zip(*map(one, x, amax))  # the kernel is for one
+    return jnp.stack(values), jnp.stack(scales)
+
+
 def supports(
     x: jax.Array,
     rule: str = "mse",

@@ -18,9 +18,10 @@ from longlive_jax.formats import (
     Quantized,
     exact,
     from_packed,
-    quantize_nvfp4,
+    nvfp4,
 )
 from longlive_jax.kernels.pack_fp8 import quantize_heads
+from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 
 Stored = jax.Array | Quantized
 
@@ -41,7 +42,8 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
         amax = exact.largest_magnitude(x, (1, 2, 3))
         # So that codes do not depend on the mesh.
         amax = amax if axis is None else jax.lax.pmax(amax, axis)
-        return jax.vmap(lambda x, amax: quantize_nvfp4(x, "mse", amax=amax))(x, amax)
+        values, scales = quantize_each(x, amax, "mse")
+        return NVFP4Tensor(values, scales, amax, "mse", (1, nvfp4.BLOCK), x.dtype)
     if name == "fp8":
         return quantize_heads(x)
     return x

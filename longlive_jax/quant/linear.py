@@ -25,10 +25,9 @@ from longlive_jax.formats import (
     exact,
     nvfp4,
     quantize_fp8,
-    quantize_nvfp4,
     random_hadamard,
 )
-from longlive_jax.kernels import quantize_nvfp4 as kernel
+from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 from longlive_jax.ops import linear as plain
 from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant.recipe import FP8, NVFP4, Format, Recipe
@@ -208,19 +207,8 @@ def _quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
     each = jnp.broadcast_to(amax.reshape(amax.shape + (1,) * (len(groups) - lead)), groups)
 
     tensors = x.reshape(-1, *x.shape[len(groups) :])
-    by_kernel = kernel.supports(tensors[0], fmt.rule, fmt.block, keys)
-    quantize = kernel.quantize_nvfp4 if by_kernel else quantize_nvfp4
-
-    def one(x, amax, key=None):
-        q = quantize(x, fmt.rule, fmt.block, key=key, amax=amax)
-        return q.values, q.scales
-
-    if not by_kernel:
-        keys = None if keys is None else keys.reshape(-1)
-        values, scales = jax.vmap(one)(tensors, each.reshape(-1), keys)
-    else:  # the kernel is for one
-        made = [one(*tensor) for tensor in zip(tensors, each.reshape(-1))]
-        values, scales = (jnp.stack(y) for y in zip(*made))
+    keys = None if keys is None else keys.reshape(-1)
+    values, scales = quantize_each(tensors, each.reshape(-1), fmt.rule, fmt.block, keys)
     return NVFP4Tensor(
         values=values.reshape(x.shape),
         scales=scales.reshape(*x.shape[:-1], -1),
