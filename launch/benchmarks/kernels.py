@@ -176,7 +176,6 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
     weights = (1 + jax.random.normal(keys[1], (2, dim)) / 4).astype(jnp.bfloat16)
     angle = jax.random.uniform(keys[2], (1, tokens, lib.HEAD_DIM // 2), maxval=2 * math.pi)
     kernel = functools.partial(lib.kernel, interpret=interpret())
-    tilings = () if on_cpu() else lib.TILINGS
 
     def by_xla(qkv, weight_q, weight_k, angle, *_, between=lambda x: x):
         q, k, v = jnp.split(qkv, 3, axis=-1)
@@ -184,10 +183,8 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
         q, k, v = (x.reshape(*x.shape[:-1], -1, lib.HEAD_DIM) for x in (q, k, v))
         return rope.rotate(q, angle), rope.rotate(k, angle), v
 
-    def given_cosines(tiling):
-        return lambda qkv, weight_q, weight_k, _, *x: kernel(
-            qkv, weight_q, weight_k, *x, tiling=tiling
-        )
+    def given_cosines(qkv, weight_q, weight_k, _, *x):
+        return kernel(qkv, weight_q, weight_k, *x)
 
     return [
         Entry(
@@ -198,7 +195,7 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
             # XLA may otherwise leave out the rounding behind the norm.
             oracle=functools.partial(by_xla, between=jax.lax.optimization_barrier),
             limit=1e-3,  # of the order of the norm's sum
-            details={f"given cosines, tiling {t}": given_cosines(t) for t in tilings},
+            details={"given cosines": given_cosines},
             bytes=2 * qkv.nbytes + weights.nbytes + 2 * angle.nbytes,  # cosines and sines read
         )
     ]

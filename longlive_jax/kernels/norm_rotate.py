@@ -18,7 +18,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
@@ -28,9 +27,6 @@ from longlive_jax.kernels.chip import is_hopper, is_local
 HEAD_DIM = 128
 SLICE = 1024  # numbers that a warpgroup takes at a time: 8 a thread
 MAX_DIM = 6 * SLICE  # in registers, without spilling any
-# (rows that a program goes through at most, whether it fetches one while it works on the one
-# before). The first is used: weights come by way of the cache, and need no long programs.
-TILINGS = ((1, False), (2, False), (4, False), (9, False), (4, True), (7, True), (14, True))
 
 _THREADS = 128
 _WORD = SLICE // _THREADS
@@ -67,7 +63,7 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
     return ""
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "tiling", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
     qkv: jax.Array,
     weight_q: jax.Array,
@@ -75,7 +71,6 @@ def kernel(
     cos: jax.Array,
     sin: jax.Array,
     eps: float = 1e-6,
-    tiling: tuple[int, bool] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
@@ -88,7 +83,6 @@ def kernel(
       cos, sin: float32 [..., 64], of the angles of the pairs (2i, 2i + 1) of every head; qkv's
         leading axes.
       eps: of the norms.
-      tiling: one of `TILINGS`, or another; None: the first.
       interpret: run on the CPU, by JAX's interpreter.
 
     Returns:
@@ -100,14 +94,12 @@ def kernel(
     if misfit := _misfit(qkv, weight_q, weight_k, cos, sin):
         raise InputError(f"norm_rotate kernel: {misfit}; or use ops.rotated")
     rows, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
-    at_most, ahead = tiling or TILINGS[0]
-    at_most = min(at_most, rows)
     shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
     outs = plgpu.kernel(
-        functools.partial(_kernel, at_most=at_most, ahead=ahead, eps=eps),
+        functools.partial(_kernel, eps=eps),
         out_type=(jax.ShapeDtypeStruct((rows, words, _WORD), qkv.dtype),) * 3,
-        grid=(pl.cdiv(rows, at_most),),
-        grid_names=("program",),
+        grid=(rows,),
+        grid_names=("row",),
         scratch_types={"shared_cos": shared, "shared_sin": shared},
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -121,29 +113,17 @@ def kernel(
     return tuple(x.reshape(*qkv.shape[:-1], -1, HEAD_DIM) for x in outs)
 
 
-def _kernel(
-    qkv, weight_q, weight_k, cos, sin, q, k, v, *, shared_cos, shared_sin, at_most, ahead, eps
-):
-    first = lax.axis_index("program") * at_most
-    count = lax.min(jnp.int32(at_most), qkv.shape[0] - first)
-
-    def fetch(i):
-        parts = [_load(qkv.at[first + i, part], _WIDE) for part in range(3)]
-        return *parts, *(_load(x.at[first + i], _ANGLES) for x in (cos, sin))
-
-    def step(i, here):
-        there = fetch(lax.min(i + 1, count - 1)) if ahead else None
-        *parts, value, c, s = here if ahead else fetch(i)
-        mosaic.store(v.at[first + i], value)
-        c, s = _spread(c, shared_cos), _spread(s, shared_sin)
-        c = _join([c[n // 2] for n in range(_WORD)])
-        s = _join([s[n // 2] if n % 2 else -s[n // 2] for n in range(_WORD)])
-        for x, weight, out in zip(parts, (weight_q, weight_k), (q, k)):
-            made = [_rotated(y, c, s, zero) for y, zero in _normed(x, weight, eps)]
-            mosaic.store(out.at[first + i], jnp.concatenate(made, axis=0))
-        return there
-
-    lax.fori_loop(0, count, step, fetch(0) if ahead else None)
+def _kernel(qkv, weight_q, weight_k, cos, sin, q, k, v, *, shared_cos, shared_sin, eps):
+    row = lax.axis_index("row")
+    *parts, value = (_load(qkv.at[row, part], _WIDE) for part in range(3))
+    c, s = (_load(x.at[row], _ANGLES) for x in (cos, sin))
+    mosaic.store(v.at[row], value)
+    c, s = _spread(c, shared_cos), _spread(s, shared_sin)
+    c = _join([c[n // 2] for n in range(_WORD)])
+    s = _join([s[n // 2] if n % 2 else -s[n // 2] for n in range(_WORD)])
+    for x, weight, out in zip(parts, (weight_q, weight_k), (q, k)):
+        made = [_rotated(y, c, s, zero) for y, zero in _normed(x, weight, eps)]
+        mosaic.store(out.at[row], jnp.concatenate(made, axis=0))
 
 
 def _spread(angles, shared):

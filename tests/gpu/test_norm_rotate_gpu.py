@@ -41,13 +41,6 @@ def test_rows_out_of_the_ordinary():
     cpu.check(jax.jit(rotated.norm_rotate)(*x), cpu.composed(*x))
 
 
-@pytest.mark.parametrize("tiling", lib.TILINGS)
-def test_every_tiling(tiling):
-    *x, angle = cpu.arguments((1, 1021), DIM)
-    result = lib.kernel(*x, jnp.cos(angle), jnp.sin(angle), tiling=tiling)
-    cpu.check(result, cpu.composed(*x, angle))
-
-
 def test_in_a_manual_shard_map():
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=1, fsdp=1, seq=1))
     x = cpu.arguments((1, 1, 8, 40), DIM)
@@ -58,7 +51,7 @@ def test_in_a_manual_shard_map():
         assert not lib.supports(*placed)  # outside
         assert "mosaic_gpu" in jax.jit(run).lower(*placed).as_text()
         result = jax.jit(run)(*placed)
-    cpu.check(jax.device_put(result, jax.devices()[0]), cpu.composed(*x))
+    cpu.check(result, cpu.composed(*x))
 
 
 @pytest.mark.parametrize("tokens", (880, 440))

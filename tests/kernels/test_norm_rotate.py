@@ -50,13 +50,13 @@ def extremes(dim):
     return jnp.asarray(np.stack(data), jnp.bfloat16), *weights, angle
 
 
-def kernel(tiling, eps=1e-6):
+def kernel(eps=1e-6):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    return functools.partial(lib.kernel, tiling=tiling, interpret=interpret, eps=eps)
+    return functools.partial(lib.kernel, interpret=interpret, eps=eps)
 
 
-def interpreted(tiling, eps=1e-6):
-    return lambda *x: kernel(tiling, eps)(*x[:3], jnp.cos(x[3]), jnp.sin(x[3]))
+def interpreted(eps=1e-6):
+    return lambda *x: kernel(eps)(*x[:3], jnp.cos(x[3]), jnp.sin(x[3]))
 
 
 def composed(qkv, weight_q, weight_k, angle, eps=1e-6):
@@ -69,7 +69,8 @@ def composed(qkv, weight_q, weight_k, angle, eps=1e-6):
 
 def check(result, expected):
     """Equal, NaN included; of q and k but for a share, which is a step of bfloat16 away."""
-    assert jax.tree.map(jax.typeof, result) == jax.tree.map(jax.typeof, expected)
+    for a, b in zip(result, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
     (*result, v), (*expected, v_expected) = (
         [np.asarray(x, np.float32) for x in y] for y in (result, expected)
     )
@@ -85,17 +86,15 @@ def check(result, expected):
     return shares
 
 
-@pytest.mark.parametrize(
-    "tiling, dim, weights", (((2, False), 1024, jnp.bfloat16), ((3, True), 2048, jnp.float32))
-)
-def test_it_is_the_composition(tiling, dim, weights):
-    x = arguments((1, 2, 4), dim, weights)  # programs of 3 rows take 3, 3 and 2
-    check(interpreted(tiling, 1e-3)(*x), composed(*x, 1e-3))
+@pytest.mark.parametrize("dim, weights", ((1024, jnp.bfloat16), (2048, jnp.float32)))
+def test_it_is_the_composition(dim, weights):
+    x = arguments((1, 2, 2), dim, weights)
+    check(interpreted(1e-3)(*x), composed(*x, 1e-3))
 
 
 def test_rows_out_of_the_ordinary():
     x = extremes(1024)
-    q, k, v = interpreted((4, False))(*x)
+    q, k, v = interpreted()(*x)
     check((q, k, v), composed(*x))
     for y in (q, k):
         nan = np.isnan(np.asarray(y, np.float32)).reshape(7, -1)
@@ -108,7 +107,7 @@ def test_the_pair_is_two_neighbours():
     """A quarter of a turn: (a, b) to (-b, a), exactly."""
     x, *weights, angle = extremes(1024)
     zero, one = jnp.zeros_like(angle), jnp.ones_like(angle)
-    run = kernel((4, False))
+    run = kernel()
     turned, straight = (
         np.asarray(run(x, *weights, *angles)[0], np.float32).reshape(-1, 2)
         for angles in ((zero, one), (one, zero))
@@ -137,13 +136,6 @@ def test_it_lowers_for_hopper_once(monkeypatch):
     assert text.count("custom_call @mosaic_gpu") == 1
     for out in traced.out_info:
         assert jax.tree.map(jax.typeof, out) == jax.tree.map(jax.typeof, expected)
-
-
-@pytest.mark.parametrize("tiling", lib.TILINGS[1::3])
-def test_tilings_lower(tiling):
-    x = (*CHUNK, CHUNK[-1])
-    traced = jax.jit(functools.partial(lib.kernel, tiling=tiling)).trace(*x)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_it_lowers_in_a_manual_shard_map(monkeypatch):
