@@ -1,6 +1,12 @@
 """Tests run on 8 fake CPU devices, with JAX's strictest promotion rules."""
 
 import os
+import signal
+
+# A shell starts what runs in its background with SIGINT ignored, and commands that tests start and
+# interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests of tests/gpu run on the machine's own devices; all others on fake CPU devices.
 ON_GPU = os.environ.get("LONGLIVE_TEST_PLATFORM") == "gpu"

@@ -69,6 +69,9 @@ class Metrics:
         Returns:
           The line of the step before, or None: what `flush` returns.
         """
+        # On its way before the next step is given: a GPU may send what is asked for later behind it.
+        for array in jax.tree.leaves((report, names)):
+            array.copy_to_host_async()
         line = self.flush()
         self._held = _Step(number, report, names, began, waited)
         return line
