@@ -24,9 +24,10 @@ $(STAMP): requirements.txt requirements-dev.txt
 demo: $(STAMP)
 	$(PYTHON) -m launch.demo --output=out/demo
 
-# Two processes: what tests compile, XLA mostly compiles on one core.
+# Two processes: what tests compile, XLA mostly compiles on one core. In tests/conftest.py's order:
+# files of few tests are the longest here, and pytest-xdist would take them last.
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist=loadfile
+	$(PYTHON) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600

@@ -27,9 +27,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Folders whose files take longest. A worker takes a file at a time, in order: a long one taken last
+# would be all that runs.
+LONGEST = ("multiprocess", "training", "launch", "sampling", "checkpoints", "models", "quant")
+
+
 def pytest_collection_modifyitems(items):
-    """Jobs of several processes first: last, they would be all that runs, and mostly wait."""
-    items.sort(key=lambda item: "multiprocess" not in item.nodeid)
+    def place(item):
+        folder = item.path.parent.name
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
