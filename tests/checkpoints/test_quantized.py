@@ -126,7 +126,9 @@ def equal(a, b):
         np.testing.assert_array_equal(bits(x), bits(y))
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_train", "nvfp4_w4a4"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "fp8_train", pytest.param("nvfp4_w4a4", marks=pytest.mark.slow)]
+)
 def test_converting_quantises_as_loading_does(plain, weights, name, tmp_path):
     """From float32, which is cast first; and then on a mesh."""
     exact = {k: t.astype(np.float32) * np.float32(1 + 2**-12) for k, t in weights.items()}

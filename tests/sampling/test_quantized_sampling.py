@@ -44,7 +44,9 @@ def run(cfg, chunks=3, batch=1):
     )
 
 
-@pytest.mark.parametrize("recipe, limit", [("fp8", 0.06), ("nvfp4_w4a4", 0.25)])
+@pytest.mark.parametrize(
+    "recipe, limit", [("fp8", 0.06), pytest.param("nvfp4_w4a4", 0.25, marks=pytest.mark.slow)]
+)
 def test_the_error_is_that_of_the_format(recipe, limit):
     assert 0 < error(run(make_config(recipe)), run(make_config("bf16"))) < limit
 

@@ -119,7 +119,7 @@ def test_micro_batches_are_one_batch(twenty_steps):
     np.testing.assert_allclose(told, twenty_steps[:3], rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["block", "output"])
+@pytest.mark.parametrize("remat", [pytest.param("block", marks=pytest.mark.slow), "output"])
 def test_what_is_kept_for_the_gradient_changes_nothing(remat, twenty_steps):
     _, told = tiny.run(tiny.config(remat=remat), 2)
     np.testing.assert_allclose(told, twenty_steps[:2], rtol=1e-5)
