@@ -26,7 +26,7 @@ from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
-from longlive_jax.ops import quantized, rope
+from longlive_jax.ops import quantized, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm, rms_norm
@@ -177,9 +177,10 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
     angle = jax.random.uniform(keys[2], (1, tokens, lib.HEAD_DIM // 2), maxval=2 * math.pi)
     kernel = functools.partial(lib.kernel, interpret=interpret())
 
-    def by_xla(qkv, weight_q, weight_k, angle, *_, between=lambda x: x):
+    def oracle(qkv, weight_q, weight_k, angle, *_):
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        q, k = between((rms_norm(q, weight_q), rms_norm(k, weight_k)))
+        # XLA may otherwise leave out the rounding behind the norm.
+        q, k = jax.lax.optimization_barrier((rms_norm(q, weight_q), rms_norm(k, weight_k)))
         q, k, v = (x.reshape(*x.shape[:-1], -1, lib.HEAD_DIM) for x in (q, k, v))
         return rope.rotate(q, angle), rope.rotate(k, angle), v
 
@@ -191,9 +192,8 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
             name=f"norm_rotate {tokens}x{dim}",
             arguments=(qkv, *weights, angle, jnp.cos(angle), jnp.sin(angle)),
             call=lambda *x: kernel(*x[:3], jnp.cos(x[3]), jnp.sin(x[3])),
-            baseline=by_xla,
-            # XLA may otherwise leave out the rounding behind the norm.
-            oracle=functools.partial(by_xla, between=jax.lax.optimization_barrier),
+            baseline=lambda *x: rotated.composed(*x[:4]),
+            oracle=oracle,
             limit=1e-3,  # of the order of the norm's sum
             details={"given cosines": given_cosines},
             bytes=2 * qkv.nbytes + weights.nbytes + 2 * angle.nbytes,  # cosines and sines read

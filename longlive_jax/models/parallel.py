@@ -10,7 +10,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.formats import FP8Tensor
 from longlive_jax.ops import ulysses
-from longlive_jax.ops.gelu import gelu
+from longlive_jax.ops.gelu import gelu, gelu_of_product
 from longlive_jax.ops.norm import layer_norm
 from longlive_jax.ops.quantized import gelu_quantize_rows, layer_norm_quantize_rows
 from longlive_jax.quant import kv
@@ -62,8 +62,10 @@ class Parallel:
         return layer_norm(x, scale, shift)
 
     def gelu(self, path: str, x) -> jax.Array | FP8Tensor:
-        """`ops.gelu.gelu`, as the block's linear layer at this path is given it."""
-        return gelu_quantize_rows(x) if self._takes_rows(path) else gelu(x)
+        """`ops.gelu.gelu` of a linear layer's result, as the one at this path is given it."""
+        if self._takes_rows(path):
+            return gelu_quantize_rows(x)
+        return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def _takes_rows(self, path):
         """Whether it multiplies FP8 with a scale a row, and asks for no gradient."""

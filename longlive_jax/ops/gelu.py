@@ -11,13 +11,23 @@ _CUBE = 0.044715
 def gelu(x: jax.Array) -> jax.Array:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), in float32, rounded once to x's dtype.
 
-    Of bfloat16 on a GPU, where no gradient is asked for, it is written in bfloat16: so XLA knows
-    it, and lets the product that x comes from end with it, on that product's float32 sums.
     Its gradient keeps x alone and is computed in float32: autodiff would keep the inner products,
     each as large as the widest array of the model.
     """
+    return _by_tanh(x.astype(jnp.float32)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def gelu_of_product(x: jax.Array) -> jax.Array:
+    """`gelu` of what `ops.linear` has just made.
+
+    Of bfloat16 on a GPU, where no gradient is asked for, it is written in bfloat16: so XLA knows
+    it, and a cuBLASLt product ends with it, on that product's float32 sums. A program in which
+    other kernels multiply too (`xla_gpu_enable_triton_gemm`) rounds more often: on an H200 its
+    error is 0.27 % where that of the product's end is 0.17 %.
+    """
     known = jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
-    return _by_tanh(x) if known else _forward(x)[0]
+    return _by_tanh(x) if known else gelu(x)
 
 
 def _by_tanh(x):
@@ -25,7 +35,7 @@ def _by_tanh(x):
 
 
 def _forward(x):
-    return _by_tanh(x.astype(jnp.float32)).astype(x.dtype), x
+    return gelu(x), x
 
 
 def _backward(x, g):
@@ -36,3 +46,4 @@ def _backward(x, g):
 
 
 gelu.defvjp(_forward, _backward)
+gelu_of_product.defvjp(_forward, _backward)

@@ -2,7 +2,7 @@
 
 On a Hopper GPU `kernels.norm_rotate` makes them in one pass over memory, where its `supports` says
 so: bfloat16, heads of 128, one device's arrays (on a mesh: in a manual `jax.shard_map`). Elsewhere
-XLA does, as composed here.
+XLA does, as `composed`.
 """
 
 import functools
@@ -34,10 +34,13 @@ def norm_rotate(
     """
     if lib.supports(qkv, weight_q, weight_k, angle):
         return lib.kernel(qkv, weight_q, weight_k, jnp.cos(angle), jnp.sin(angle), eps=eps)
-    return _composed(qkv, weight_q, weight_k, angle, eps)
+    return composed(qkv, weight_q, weight_k, angle, eps)
 
 
-def _composed(qkv, weight_q, weight_k, angle, eps):
+def composed(
+    qkv: jax.Array, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array, eps: float = 1e-6
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`norm_rotate` by XLA, with a gradient. Arguments and result: the same."""
     q, k, v = jnp.split(qkv, 3, axis=-1)
     q, k = rms_norm(q, weight_q, eps), rms_norm(k, weight_k, eps)
     q, k, v = (x.reshape(*x.shape[:-1], -1, 2 * angle.shape[-1]) for x in (q, k, v))
@@ -46,7 +49,7 @@ def _composed(qkv, weight_q, weight_k, angle, eps):
 
 def _forward(qkv, weight_q, weight_k, angle, eps):
     angle = jax.lax.stop_gradient(angle)
-    return jax.vjp(lambda *x: _composed(*x, angle, eps), qkv, weight_q, weight_k)
+    return jax.vjp(lambda *x: composed(*x, angle, eps), qkv, weight_q, weight_k)
 
 
 def _backward(eps, pull, g):

@@ -20,17 +20,29 @@ from longlive_jax.formats import (
     from_packed,
     nvfp4,
 )
-from longlive_jax.kernels.pack_fp8 import quantize_heads
+from longlive_jax.kernels import pack_fp8
 from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 
 Stored = jax.Array | Quantized
 
 
-def store(x: Stored, name: str, axis: str | None = None) -> Stored:
-    """x [row, token, head, head_dim] as the cache keeps it. Every leaf begins with `row`.
+def store_pair(k: Stored, v: Stored, name: str, axis: str | None = None) -> tuple[Stored, Stored]:
+    """k and v [row, token, head, head_dim] as the cache keeps them. Every leaf begins with `row`.
 
     Args:
-      name: one of `config.KV_FORMATS`; "bf16": x itself, whatever its dtype.
+      name: one of `config.KV_FORMATS`; "fp8": packed, as `kernels.attention_fp8` takes them.
+      axis: as `store`'s.
+    """
+    if name == "fp8":
+        return pack_fp8.pack(*(load(x, x.dtype) for x in (k, v)))
+    return store(k, name, axis), store(v, name, axis)
+
+
+def store(x: Stored, name: str, axis: str | None = None) -> Stored:
+    """x [row, token, head, head_dim] as devices exchange it. Every leaf begins with `row`.
+
+    Args:
+      name: one of `config.PAYLOADS`; "bf16": x itself, whatever its dtype.
       axis: mesh axis, inside a manual `jax.shard_map`, over which heads (or tokens, with "nvfp4")
         are spread; None: none is.
     """
@@ -44,8 +56,6 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
         amax = amax if axis is None else jax.lax.pmax(amax, axis)
         values, scales = quantize_each(x, amax, "mse")
         return NVFP4Tensor(values, scales, amax, "mse", (1, nvfp4.BLOCK), x.dtype)
-    if name == "fp8":
-        return quantize_heads(x)
     return x
 
 

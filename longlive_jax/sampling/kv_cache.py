@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_bf16, attention_fp8, pack_fp8
+from longlive_jax.kernels import attention_bf16, attention_fp8
 from longlive_jax.ops.attention import attention
 from longlive_jax.quant import kv
 
@@ -55,7 +55,7 @@ class KVCache:
             return jax.lax.dynamic_slice_in_dim(leaf, layer, 1)
 
         if self.format == "fp8":
-            fresh = _stored(k, v, "fp8")
+            fresh = kv.store_pair(k, v, "fp8")
             return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
         fresh = [kv.load(x, x.dtype) for x in (k, v)]
         if self.format == "nvfp4":
@@ -81,7 +81,7 @@ class KVCache:
                 table = jax.lax.dynamic_update_slice(table, update, where)
             return table
 
-        k, v = _stored(k, v, self.format, axis)
+        k, v = kv.store_pair(k, v, self.format, axis)
         return self.replace(k=jax.tree.map(into, self.k, k), v=jax.tree.map(into, self.v, v))
 
     def oldest(self, protected: jax.Array) -> jax.Array:
@@ -91,12 +91,6 @@ class KVCache:
         """
         age = jnp.where(protected, jnp.iinfo(jnp.int32).max, self.chunk)
         return jnp.argmin(age, axis=1).astype(jnp.int32)
-
-
-def _stored(k, v, name, axis=None):
-    if name == "fp8":
-        return pack_fp8.pack(*(kv.load(x, x.dtype) for x in (k, v)))
-    return tuple(kv.store(x, name, axis) for x in (k, v))
 
 
 def _merge_rows(table):
@@ -109,7 +103,7 @@ def init(cfg: config_lib.Config, branches: int, batch: int, tokens: int, heads: 
     slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
     lead = (cfg.model.num_layers, branches, batch, slots)
     chunk = jax.ShapeDtypeStruct((1, tokens, heads, cfg.model.head_dim), cfg.compute_dtype)
-    stored = jax.eval_shape(lambda x: _stored(x, x, cfg.quant.kv), chunk)
+    stored = jax.eval_shape(lambda x: kv.store_pair(x, x, cfg.quant.kv), chunk)
     k, v = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), stored)
     return KVCache(
         k=k,

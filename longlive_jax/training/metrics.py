@@ -69,7 +69,7 @@ class Metrics:
         Returns:
           The line of the step before, or None: what `flush` returns.
         """
-        # On its way before the next step is given: a GPU may send what is asked for later behind it.
+        # On its way before the next step is given: what is asked for later may come behind that.
         for array in jax.tree.leaves((report, names)):
             array.copy_to_host_async()
         line = self.flush()

@@ -48,12 +48,7 @@ def expected(x, codes, scales):
 def check(y, expected, dtype=jnp.float32):
     assert y.dtype == dtype and y.shape == expected.shape
     y = np.asarray(y).astype(np.float64)
-    limit = 2**-8
-    if dtype == jnp.float32:
-        # A tensor core's sums are not quite float32: with every 16 of depth it aligns terms to the
-        # largest, the sum so far among them, and cuts off what lies below. Of a depth of some
-        # thousands that is far above float32's rounding, which is all that the interpreter does.
-        limit = 1e-4 if jax.default_backend() == "gpu" else 2e-6
+    limit = 2e-6 if dtype == jnp.float32 else 2**-8
     # Of a sum's terms, not of the sum, which may be small.
     size = np.sqrt(np.mean(expected**2, axis=0, keepdims=True))
     np.testing.assert_array_less(np.abs(y - expected), limit * (np.abs(expected) + 4 * size))

@@ -9,18 +9,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax import config as config_lib
+from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.kernels import attention_fp8
 from longlive_jax.kernels import pack_fp8 as lib
-from longlive_jax.quant import kv
 from tests.kernels.checks import pretend_hopper
 
 SHAPE = (2, 256, 3, 128)  # two rows of two tiles, three heads
 
 
 def oracle(k, v):
-    return attention_fp8.pack(kv.store(k, "fp8"), kv.store(v, "fp8"))
+    return attention_fp8.pack(lib.quantize_heads(k), lib.quantize_heads(v))
 
 
 @functools.cache
@@ -74,10 +74,16 @@ def test_heads_out_of_the_ordinary():
     assert nan.any(axis=(1, 3)).sum() == 2
 
 
-def test_quantize_heads_is_what_the_cache_stores():
+def test_quantize_heads_is_the_format_head_by_head():
     k, v = extremes()
     for x in (k, v.astype(jnp.float32)):
-        check(lib.quantize_heads(x), kv.store(x, "fp8"))
+        whole = lib.quantize_heads(x)
+        for row, head in np.ndindex(x.shape[0], x.shape[2]):
+            one = formats.quantize_fp8(x[row, :, head])
+            here = formats.FP8Tensor(
+                whole.values[row, :, head], whole.scale[row, 0, head, 0], whole.dtype
+            )
+            check(here, one)
 
 
 @pytest.mark.parametrize("dtype, tokens", ((jnp.bfloat16, 128), (jnp.float32, 48)))
