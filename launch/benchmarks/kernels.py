@@ -22,6 +22,7 @@ from longlive_jax.formats import exact
 from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
 from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper, chip
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
+from longlive_jax.kernels import dequantize_nvfp4 as dequantize_nvfp4_lib
 from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
@@ -30,6 +31,7 @@ from longlive_jax.ops import quantized, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm, rms_norm
+from longlive_jax.quant import kv
 from longlive_jax.training import cost
 
 # The issue of a quantiser's speed is settled at this size.
@@ -109,6 +111,28 @@ def _quantize_nvfp4(shape, rule):
         },
         bytes=math.prod(shape) * 2 + math.prod(shape) * 9 // 16,  # x read once; codes, scales
     )
+
+
+def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
+    """The past keys or values of one layer, out of the cache."""
+    if on_cpu():
+        shape = (2, 1, 2, 128, 2, 16)
+    else:
+        _, k, _, slots = _window(cfg)
+        shape = (2, 1, slots, *k.shape[1:])
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    q = jax.jit(lambda x: kv.store(x.reshape(-1, *shape[3:]), "nvfp4"))(x)
+    q = jax.tree.map(lambda leaf: leaf.reshape(*shape[:3], *leaf.shape[1:]), q)
+    size = math.prod(shape[1:])
+    return [
+        Entry(
+            name=f"dequantize_nvfp4 {math.prod(shape[1:4])}x{math.prod(shape[4:])}",
+            arguments=(q, jnp.int32(1)),
+            call=functools.partial(dequantize_nvfp4_lib.kernel, interpret=interpret()),
+            baseline=lambda q, layer: q[layer].dequantize(),
+            bytes=size * 2 + size * 9 // 16,  # codes and scales read
+        )
+    ]
 
 
 def quantize_fp8(cfg: config_lib.Config) -> list[Entry]:
@@ -280,7 +304,15 @@ def _relative_error(result, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-ENTRIES = (quantize_nvfp4, quantize_fp8, norm_rotate, attention_bf16, pack_fp8, attention_fp8)
+ENTRIES = (
+    quantize_nvfp4,
+    dequantize_nvfp4,
+    quantize_fp8,
+    norm_rotate,
+    attention_bf16,
+    pack_fp8,
+    attention_fp8,
+)
 
 
 def run(cfg: config_lib.Config) -> dict:

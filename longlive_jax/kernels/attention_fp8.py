@@ -3,15 +3,14 @@
 The kernel is in `attention_fp8_hopper`. Softmax is float32, with a running maximum and sum, in one
 pass over the keys. What is rounded, besides the keys and values that are handed in:
 
-  q     to the keys' format, one scale a token and head.
+  q     to E4M3, one scale a token and head.
   P     the probabilities, to E4M3: 2^8 times exp(logit - running maximum), so that the largest is
         256 of E4M3's 448 and all down to 2^-14 of it have three bits of fraction.
+  out   a slot's share of it, to bfloat16, before the next slot's is added.
 
-Keys are E4M3 or int8, at the same speed in the tensor cores; values are E4M3. A channel in E4M3 is
-wrong by 2.6 % whatever its size, and that of q and k by 3.7 % of a logit's typical size, which
-peaked logits turn into 6 % of an output; int8 has even steps and is wrong by 1 % where a head's
-channels are alike, as they are once queries and keys were both multiplied by one Hadamard matrix,
-which leaves their products as they were. That is up to whoever stores the keys.
+Keys and values are E4M3: a channel is wrong by 2.6 % whatever its size, and that of q and k by
+3.7 % of a logit's typical size, which peaked logits turn into 6 % of an output. (8-bit integers
+behind a Hadamard transform of q and k would be wrong by 1 %.)
 
 How they are stored. The second product contracts tokens and wants them contiguous: values are
 [head, head_dim, token]. It also wants the probabilities of 16 tokens in another order than the
@@ -98,7 +97,7 @@ def attention(
 
     Args:
       q: [row, query, head, head_dim].
-      k, v: packed (`pack`): k's values E4M3 or int8 [row, token, head, head_dim], scale
+      k, v: packed (`pack`): k's values E4M3 [row, token, head, head_dim], scale
         [row, 1, head, 1]; v's values E4M3 [row, head, head_dim, token], scale [row, head, 1, 1].
       past_k, past_v: packed, the cache, all layers: [layer, row, slot, ...] of the same.
       layer: int32 [], the layer to read.
@@ -145,57 +144,58 @@ def reference(
 ) -> jax.Array:
     """What the kernel computes, in float32, rounded where it rounds. Arguments as `attention`'s."""
     _validate(q, k, v, past_k, past_v)
-    tokens = k.shape[1]
     past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
     x = q.astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), hopper.TINY)
-    largest = hopper.KEY_DTYPES[k.values.dtype]
-    codes = x * (largest / amax)
-    codes = jnp.round(codes) if k.values.dtype == jnp.int8 else codes
-    codes = _rounded(codes, k.values.dtype)
-    logits_scale = jnp.moveaxis(amax, 1, 2) * (hopper.LOG2_SCALE / largest)
+    codes = _rounded(x * (hopper.LARGEST / amax), hopper.E4M3)
+    logits_scale = jnp.moveaxis(amax, 1, 2) * (hopper.LOG2_SCALE / hopper.LARGEST)
 
-    def tiled(codes, scale):
-        """Codes [row, slot, token, head, d], scale [row, slot, 1, head, 1]: a tile a step."""
+    def tiled(codes):
+        """[row, slot, token, head, d] -> [slot, tile, row, key, head, d], float32."""
         rows, slots, _, heads, d = codes.shape
-        codes = codes.astype(jnp.float32).reshape(rows, -1, hopper.TILE, heads, d)
-        scale = jnp.repeat(scale.reshape(rows, slots, heads), tokens // hopper.TILE, axis=1)
-        return jnp.moveaxis(codes, 1, 0), jnp.moveaxis(scale, 1, 0)
+        codes = codes.astype(jnp.float32).reshape(rows, slots, -1, hopper.TILE, heads, d)
+        return jnp.moveaxis(codes, 0, 2)
 
     def slots(fresh, past):
         return jnp.concatenate([fresh[:, None], past], axis=1)
 
-    def step(carry, tile):
-        n, (k, k_scale), (v, v_scale) = tile
-        total, top, mass = carry
+    def over_tile(carry, tile):
+        sums, top, mass, k_scale = carry
+        k, v = tile
         logits = jnp.einsum("rqhd,rkhd->rhqk", codes, k, precision="highest")
         logits = logits * (logits_scale * k_scale[:, :, None, None])
         new = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
         decay, p = jnp.exp2(top - new), jnp.exp2(logits - (new - hopper.GAIN))
         p_codes = _rounded(p, hopper.E4M3)
         out = jnp.einsum("rhqk,rkhd->rhqd", p_codes, v, precision="highest")
-        real = (n // (tokens // hopper.TILE) <= filled)[:, None, None, None]
-        updated = (
-            total * decay + out * v_scale[:, :, None, None],
-            new,
-            mass * decay + jnp.sum(p, axis=-1, keepdims=True),
-        )
+        mass = mass * decay + jnp.sum(p, axis=-1, keepdims=True)
+        return (sums * decay + out, new, mass, k_scale), None
+
+    def over_slot(carry, slot):
+        n, k, v, k_scale, v_scale = slot
+        total, top, mass = carry
+        start = (jnp.zeros_like(total), top, mass, k_scale)
+        (sums, new, new_mass, _), _ = lax.scan(over_tile, start, (k, v))
+        decay = jnp.where(n == 0, 0, jnp.exp2(top - new))
+        total = _rounded(total, jnp.bfloat16) * decay + sums * v_scale[:, :, None, None]
+        real = (n <= filled)[:, None, None, None]
+        updated = (total, new, new_mass)
         return jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, carry), None
 
-    keys = tiled(
-        slots(unpack_keys(k.values), unpack_keys(past_k.values)), slots(k.scale, past_k.scale)
-    )
-    values = tiled(
-        slots(unpack_values(v.values), unpack_values(past_v.values)),
-        slots(v.scale, past_v.scale).swapaxes(2, 3),
-    )
+    def by_slot(fresh, past):
+        """Scales [row, slot, head] -> [slot, row, head]."""
+        return jnp.moveaxis(slots(fresh, past).reshape(len(q), -1, q.shape[2]), 1, 0)
+
+    keys = tiled(slots(unpack_keys(k.values), unpack_keys(past_k.values)))
+    values = tiled(slots(unpack_values(v.values), unpack_values(past_v.values)))
+    scales = by_slot(k.scale, past_k.scale), by_slot(v.scale, past_v.scale)
     shape = (len(q), q.shape[2], q.shape[1], 1)
     start = (
         jnp.zeros((*shape[:3], hopper.HEAD_DIM), jnp.float32),
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    (total, _, mass), _ = lax.scan(step, start, (jnp.arange(len(keys[0])), keys, values))
+    (total, _, mass), _ = lax.scan(over_slot, start, (jnp.arange(len(keys)), keys, values, *scales))
     return jnp.moveaxis(total / mass, 1, 2).astype(q.dtype)
 
 
@@ -223,11 +223,6 @@ def _validate(q, k, v, past_k, past_v):
                 f"attention_fp8: {name} is {array.shape}; with q {q.shape} and {slots} slots of "
                 f"{tokens} tokens it must be {shape}"
             )
-    for name, x in {"v": v, "past_v": past_v}.items():
+    for name, x in {"k": k, "v": v, "past_k": past_k, "past_v": past_v}.items():
         if x.values.dtype != hopper.E4M3:
             raise InputError(f"attention_fp8: {name} is {x.values.dtype}; it must be float8_e4m3fn")
-    if k.values.dtype != past_k.values.dtype or k.values.dtype not in hopper.KEY_DTYPES:
-        raise InputError(
-            f"attention_fp8: k is {k.values.dtype}, past_k {past_k.values.dtype}; both must be "
-            "float8_e4m3fn, or both int8"
-        )

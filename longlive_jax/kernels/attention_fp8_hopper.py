@@ -4,19 +4,14 @@ A program takes 128 queries of one head. One warpgroup fetches tiles of 128 keys
 ring in shared memory; two others, of 64 queries each, multiply. Probabilities go from the first
 product to the second in registers.
 
-The tensor cores are said to keep 13 bits of an FP8 sum; cut there at every instruction, an output
-would be 2 % wrong after 28,160 keys. So they add up one tile of keys only (0.01 %), and tiles are
-added in float32. That is free: the past is rescaled for the new maximum anyway, and the two make
-one instruction.
-
-What the compiler wants, found in its output: with a wait between the start of an accumulator and
-its first product it clears 64 registers, so the waits come first. Registers are all but used up:
-whether `ptxas` spills, or runs products one by one, must be looked up (MOSAIC_GPU_DUMP_PTXAS=1)
-after every change, for results do not show it.
+The tensor cores keep 13 bits of an FP8 sum, cut at every instruction: summed there over 28,160
+keys, outputs are 1.4 % too small (H200). So they sum a slot's keys only (0.4 %), and slots are
+summed outside. Those sums are bfloat16, for float32 would not fit: registers are all but used up.
 """
 
 import dataclasses
 import functools
+import operator
 import types
 
 import jax
@@ -34,11 +29,9 @@ from longlive_jax.kernels import attention_hopper as shared
 from longlive_jax.kernels.attention_hopper import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS, TILE
 
 E4M3 = jnp.float8_e4m3fn
-KEY_DTYPES = {jnp.dtype(E4M3): 448.0, jnp.dtype(jnp.int8): 127.0}  # and the largest code
+LARGEST = 448.0  # E4M3's
 TINY = 2.0**-100  # least magnitude of a query row that gets a scale of its own
 GAIN = 8.0  # log2 of what probabilities are multiplied by
-_WHOLE = 1.5 * 2**23  # float32 from here to 2^22 further, either way, are the whole numbers
-_SPREAD = 2.0**-40  # scales of values further below the largest count as this far below it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +39,9 @@ class Tuning:
     """How the kernel is scheduled; results do not depend on it.
 
     stages: tiles of keys and of values in shared memory, 2 to 5.
-    overlap: a warpgroup's products run under its own softmax, not only under the other's.
-    turns: the two warpgroups issue their products in turns.
     """
 
     stages: int = 4
-    overlap: bool = True
-    turns: bool = False
 
 
 def attention(
@@ -79,11 +68,10 @@ def attention(
     v_scale = jnp.concatenate(
         [v.scale.reshape(rows, 1, heads), at_layer(past_v.scale)[..., 0, 0]], axis=1
     )
-    v_change, v_last = changes_of_scale(v_scale, filled)
     body = functools.partial(
         _body, tiles=tokens // TILE, slots=slots, tuning=tuning, interpret=interpret
     )
-    scratch = _scratch(q.dtype, k.values.dtype, tuning, interpret)
+    scratch = _scratch(q.dtype, tuning, interpret)
     run = shared.program(body, q, scratch, interpret)
     return run(
         q,
@@ -92,35 +80,19 @@ def attention(
         past_k.values.reshape(layers * rows * slots, tokens, heads, HEAD_DIM),
         past_v.values.reshape(layers * rows * slots * heads, HEAD_DIM, tokens),
         k_scale,
-        v_change,
-        v_last,
+        v_scale,
         shared.place(layer, filled),
     )
 
 
-def changes_of_scale(scale, filled):
-    """Scales of values [row, slot, head] -> by what sums are multiplied at each slot, and at last.
-
-    Sums are kept in the units of the slot being read.
-    """
-    real = jnp.arange(scale.shape[1])[None, :, None] <= filled[:, None, None]
-    scale = jnp.where(real, scale, 0)
-    # A slot of zeros has a scale near float32's smallest: a quotient of two would overflow.
-    scale = jnp.maximum(scale, jnp.max(scale, axis=1, keepdims=True) * _SPREAD)
-    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    change = jnp.concatenate([jnp.ones_like(scale[:, :1]), scale[:, :-1] / scale[:, 1:]], axis=1)
-    last = jnp.take_along_axis(scale, filled[:, None, None], axis=1)[:, 0]
-    return change, last
-
-
-def _scratch(dtype, key_dtype, tuning, interpret):
+def _scratch(dtype, tuning, interpret):
     rows_of_128_bytes = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
     stages = tuning.stages
     operand = functools.partial(plgpu.SMEM, transforms=rows_of_128_bytes)
     return {
         "io": plgpu.SMEM((2, ROWS, HEAD_DIM), dtype),
-        "queries": operand((2, ROWS, HEAD_DIM), key_dtype),
-        "keys": operand((stages, TILE, HEAD_DIM), key_dtype),
+        "queries": operand((2, ROWS, HEAD_DIM), E4M3),
+        "keys": operand((stages, TILE, HEAD_DIM), E4M3),
         "values": operand((stages, HEAD_DIM, TILE), E4M3),
         # On the GPU probabilities stay in registers, which the interpreter cannot multiply.
         "probabilities": None if interpret is None else operand((2, ROWS, TILE), E4M3),
@@ -129,8 +101,8 @@ def _scratch(dtype, key_dtype, tuning, interpret):
 
 
 def _body(
-    q, k, v, past_k, past_v, k_scale, v_change, v_last, place, out, *, tiles, slots, tuning,
-    interpret, **smem
+    q, k, v, past_k, past_v, k_scale, v_scale, place, out, *, tiles, slots, tuning, interpret,
+    **smem
 ):  # fmt: skip
     """One program: 128 queries of one head. Two warpgroups multiply, the third fetches."""
     smem = types.SimpleNamespace(**smem)
@@ -153,9 +125,7 @@ def _body(
             fresh=lambda n: tile(k, v, row, n),
             past=lambda slot, n: tile(past_k, past_v, first + slot, n),
         )
-        if tuning.overlap:
-            rings.send_keys(sent, k.at[row, pl.ds(0, TILE), head])
-        rings.await_last(sent, spare=int(tuning.overlap))
+        rings.await_last(sent)
 
     @pl.when(warpgroup < 2)
     def multiply():
@@ -163,13 +133,12 @@ def _body(
         mine = (row, pl.ds(block * QUERIES + warpgroup * ROWS, ROWS), head)
         logits_scale = _load_queries(q.at[mine], smem, warpgroup)
         steps = _Steps(smem, warpgroup, tuning, interpret)
-        sums = (steps.overlapped if tuning.overlap else steps.plain)(
-            lambda slot: (logits_scale * k_scale[row, slot, head], v_change[row, slot, head]),
+        total, mass = steps.over_window(
+            lambda slot: (logits_scale * k_scale[row, slot, head], v_scale[row, slot, head]),
             tiles,
             1 + filled,
         )
-        total, mass = sums
-        total = total * shared.wide(v_last[row, head] / mass, HEAD_DIM)
+        total = total * shared.wide(1 / mass, HEAD_DIM)
         shared.write(total, smem.io.at[warpgroup], out.at[mine])
 
 
@@ -179,157 +148,80 @@ def _load_queries(q, smem, warpgroup):
     plgpu.barrier_wait(smem.q_here.at[warpgroup])
     x = plgpu.load(smem.io.at[warpgroup], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1), TINY)
-    largest = KEY_DTYPES[smem.queries.dtype]
-    x = x * shared.wide(largest / amax, HEAD_DIM)
-    if smem.queries.dtype == jnp.int8:
-        x = lax.bitcast_convert_type(x + _WHOLE, jnp.int32)  # rounded; the lowest byte is the code
-    smem.queries[warpgroup] = x.astype(smem.queries.dtype)
+    x = x * shared.wide(LARGEST / amax, HEAD_DIM)
+    smem.queries[warpgroup] = x.astype(E4M3)
     plgpu.commit_smem()
-    return plgpu.layout_cast(amax, plgpu.Layout.WGMMA.reduce(1)) * (LOG2_SCALE / largest)
+    return plgpu.layout_cast(amax, plgpu.Layout.WGMMA.reduce(1)) * (LOG2_SCALE / LARGEST)
 
 
 class _Steps(shared.Steps):
-    """A warpgroup's passes over tiles of keys: logits, softmax, product with values."""
+    """A warpgroup's work on the tiles of keys and values."""
 
     def __init__(self, smem, warpgroup, tuning, interpret):
         super().__init__(smem, warpgroup, tuning, interpret)
-        self.whole = smem.keys.dtype == jnp.int8
-        self.logits = plgpu.ACC((ROWS, TILE), jnp.int32 if self.whole else jnp.float32)
+        self.logits = plgpu.ACC((ROWS, TILE), jnp.float32)
 
-    def plain(self, scales, tiles, slots):
-        """Logits, softmax, product, each after the other. Returns total and mass."""
+    def over_window(self, scales, tiles, slots):
+        """All tiles of the chunk and of the cache. Returns total and mass.
 
-        def step(n, scale, change, carry):
-            total, top, mass = carry
-            self.await_keys(n)
-
-            def logits(out):
-                self.issue_logits(n, out)
-                self.end_turn()
-                return self.load_logits(out)
-
-            x = pl.run_scoped(logits, self.logits)
-            self.free(self.smem.k_free, n)
-            p, top, decay, mass = self.softmax(x, scale, top, mass)
-            self.await_values(n)
-            self.begin_turn()
-
-            def product(out):
-                self.issue_product(n, p, out)
-                return plgpu.wgmma_accumulator_load(out)
-
-            part = pl.run_scoped(product, self.product)
-            self.free(self.smem.v_free, n)
-            return total * shared.wide(decay * change, HEAD_DIM) + part, top, mass
-
-        self.first_turn()
-        total, _, mass = _over_tiles(
-            step, scales, tiles, slots, (shared.zeros(), *shared.nothing())
-        )
-        self.last_turn()
-        return total, mass
-
-    def overlapped(self, scales, tiles, slots):
-        """The logits of the next tile are made under the softmax of this one.
-
-        There is a next tile after the last one, too: a spare. Returns total and mass.
+        scales: slot -> of its logits, [64], and of its values.
         """
+        scale, _ = scales(0)
+        x = self.only_logits(0)
+        top = self.largest(x, scale)
+        p, mass = self.softmax(x, scale, top)
+        self.await_values(0)
 
-        def first(out):
-            self.issue_logits(0, out)
-            return self.load_logits(out)
+        def over_slot(slot, *carry):
+            """A slot's tiles but the first."""
+            scale, _ = scales(slot)
 
-        self.first_turn()
-        self.await_keys(0)
-        x = pl.run_scoped(first, self.logits)
-        self.free(self.smem.k_free, 0)
+            def over_tile(i, carry):
+                p, top, mass, sums, decay = self.step(slot * tiles + i, scale, *carry)
+                return p, top, mass, sums * shared.wide(decay, HEAD_DIM)
 
-        def step(n, scale, change, carry):
-            x, total, top, mass = carry
-            self.await_keys(n + 1)
+            return lax.fori_loop(1, tiles, over_tile, carry)
 
-            def under_logits(logits):
-                self.issue_logits(n + 1, logits)
-                self.end_turn()
-                p, new_top, decay, new_mass = self.softmax(x, scale, top, mass)
-                self.await_values(n)
-                self.begin_turn()
+        def next_slot(slot, carry):
+            """Adds a slot's sums to the total when those of the next slot's first tile begin."""
+            *carry, total, total_top = carry
+            p, top, mass, sums = over_slot(slot, *carry)
+            first = (slot + 1) * tiles
+            p, new, mass, sums, _ = self.step(first, scales(slot + 1)[0], p, top, mass, sums)
+            total = added(slot, total, total_top, sums, top)
+            return p, new, mass, shared.zeros(), total.astype(jnp.bfloat16), top
 
-                def product(out):
-                    self.issue_product(n, p, out)
-                    part = plgpu.wgmma_accumulator_load(out)
-                    return self.load_logits(logits, wait_n=None), part
+        def added(slot, total, total_top, sums, top):
+            decay = shared.wide(jnp.exp2(total_top - top), HEAD_DIM)
+            return total.astype(jnp.float32) * decay + sums * scales(slot)[1]
 
-                x_next, part = pl.run_scoped(product, self.product)
-                self.free(self.smem.k_free, n + 1)
-                self.free(self.smem.v_free, n)
-                new_total = total * shared.wide(decay * change, HEAD_DIM) + part
-                return x_next, new_total, new_top, new_mass
-
-            return pl.run_scoped(under_logits, self.logits)
-
-        _, total, _, mass = _over_tiles(
-            step, scales, tiles, slots, (x, shared.zeros(), *shared.nothing())
-        )
-        self.last_turn()
-        return total, mass
+        total = shared.zeros().astype(jnp.bfloat16)
+        start = (p, top, mass, shared.zeros(), total, top)
+        *carry, total, total_top = lax.fori_loop(0, slots - 1, next_slot, start)
+        p, top, mass, sums = over_slot(slots - 1, *carry)
+        sums = self.only_product(slots * tiles - 1, p, sums)
+        return added(slots - 1, total, total_top, sums, top), jnp.sum(mass, axis=1)
 
     def issue_logits(self, n, out):
         keys = self.smem.keys.at[self.stage(n)].transpose((1, 0))
-        if self.whole and self.interpret is None:
-            bits = int(np.float32(_WHOLE).view(np.int32))
-            start = jnp.full((ROWS, TILE), bits, jnp.int32)
-            out[...] = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
         plgpu.wgmma(out, self.smem.queries.at[self.warpgroup], keys)
 
-    def load_logits(self, out, wait_n=0):
-        """As float32; those of int8 are _WHOLE too large.
-
-        Their sums begin at _WHOLE's bits and so are its bits plus the sum, a float32 as they stand:
-        a conversion would take as long as the exponential. (The interpreter converts.)
-        """
-        x = plgpu.wgmma_accumulator_load(out, wait_n=wait_n)
-        if not self.whole:
-            return x
-        if self.interpret is not None:
-            return x.astype(jnp.float32) + _WHOLE
-        return plgpu.layout_cast(lax.bitcast_convert_type(x, jnp.float32), plgpu.Layout.WGMMA)
-
-    def issue_product(self, n, p, out):
-        if self.interpret is not None:
+    def issue_product(self, n, p, sums, out):
+        if self.interpret is None:
+            out[...] = sums
+        else:
             self.smem.probabilities[self.warpgroup] = p
             p = self.smem.probabilities.at[self.warpgroup]
         plgpu.wgmma(out, p, self.smem.values.at[self.stage(n)].transpose((1, 0)))
 
-    def softmax(self, x, scale, top, mass):
-        """Logits in units of `scale` -> probabilities, top, what the past decays by, mass."""
-        largest, zero = jnp.max(x, axis=1), 0.0
-        if self.whole:
-            largest, zero = largest - _WHOLE, scale * _WHOLE
-        new = jnp.maximum(top, largest * scale)
-        decay = jnp.exp2(top - new)
-        p = jnp.exp2(x * shared.wide(scale, TILE) - shared.wide(new - GAIN + zero, TILE))
-        mass = mass * decay + jnp.sum(p, axis=1)
+    def softmax(self, x, scale, top):
+        p = jnp.exp2(x * shared.wide(scale, TILE) - shared.wide(top - GAIN, TILE))
+        sums = shared.fold(operator.add, p)
         if self.interpret is None:
-            return _operand(p), new, decay, mass
+            return _operand(p), sums
         # The same order of tokens that `_operand` gives.
         p = p.reshape(ROWS, TILE // 16, 2, 4, 2).swapaxes(2, 3).reshape(ROWS, TILE)
-        return p.astype(E4M3), new, decay, mass
-
-
-def _over_tiles(step, scales, tiles, slots, carry):
-    """`step` over the tiles of each slot: (n, scale, change, carry) -> carry."""
-
-    def over_slot(slot, carry):
-        scale, change = scales(slot)
-
-        def at(i, carry):
-            # Sums change units with the first tile of a slot.
-            return step(slot * tiles + i, scale, jnp.where(i == 0, change, 1.0), carry)
-
-        return lax.fori_loop(0, tiles, at, carry)
-
-    return lax.fori_loop(0, slots, over_slot, carry)
+        return p.astype(E4M3), sums
 
 
 def _operand(p):

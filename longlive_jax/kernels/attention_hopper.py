@@ -4,11 +4,24 @@ A program takes 128 queries of one head and has three warpgroups. One fetches ti
 values into two rings in shared memory; two multiply, 64 queries each. Their numbers are 2, 0 and 1.
 
 In shared memory (`smem`) both have `keys` and `values`, the rings [stage, ...], and the barriers
-that `barriers` makes; of a tuning both read `stages` and `turns`. Formats, and in which order a
-tile's products and its softmax go, are the programs' own.
+that `barriers` makes; a tuning's `stages` is how many tiles the rings hold. Formats, and with them
+a tile's products and its softmax, are the programs' own.
+
+A tile's logits and the product of the tile before are issued together: the search for the largest
+logit runs under that product, and the rest of the softmax under the other warpgroup's.
+
+What the compiler wants, found in its output (CUDA 13.0):
+- `ptxas` moves the wait for a product up, over what was to run under it, and no barrier of the
+  optimiser's stops it. A branch does: the wait for the tile's values stands between.
+- No product may be in flight from one step of the loop to the next (C7514).
+- Probabilities are rounded after the wait for the product that reads the last ones (C7513).
+- Reductions over columns are trees (`fold`): in order, each would wait for the one before.
+Results show none of it, nor whether `ptxas` spills: look it up (MOSAIC_GPU_DUMP_PTXAS=1,
+MOSAIC_GPU_DUMP_SASS=1) after every change.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +79,7 @@ def place(layer: jax.Array, filled: jax.Array) -> jax.Array:
 
 
 def barriers(tuning) -> dict:
-    """Scratch memory: queries and tiles are here, tiles are free, a warpgroup's turn has come."""
+    """Scratch memory: queries and tiles are here, tiles are free."""
     stages = tuning.stages
     return {
         "q_here": plgpu.Barrier(num_barriers=2),
@@ -74,7 +87,6 @@ def barriers(tuning) -> dict:
         "v_here": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "turn": plgpu.Barrier(num_barriers=2) if tuning.turns else None,
     }
 
 
@@ -122,11 +134,11 @@ class Rings:
         lax.fori_loop(0, filled, send_slot, None)
         return (1 + filled) * tiles
 
-    def await_last(self, sent, spare=0):
-        """Waits until all tiles are free again: so many, and so many more of keys."""
+    def await_last(self, sent):
+        """Waits until all tiles, so many, are free again."""
 
         def wait(n, _):
-            mosaic.await_free(n + spare, self.stages, self.smem.k_free)
+            mosaic.await_free(n, self.stages, self.smem.k_free)
             mosaic.await_free(n, self.stages, self.smem.v_free)
 
         # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
@@ -134,9 +146,14 @@ class Rings:
 
 
 class Steps:
-    """A warpgroup that multiplies: its waits for tiles, what it frees, its turns at the products.
+    """A warpgroup that multiplies: for each tile of keys logits, softmax, product with values.
 
-    The passes over the tiles are a subclass's.
+    A subclass has `logits`, an accumulator [64, tile], and
+
+      issue_logits(n, out)
+      issue_product(n, p, sums, out): out = sums + p values; the interpreter, whose accumulators
+        cannot be given a start, leaves the sums out.
+      softmax(x, scale, top): probabilities as the product's operand, and their `fold`ed sums.
     """
 
     def __init__(self, smem, warpgroup, tuning, interpret):
@@ -158,22 +175,60 @@ class Steps:
         """Frees the n-th tile of keys (`smem.k_free`) or of values, for this warpgroup."""
         plgpu.barrier_arrive(barrier.at[self.stage(n)])
 
-    def begin_turn(self):
-        """Waits until the other warpgroup has issued its products, if they go in turns."""
-        if self.tuning.turns:
-            plgpu.barrier_wait(self.smem.turn.at[self.warpgroup])
+    def step(self, n, scale, p, top, mass, sums):
+        """The n-th tile's softmax, under the product of the tile before.
 
-    def end_turn(self):
-        if self.tuning.turns:
-            plgpu.barrier_arrive(self.smem.turn.at[1 - self.warpgroup])
+        Returns the n-th tile's p, top, mass; sums with that product; what sums are to decay by.
+        """
+        self.await_keys(n)
 
-    def first_turn(self):
-        """Before all products: the first turn is warpgroup 0's."""
-        pl.when(self.warpgroup == 1)(self.begin_turn)
+        def under_logits(logits):
+            self.issue_logits(n, logits)
 
-    def last_turn(self):
-        """After all products: warpgroup 1 may finish."""
-        pl.when(self.warpgroup == 0)(self.end_turn)
+            def under_product(out):
+                self.issue_product(n - 1, p, sums, out)
+                x = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+                self.free(self.smem.k_free, n)
+                new = jnp.maximum(top, self.largest(x, scale))
+                new, x = lax.optimization_barrier((new, x))
+                self.await_values(n)
+                new_sums = self.load_sums(out, sums)
+                self.free(self.smem.v_free, n - 1)
+                new_sums, x = lax.optimization_barrier((new_sums, x))
+                new_p, fresh = self.softmax(x, scale, new)
+                decay = jnp.exp2(top - new)
+                return new_p, new, mass * wide(decay, 8) + fresh, new_sums, decay
+
+            return pl.run_scoped(under_product, self.product)
+
+        return pl.run_scoped(under_logits, self.logits)
+
+    def only_logits(self, n):
+        def logits(out):
+            self.issue_logits(n, out)
+            return plgpu.wgmma_accumulator_load(out)
+
+        self.await_keys(n)
+        x = pl.run_scoped(logits, self.logits)
+        self.free(self.smem.k_free, n)
+        return x
+
+    def only_product(self, n, p, sums):
+        def product(out):
+            self.issue_product(n, p, sums, out)
+            return self.load_sums(out, sums)
+
+        sums = pl.run_scoped(product, self.product)
+        self.free(self.smem.v_free, n)
+        return sums
+
+    def largest(self, x, scale):
+        """Of each row's logits, in powers of two: [64]."""
+        return jnp.max(fold(jnp.maximum, x), axis=1) * scale
+
+    def load_sums(self, out, sums):
+        out = plgpu.wgmma_accumulator_load(out)
+        return out if self.interpret is None else sums + out
 
 
 def zeros() -> jax.Array:
@@ -181,11 +236,12 @@ def zeros() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((ROWS, HEAD_DIM), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def nothing() -> tuple[jax.Array, jax.Array]:
-    """Top and mass before any key: float32 [64]."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    top = jnp.full((ROWS,), -jnp.inf, jnp.float32)
-    return plgpu.layout_cast(top, layout), plgpu.layout_cast(jnp.zeros_like(top), layout)
+def fold(operation: Callable, x: jax.Array) -> jax.Array:
+    """[64, columns] -> [64, 8], as a tree; a thread's own columns, so that nothing is exchanged."""
+    while x.shape[1] > 8:
+        half = x.shape[1] // 2
+        x = operation(x[:, :half], x[:, half:])
+    return x
 
 
 def wide(x: jax.Array, columns: int) -> jax.Array:

@@ -28,7 +28,10 @@ def magnitude(x: jax.Array) -> jax.Array:
 
 def stage(n, stages: int) -> jax.Array:
     """Where step n has its place in a ring of so many stages: int32 []."""
-    return lax.rem(jnp.asarray(n, jnp.int32), jnp.int32(stages))
+    n = jnp.asarray(n, jnp.int32)
+    if stages & (stages - 1) == 0:  # fewer instructions than a remainder, which might be negative
+        return n & (stages - 1)
+    return lax.rem(n, jnp.int32(stages))
 
 
 def await_free(n, stages: int, free) -> jax.Array:

@@ -20,7 +20,7 @@ from longlive_jax.formats import (
     from_packed,
     nvfp4,
 )
-from longlive_jax.kernels import pack_fp8
+from longlive_jax.kernels import dequantize_nvfp4, pack_fp8
 from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 
 Stored = jax.Array | Quantized
@@ -64,6 +64,14 @@ def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     if isinstance(stored, Quantized):
         return stored.dequantize(dtype)
     return stored.astype(dtype)
+
+
+def load_layer(table: Stored, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`load` of one layer of a table [layer, ..., token, head, head_dim]: [1, ..., head_dim]."""
+    if isinstance(table, NVFP4Tensor) and dequantize_nvfp4.supports(table, dtype):
+        return dequantize_nvfp4.kernel(table, layer)[None]
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, layer, 1), table)
+    return load(one, dtype)
 
 
 def exchange(send, stored: Stored) -> Stored:

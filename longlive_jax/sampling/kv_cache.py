@@ -51,15 +51,14 @@ class KVCache:
         filled = jnp.tile(jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32), branches)
         past = [jax.tree.map(_merge_rows, table) for table in (self.k, self.v)]
 
-        def only_layer(leaf):
-            return jax.lax.dynamic_slice_in_dim(leaf, layer, 1)
-
         if self.format == "fp8":
             fresh = kv.store_pair(k, v, "fp8")
             return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
         fresh = [kv.load(x, x.dtype) for x in (k, v)]
         if self.format == "nvfp4":
-            past = [kv.load(jax.tree.map(only_layer, table), q.dtype) for table in past]
+            # Not before q is there: the compiler would expand all layers at once, and hold them.
+            layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
+            past = [kv.load_layer(table, layer, q.dtype) for table in past]
             layer = 0
         return attention_bf16.attention(q, *fresh, *past, layer, filled, attention)
 

@@ -14,9 +14,11 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.formats import nvfp4
+from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
 from longlive_jax.quant import linear
 from longlive_jax.quant import recipe as recipe_lib
+from tests.kernels import test_dequantize_nvfp4 as dequantized
 from tests.kernels import test_quantize_nvfp4 as cpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
@@ -90,3 +92,19 @@ def test_the_quantised_linear_layer_takes_the_kernel(samples):
     q = run(x)
     for i in range(samples):
         cpu.equal(q[i], formats.quantize_nvfp4(x[i]))
+
+
+@pytest.mark.parametrize("amax", dequantized.AMAX)
+def test_dequantize_nvfp4(amax):
+    q = dequantized.every_code_and_scale(amax)
+    assert dequantize_nvfp4.supports(q, jnp.bfloat16)
+    for layer in range(len(q.amax)):
+        result = dequantize_nvfp4.kernel(q, jnp.int32(layer))
+        dequantized.check(result, q[layer].dequantize())
+
+
+def test_dequantize_nvfp4_of_a_cache():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 7040, 24, 128), jnp.bfloat16)
+    q = jax.vmap(jax.vmap(formats.quantize_nvfp4))(x)
+    result = dequantize_nvfp4.kernel(q, jnp.int32(1))
+    dequantized.check(result, q[1].dequantize())

@@ -17,32 +17,23 @@ from longlive_jax.ops import rope
 from tests.kernels.checks import error
 
 HEAD_DIM = hopper.HEAD_DIM
-TUNINGS = {
-    "plain": hopper.Tuning(stages=2, overlap=False),
-    "overlap": hopper.Tuning(stages=2, overlap=True),
-    "plain, turns": hopper.Tuning(stages=3, overlap=False, turns=True),
-    "overlap, turns": hopper.Tuning(stages=3, overlap=True, turns=True),
-}
+TUNINGS = {"2 stages": hopper.Tuning(stages=2), "default": hopper.Tuning()}
 
 
-def quantized(x, dtype=hopper.E4M3):
-    """[..., token, head, head_dim] in 8 bits, one scale for the tokens and channels of a head."""
-    if dtype == jnp.int8:
-        scale = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True).astype(jnp.float32) / 127
-        codes = jnp.round(x.astype(jnp.float32) / jnp.maximum(scale, 1e-30)).astype(dtype)
-        return FP8Tensor(values=codes, scale=scale, dtype=x.dtype)
+def quantized(x):
+    """[..., token, head, head_dim] in E4M3, one scale for the tokens and channels of a head."""
     by_head = jnp.moveaxis(x, -2, -3)
     q = quantize_fp8(by_head.reshape(*by_head.shape[:-2], -1), axis=-1)
     values = jnp.moveaxis(q.values.reshape(by_head.shape), -3, -2)
     return FP8Tensor(values=values, scale=q.scale[..., None, :, :], dtype=q.dtype)
 
 
-def stored(k, v, keys_in=hopper.E4M3):
-    return af.pack(quantized(k, keys_in), quantized(v))
+def stored(k, v):
+    return af.pack(quantized(k), quantized(v))
 
 
 @functools.cache
-def inputs(rows=1, queries=128, tokens=128, slots=2, layers=2, heads=1, keys_in=hopper.E4M3):
+def inputs(rows=1, queries=128, tokens=128, slots=2, layers=2, heads=1):
     """q, k, v, past_k, past_v whose slots differ in size, layer, filled (not all, then all)."""
     keys = jax.random.split(jax.random.key(0), 5)
 
@@ -55,8 +46,8 @@ def inputs(rows=1, queries=128, tokens=128, slots=2, layers=2, heads=1, keys_in=
     fresh = (draw(key, rows, tokens, heads, HEAD_DIM) for key in keys[1:3])
     return (
         draw(keys[0], rows, queries, heads, HEAD_DIM) * 2,
-        *stored(*fresh, keys_in),
-        *stored(draw(keys[3], *past), draw(keys[4], *past) / size, keys_in),
+        *stored(*fresh),
+        *stored(draw(keys[3], *past), draw(keys[4], *past) / size),
         jnp.int32(layers - 1),
         jnp.arange(rows, dtype=jnp.int32) + (slots - 1),
     )
@@ -82,13 +73,7 @@ def interpreted(tuning, args):
     return hopper.attention(*args, tuning=tuning, interpret=params)
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    [
-        pytest.param(t, id=name, marks=() if t.overlap else pytest.mark.slow)
-        for name, t in TUNINGS.items()
-    ],
-)
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 def test_kernel_is_its_oracle(tuning):
     args = inputs()
     assert error(interpreted(tuning, args), af.reference(*args)) < 1e-3
@@ -100,14 +85,19 @@ def test_kernel_finds_its_row_and_head():
 
 
 @pytest.mark.slow
-def test_keys_in_int8_and_two_blocks_of_queries():
-    args = inputs(queries=256, slots=1, keys_in=jnp.int8)
+def test_two_blocks_of_queries():
+    args = inputs(queries=256, slots=1)
     assert error(interpreted(hopper.Tuning(), args), af.reference(*args)) < 1e-3
 
 
-@pytest.mark.parametrize("keys_in", hopper.KEY_DTYPES, ids=str)
-def test_oracle_is_attention(keys_in):
-    args = inputs(rows=2, slots=3, keys_in=keys_in)
+@pytest.mark.slow
+def test_many_tiles():
+    args = inputs(rows=2, tokens=256, slots=3, heads=2)
+    assert error(interpreted(hopper.Tuning(), args), af.reference(*args)) < 1e-3
+
+
+def test_oracle_is_attention():
+    args = inputs(rows=2, slots=3)
     # Independent keys and values: nothing averages the roundings out.
     assert 0.01 < error(af.reference(*args), exact(*args)) < 0.06
 
@@ -133,16 +123,6 @@ def test_slots_of_zeros_and_tiny_queries():
     out = interpreted(hopper.Tuning(), args)
     assert error(out, af.reference(*args)) < 1e-3
     assert error(af.reference(*args), exact(*args)) < 0.06
-
-
-def test_changes_of_scale_stay_finite():
-    scale = jnp.asarray([1.0, 2.0**-126, 3.0, jnp.nan]).reshape(1, 4, 1)
-    change, last = hopper.changes_of_scale(scale, jnp.asarray([2], jnp.int32))
-    assert np.all(np.isfinite(change)) and last == 3.0
-    zeros = jnp.zeros((1, 4, 1), jnp.float32)
-    change, last = hopper.changes_of_scale(zeros, jnp.asarray([3], jnp.int32))
-    np.testing.assert_array_equal(change, 1)
-    assert np.isfinite(last)
 
 
 def test_without_the_hardware_it_is_dense_attention():
@@ -196,11 +176,10 @@ def test_probabilities_stay_in_their_lanes():
     )
 
 
-@pytest.mark.parametrize("keys_in", hopper.KEY_DTYPES, ids=str)
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-def test_lowers_for_hopper(tuning, keys_in):
+def test_lowers_for_hopper(tuning):
     f = jax.jit(functools.partial(hopper.attention, tuning=tuning))
-    lowered = f.trace(*inputs(keys_in=keys_in)).lower(lowering_platforms=("cuda",))
+    lowered = f.trace(*inputs()).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
@@ -229,21 +208,14 @@ def video(frames=8, height=8, width=8, heads=2, dim=256):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keys_in", "bound"), [(hopper.E4M3, 0.05), (jnp.int8, 0.03)])
-def test_error_on_a_video(keys_in, bound):
+def test_error_on_a_video():
     q, k, v = video()
     expected = jax.nn.dot_product_attention(q, k, v)
-    if keys_in == jnp.int8:
-        hadamard = np.asarray([[1]])
-        while len(hadamard) < HEAD_DIM:
-            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-        hadamard = jnp.asarray(hadamard / HEAD_DIM**0.5, jnp.float32)
-        q, k = q @ hadamard, k @ hadamard
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
     empty = jnp.zeros((1, 1, *k.shape), jnp.bfloat16)
-    args = (q, *stored(k, v, keys_in), *stored(empty, empty, keys_in))
+    args = (q, *stored(k, v), *stored(empty, empty))
     out = af.reference(*args, jnp.int32(0), jnp.zeros(1, jnp.int32))
-    assert bound / 3 < error(out, expected) < bound
+    assert 0.02 < error(out, expected) < 0.05
 
 
 @pytest.mark.parametrize(

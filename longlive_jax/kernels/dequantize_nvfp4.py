@@ -1,0 +1,160 @@
+"""NVFP4 to bfloat16 in one pass, on Hopper: the bits of `NVFP4Tensor.dequantize`.
+
+XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
+expands whole blocks of 16 numbers, and the copy engine stores a program's.
+
+A code and a scale become floats by their bits alone: below a fixed exponent these make v, and
+min(v, 2 v - the number of that exponent) is theirs, subnormals included. Code times scale times
+amax is exact, as amax is a bfloat16 number. So only the product with 1 / 3, out of the format's
+1536, is rounded, and then to bfloat16: that is the oracle's number, for what is a third of so few
+bits is either one that bfloat16 rounds at, and then the product is, too, or not near to one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import NVFP4Tensor, nvfp4
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels.chip import is_hopper, is_local
+
+ROWS = 128  # blocks that a warpgroup expands at a time, one a thread
+STEPS = 4  # times that a program does so, at most
+
+_WORDS = 2  # of 8 codes each: a block's
+_OUT = (plgpu.TilingTransform((8, nvfp4.BLOCK)), plgpu.SwizzleTransform(2 * nvfp4.BLOCK))
+# Exponents, biased, under which a small float's bits make its number, divided by 4 and by 256.
+_E2M1, _E4M3 = 124, 112
+_NAN = 0x7F  # E4M3's
+
+
+def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:
+    """Whether the kernel expands q [layer, ...], a bfloat16 tensor's, to dtype: on Hopper GPUs."""
+    return (
+        is_hopper()
+        and is_local(q.values)
+        and q.dtype == jnp.bfloat16 == dtype
+        and q.rule in nvfp4.ADAPTIVE
+        and q.block == (1, nvfp4.BLOCK)
+        and _divides(q)
+    )
+
+
+def _divides(q):
+    """Whether a tensor's blocks are whole steps of a program."""
+    tensors = q.amax.size
+    return (
+        q.amax.ndim > 0
+        and tensors > 0
+        and q.values.size // tensors % (ROWS * nvfp4.BLOCK) == 0 < q.values.size
+    )
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def kernel(
+    q: NVFP4Tensor,
+    layer: jax.Array,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """One layer's numbers, read where they lie.
+
+    Those of `q.dequantize`, but that what is below 2^-124 need not be 0, and that 0 has its code's
+    sign, which `quantize_nvfp4` never sets.
+
+    Args:
+      q: [layer, ..., n] by an adaptive rule from bfloat16 arrays, each of whose tensors holds a
+        multiple of 2048 numbers; amax [layer, ...].
+      layer: int32 [].
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      bfloat16 [..., n].
+
+    Raises:
+      InputError: another rule or block, a size that blocks and threads do not divide.
+    """
+    if q.rule not in nvfp4.ADAPTIVE or q.block != (1, nvfp4.BLOCK) or not _divides(q):
+        raise InputError(
+            f"dequantize_nvfp4 kernel: {q.shape} by rule {q.rule!r} in blocks {q.block}, amax "
+            f"{q.amax.shape}; it takes rules {', '.join(nvfp4.ADAPTIVE)}, blocks (1, 16), and "
+            f"tensors of a multiple of {ROWS * nvfp4.BLOCK} numbers; use dequantize"
+        )
+    tensors = q.amax[0].size
+    blocks = q.scales[0].size
+    steps = max(n for n in range(1, STEPS + 1) if blocks // tensors // ROWS % n == 0)
+    out = plgpu.kernel(
+        functools.partial(_body, tensors=tensors, steps=steps),
+        out_type=jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK), jnp.bfloat16),
+        grid=(blocks // (ROWS * steps),),
+        grid_names=("program",),
+        scratch_types={
+            "tile": plgpu.SMEM((steps * ROWS, nvfp4.BLOCK), jnp.bfloat16, transforms=_OUT)
+        },
+        interpret=interpret,
+    )(
+        _words(q, interpret),
+        lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1),
+        q.amax.reshape(-1),
+        jnp.reshape(layer, 1).astype(jnp.int32),
+    )
+    return out.reshape(q.shape[1:])
+
+
+def _words(q, interpret):
+    """q's codes, uint32 [block, 2], the first column lowest: on a GPU the same bytes."""
+    if interpret is None:
+        eights = q.values.reshape(-1, _WORDS, nvfp4.BLOCK // _WORDS)
+        return lax.bitcast_convert_type(eights, jnp.uint32)
+    return lax.bitcast_convert_type(q.packed().reshape(-1, _WORDS, 4), jnp.uint32)
+
+
+def _body(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors, steps):
+    program, programs = lax.axis_index("program"), lax.axis_size("program")
+    layer = layer_ref[0]
+    tensor = layer * tensors + program // (programs // tensors)
+    factor = amax_ref[tensor] * 0.25
+    first = (layer * programs + program) * (steps * ROWS)
+    for step in range(steps):
+        rows = pl.ds(first + step * ROWS, ROWS)
+        layout = mosaic.a_row_a_thread(_WORDS)
+        words = plgpu.load(words_ref.at[rows, :], layout=layout, optimized=False)
+        scales = plgpu.load(
+            scales_ref.at[rows, :], layout=mosaic.a_row_a_thread(1), optimized=False
+        )
+        words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
+        y = _dequantize(words, scales.astype(jnp.uint32), factor)
+        # In registers of 8 numbers, a pair of which is rounded at a time.
+        y = plgpu.layout_cast(y, mosaic.a_row_a_thread(8)).astype(jnp.bfloat16)
+        mosaic.store(tile.at[pl.ds(step * ROWS, ROWS), :], y)
+    plgpu.commit_smem()
+    rows = pl.ds(program * (steps * ROWS), steps * ROWS)
+    plgpu.copy_smem_to_gmem(tile, out_ref.at[rows, :])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _dequantize(words, scales, factor):
+    """uint32 [rows, 2], uint32 [rows, 1], a quarter of amax -> float32 [rows, 16]."""
+    scale = jnp.where(scales == _NAN, jnp.nan, _small_float(scales << 20, _E4M3)) * factor
+    columns = []
+    for word in (words[:, :1], words[:, 1:]):
+        for i in range(8):
+            code = word << np.uint32(28 - 4 * i)  # sign first
+            magnitude = _small_float(code >> 6 & np.uint32(7 << 22), _E2M1) * scale
+            y = lax.bitcast_convert_type(magnitude * np.float32(8 / 3), jnp.uint32)
+            columns.append(y | code & np.uint32(1 << 31))
+    return lax.bitcast_convert_type(jnp.concatenate(columns, axis=1), jnp.float32)
+
+
+def _small_float(bits, exponent):
+    """The number of a small float, times a power of two, by its bits at the top of a mantissa.
+
+    exponent: biased; its low bits, on which the small float's exponent lies, are 0.
+    """
+    v = lax.bitcast_convert_type(bits | np.uint32(exponent << 23), jnp.float32)
+    return jnp.minimum(v, 2 * v - 2.0 ** (exponent - 126))
