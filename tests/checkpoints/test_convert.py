@@ -69,10 +69,15 @@ def test_there_and_back(tmp_path):
     ("args", "message"),
     [
         (["--dit=none.pt", "--output={}/c"], "error: --dit=none.pt: there is no such file"),
-        (["--dit=README.md"], "error: --output is missing"),
-        (["--output={}/c"], "error: nothing to convert"),
-        (["--vae=x", "--lora=y", "--output={}/c"], "error: --lora needs --dit"),
-        (["--checkpoint={}/c", "--to_safetensors={}/s"], "is no checkpoint"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--dit=README.md"], "error: --output is missing"),
+                (["--output={}/c"], "error: nothing to convert"),
+                (["--vae=x", "--lora=y", "--output={}/c"], "error: --lora needs --dit"),
+                (["--checkpoint={}/c", "--to_safetensors={}/s"], "is no checkpoint"),
+            )
+        ),
         (["--dit=tests/checkpoints/fixtures/training.pt", "--output={}/c"], "69 missing"),
     ],
 )

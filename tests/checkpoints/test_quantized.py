@@ -127,7 +127,8 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8", "fp8_train", pytest.param("nvfp4_w4a4", marks=pytest.mark.slow)]
+    "name",
+    ["fp8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp8_train", "nvfp4_w4a4"))],
 )
 def test_converting_quantises_as_loading_does(plain, weights, name, tmp_path):
     """From float32, which is cast first; and then on a mesh."""

@@ -92,6 +92,7 @@ def test_another_seed_gives_another_video(two, sample, tmp_path):
     assert not np.allclose(latents(two[0] / "l-000.npz"), latents(tmp_path / "l-000.npz"), atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_batch_is_the_same_videos(two, sample, tmp_path):
     sample("--batch=2", f"--output={tmp_path}/out.mp4", f"--save_latents={tmp_path}/l.npz")
     assert sorted(os.listdir(tmp_path)) == ["l-000.npz", "l-001.npz", "out-000.mp4", "out-001.mp4"]
@@ -101,9 +102,8 @@ def test_a_batch_is_the_same_videos(two, sample, tmp_path):
         assert np.abs(one.astype(int) - other).mean() < 0.5
 
 
-@pytest.mark.parametrize(
-    "flag", ["--config.mesh.seq=2", pytest.param("--config.mesh.data=2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--config.mesh.seq=2", "--config.mesh.data=2"])
 def test_a_mesh_makes_the_same_videos(two, sample, flag, tmp_path):
     sample(
         flag, "--batch=2", f"--output={tmp_path}/out.mp4", f"--save_latents={tmp_path}/l.npz",

@@ -88,6 +88,7 @@ def test_samples_from_the_run(online, tmp_path):
     assert done.code == 2 and "num_heads is 4 by the config, 8 in the run" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_averages_of_another(online, cached, checkpoint, tmp_path):
     flags = tiny_run.flags(cached, tmp_path / "run", train__steps=1, **MESH)
     done = train(flags, f"--checkpoint={online[0] / 'run'}")

@@ -306,7 +306,7 @@ def wide(tiny):
     )
 
 
-@pytest.mark.parametrize("seq", [1, 2, 4])
+@pytest.mark.parametrize("seq", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_sharded_whole_clip_equals_unsharded(tiny, wide, seq):
     (latents, decoded), (frames, encoded) = wide
     mesh = mesh_lib.make_mesh(config_lib.Mesh(seq=seq))

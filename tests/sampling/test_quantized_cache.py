@@ -56,7 +56,7 @@ def error(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("kv", ["nvfp4", SLOW_FP8])
 def test_the_cache_holds_each_chunk_quantised_once(kv):
     """Of the first layer of a given chunk: no attention comes before it in any format."""
     caches = {}
@@ -94,7 +94,7 @@ def test_the_error_is_that_of_the_format(kv, limit):
 
 
 MESHES = [{"seq": 2}, {"seq": 8}, {"data": 2, "fsdp": 2, "seq": 2}]
-QUICK = [("fp8", MESHES[1]), ("nvfp4", MESHES[2])]
+QUICK = [("fp8", MESHES[1]), ("nvfp4", MESHES[0])]
 
 
 @pytest.mark.parametrize(
