@@ -92,19 +92,13 @@ def _body(q, k, v, past_k, past_v, place, out, *, tiles, slots, tuning, interpre
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
-        rings = shared.Rings(smem, tuning.stages)
 
         def tile(k, v, row, n):
             here = (row, pl.ds(n * tuning.tile, tuning.tile), head)
             return k.at[here], v.at[here]
 
-        sent = rings.send_window(
-            tiles,
-            filled,
-            fresh=lambda n: tile(k, v, row, n),
-            past=lambda slot, n: tile(past_k, past_v, first + slot, n),
-        )
-        rings.await_last(sent)
+        rings = shared.Rings(smem, tuning.stages)
+        rings.send_window(tiles, filled, tile, (k, v, row), (past_k, past_v, first))
 
     @pl.when(warpgroup < 2)
     def multiply():

@@ -113,19 +113,13 @@ def _body(
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
-        rings = shared.Rings(smem, tuning.stages)
 
         def tile(k, v, row, n):
             keys = pl.ds(n * TILE, TILE)
             return k.at[row, keys, head], v.at[row * q.shape[2] + head, :, keys]
 
-        sent = rings.send_window(
-            tiles,
-            filled,
-            fresh=lambda n: tile(k, v, row, n),
-            past=lambda slot, n: tile(past_k, past_v, first + slot, n),
-        )
-        rings.await_last(sent)
+        rings = shared.Rings(smem, tuning.stages)
+        rings.send_window(tiles, filled, tile, (k, v, row), (past_k, past_v, first))
 
     @pl.when(warpgroup < 2)
     def multiply():

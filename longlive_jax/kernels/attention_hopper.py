@@ -108,13 +108,14 @@ class Rings:
         stage = mosaic.await_free(n, self.stages, free)
         plgpu.copy_gmem_to_smem(source, ring.at[stage], here.at[stage])
 
-    def send_window(self, tiles, filled, fresh, past):
-        """Sends the chunk's tiles and those of as many slots as are filled; returns their number.
+    def send_window(self, tiles, filled, tile, chunk, cache):
+        """Sends the chunk's tiles and those of as many slots as are filled; until all are used.
 
         Args:
           tiles: of a slot, and of the chunk.
-          fresh: n -> the chunk's n-th tile of keys, and of values, in device memory.
-          past: (slot, n) -> a slot's.
+          tile: (k, v, row, n) -> the row's n-th tile of keys, and of values, in device memory.
+          chunk: k, v, row.
+          cache: k, v, the row of its first slot.
         """
 
         def send(n, keys, values):
@@ -122,26 +123,24 @@ class Rings:
             self.send_values(n, values)
 
         def send_fresh(n, _):
-            send(n, *fresh(n))
+            send(n, *tile(*chunk, n))
 
         def send_slot(slot, _):
+            *past, first = cache
+
             def send_past(n, _):
-                send((1 + slot) * tiles + n, *past(slot, n))
+                send((1 + slot) * tiles + n, *tile(*past, first + slot, n))
 
             lax.fori_loop(0, tiles, send_past, None)
-
-        lax.fori_loop(0, tiles, send_fresh, None)
-        lax.fori_loop(0, filled, send_slot, None)
-        return (1 + filled) * tiles
-
-    def await_last(self, sent):
-        """Waits until all tiles, so many, are free again."""
 
         def wait(n, _):
             mosaic.await_free(n, self.stages, self.smem.k_free)
             mosaic.await_free(n, self.stages, self.smem.v_free)
 
+        lax.fori_loop(0, tiles, send_fresh, None)
+        lax.fori_loop(0, filled, send_slot, None)
         # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
+        sent = (1 + filled) * tiles
         lax.fori_loop(sent, sent + self.stages, wait, None)
 
 
