@@ -97,8 +97,8 @@ def _body(q, k, v, past_k, past_v, place, out, *, tiles, slots, tuning, interpre
             here = (row, pl.ds(n * tuning.tile, tuning.tile), head)
             return k.at[here], v.at[here]
 
-        rings = shared.Rings(smem, tuning.stages)
-        rings.send_window(tiles, filled, tile, (k, v, row), (past_k, past_v, first))
+        chunk, cache = (k, v, row), (past_k, past_v, first)
+        shared.send_window(smem, tuning.stages, tiles, filled, tile, chunk, cache)
 
     @pl.when(warpgroup < 2)
     def multiply():

@@ -5,8 +5,8 @@ ring in shared memory; two others, of 64 queries each, multiply. Probabilities g
 product to the second in registers.
 
 The tensor cores keep 13 bits of an FP8 sum, cut at every instruction: summed there over 28,160
-keys, outputs are 1.4 % too small (H200). So they sum a slot's keys only (0.4 %), and slots are
-summed outside. Those sums are bfloat16, for float32 would not fit: registers are all but used up.
+keys, outputs are 1.4 % too small (H200). So they sum a slot's keys only, a quarter of that, and
+slots are summed outside, in bfloat16: float32 would not fit, registers are all but used up.
 """
 
 import dataclasses
@@ -118,8 +118,8 @@ def _body(
             keys = pl.ds(n * TILE, TILE)
             return k.at[row, keys, head], v.at[row * q.shape[2] + head, :, keys]
 
-        rings = shared.Rings(smem, tuning.stages)
-        rings.send_window(tiles, filled, tile, (k, v, row), (past_k, past_v, first))
+        chunk, cache = (k, v, row), (past_k, past_v, first)
+        shared.send_window(smem, tuning.stages, tiles, filled, tile, chunk, cache)
 
     @pl.when(warpgroup < 2)
     def multiply():

@@ -90,58 +90,43 @@ def barriers(tuning) -> dict:
     }
 
 
-class Rings:
-    """The rings of keys and of values, for the warpgroup that fetches: it sends tiles in turn."""
+def send_window(smem, stages, tiles, filled, tile, chunk, cache):
+    """Fetches the chunk's tiles and those of as many slots as are filled, in turn, into the rings.
 
-    def __init__(self, smem, stages):
-        self.smem, self.stages = smem, stages
+    Returns when the warpgroups that multiply have used them all.
 
-    def send_keys(self, n, source):
-        """Sends the n-th tile of keys, from device memory."""
-        self._send(n, source, self.smem.k_free, self.smem.keys, self.smem.k_here)
+    Args:
+      tiles: of a slot, and of the chunk.
+      tile: (k, v, row, n) -> the row's n-th tile of keys, and of values, in device memory.
+      chunk: k, v, row.
+      cache: k, v, the row of its first slot.
+    """
+    *past, first = cache
 
-    def send_values(self, n, source):
-        """Sends the n-th tile of values, from device memory."""
-        self._send(n, source, self.smem.v_free, self.smem.values, self.smem.v_here)
+    def send(n, keys, values):
+        stage = mosaic.await_free(n, stages, smem.k_free)
+        plgpu.copy_gmem_to_smem(keys, smem.keys.at[stage], smem.k_here.at[stage])
+        stage = mosaic.await_free(n, stages, smem.v_free)
+        plgpu.copy_gmem_to_smem(values, smem.values.at[stage], smem.v_here.at[stage])
 
-    def _send(self, n, source, free, ring, here):
-        stage = mosaic.await_free(n, self.stages, free)
-        plgpu.copy_gmem_to_smem(source, ring.at[stage], here.at[stage])
+    def send_fresh(n, _):
+        send(n, *tile(*chunk, n))
 
-    def send_window(self, tiles, filled, tile, chunk, cache):
-        """Sends the chunk's tiles and those of as many slots as are filled; until all are used.
+    def send_slot(slot, _):
+        def send_past(n, _):
+            send((1 + slot) * tiles + n, *tile(*past, first + slot, n))
 
-        Args:
-          tiles: of a slot, and of the chunk.
-          tile: (k, v, row, n) -> the row's n-th tile of keys, and of values, in device memory.
-          chunk: k, v, row.
-          cache: k, v, the row of its first slot.
-        """
+        lax.fori_loop(0, tiles, send_past, None)
 
-        def send(n, keys, values):
-            self.send_keys(n, keys)
-            self.send_values(n, values)
+    def wait(n, _):
+        mosaic.await_free(n, stages, smem.k_free)
+        mosaic.await_free(n, stages, smem.v_free)
 
-        def send_fresh(n, _):
-            send(n, *tile(*chunk, n))
-
-        def send_slot(slot, _):
-            *past, first = cache
-
-            def send_past(n, _):
-                send((1 + slot) * tiles + n, *tile(*past, first + slot, n))
-
-            lax.fori_loop(0, tiles, send_past, None)
-
-        def wait(n, _):
-            mosaic.await_free(n, self.stages, self.smem.k_free)
-            mosaic.await_free(n, self.stages, self.smem.v_free)
-
-        lax.fori_loop(0, tiles, send_fresh, None)
-        lax.fori_loop(0, filled, send_slot, None)
-        # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
-        sent = (1 + filled) * tiles
-        lax.fori_loop(sent, sent + self.stages, wait, None)
+    lax.fori_loop(0, tiles, send_fresh, None)
+    lax.fori_loop(0, filled, send_slot, None)
+    # jax 0.11's interpreter wants whoever waits on a barrier to see its last phase.
+    sent = (1 + filled) * tiles
+    lax.fori_loop(sent, sent + stages, wait, None)
 
 
 class Steps:
@@ -203,6 +188,8 @@ class Steps:
         return pl.run_scoped(under_logits, self.logits)
 
     def only_logits(self, n):
+        """The n-th tile's logits, by themselves."""
+
         def logits(out):
             self.issue_logits(n, out)
             return plgpu.wgmma_accumulator_load(out)
@@ -213,6 +200,8 @@ class Steps:
         return x
 
     def only_product(self, n, p, sums):
+        """sums + p times the n-th tile's values, by themselves."""
+
         def product(out):
             self.issue_product(n, p, sums, out)
             return self.load_sums(out, sums)
@@ -226,6 +215,7 @@ class Steps:
         return jnp.max(fold(jnp.maximum, x), axis=1) * scale
 
     def load_sums(self, out, sums):
+        """Waits for what `issue_product` issued."""
         out = plgpu.wgmma_accumulator_load(out)
         return out if self.interpret is None else sums + out
 
