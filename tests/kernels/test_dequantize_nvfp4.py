@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
 from longlive_jax.kernels import dequantize_nvfp4 as lib
+from longlive_jax.kernels import mosaic
 from longlive_jax.quant import kv
 from tests.kernels.checks import pretend_hopper
 
@@ -18,10 +19,11 @@ SHAPE = (2, 2, 4, 1024)  # layers of two tensors of 256 blocks: a program of two
 
 
 def every_code_and_scale(amax, shape=SHAPE):
-    """Codes at random, all scales in turn, tensors of these amax [2, 2]."""
+    """All scales in turn, each with all codes, tensors of these amax [2, 2]."""
     rng = np.random.default_rng(0)
-    packed = jnp.asarray(rng.integers(0, 256, (*shape[:-1], shape[-1] // 2)), jnp.uint8)
     blocks = np.prod(shape) // 16
+    codes = rng.permuted(np.tile(np.arange(16, dtype=np.uint8), (blocks, 1)), axis=1)
+    packed = jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4).reshape(*shape[:-1], -1)
     scales = (np.arange(blocks, dtype=np.uint8) & 0x7F).reshape(*shape[:-1], -1)  # none is negative
     amax = jnp.asarray(amax, jnp.bfloat16).astype(jnp.float32)
     return from_packed(packed, jnp.asarray(scales), amax, "mse")
@@ -37,10 +39,11 @@ def run(q, layer):
     return lib.kernel(q, jnp.int32(layer), interpret=plgpu.InterpretGPUParams())
 
 
-# The last is what no block of a finite tensor exceeds.
+# The last of the finite ones is what no block of a finite tensor exceeds; with 2^-103 the least
+# number is above 2^-124.
 AMAX = (
     [[1, 1.5], [0.7, 1000]],
-    [[3e-20, 5.7e17], [2.0**-90, 0]],
+    [[3e-20, 5.7e17], [2.0**-103, 0]],
     [[1e38, 1.9e38], [np.inf, np.nan]],
 )
 
@@ -50,6 +53,13 @@ def test_bits_are_the_oracles(amax):
     q = every_code_and_scale(amax)
     for layer in range(SHAPE[0]):
         check(run(q, layer), q[layer].dequantize())
+
+
+def test_bytes_are_permuted_as_the_chip_does_it():
+    a, b = (np.uint32([[x]]) for x in (0x33221100, 0x77665544))
+    for selector in (0x7632, np.uint32([[0xFFFF7632]])):
+        result = mosaic.permute_bytes(a, b, selector, interpret=True)
+        np.testing.assert_array_equal(result, np.uint32([[0x77663322]]))
 
 
 def test_of_what_was_quantised():
