@@ -10,6 +10,7 @@ random noise and the text encoder, for comparison with other implementations; se
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 
 import numpy as np
@@ -87,7 +88,7 @@ def main() -> None:
         one = sampler(batch.first_frame is not None)
         decoder = decode.Decoder(cfg, vae, vae_mesh) if FLAGS.output else None
         chunks = render.render(one, params, batch, text, FLAGS.seed, decoder)
-        frames += _write(cfg, chunks, batch, videos, (number, len(batches)))
+        frames += _write(cfg, chunks, batch, videos, (number, len(batches)), start)
     seconds = time.monotonic() - start
     path = FLAGS.output or FLAGS.save_latents
     files = videos if FLAGS.output or not FLAGS.noise else len(batches)
@@ -182,10 +183,10 @@ def _with_pictures(cfg, mesh, batches, clip):
     return [pictures.with_images(cfg, vae, mesh, b) if b.pictured else b for b in batches]
 
 
-def _write(cfg, chunks, batch, videos, number):
+def _write(cfg, chunks, batch, videos, number, start):
     """Writes a batch as it is made, with a progress bar; returns the number of frames.
 
-    `number`: of the batch, and of how many.
+    `number`: of the batch, and of how many. `start`: when the command began.
     """
     count = len(batch.scripts)
     total = batches_lib.frames(batch.latent_frames(cfg.model))
@@ -205,6 +206,10 @@ def _write(cfg, chunks, batch, videos, number):
             ]
         for latents, pieces in chunks:
             for piece in map(np.asarray, pieces):
+                if number[0] == bar.n == 0:
+                    seconds = time.monotonic() - start
+                    bar.write(f"first frames after {seconds:.1f} s", file=sys.stderr)
+                    bar.update()
                 for i, writer in enumerate(writers):
                     writer.write(piece[i])
                 for i, sheet in enumerate(sheets):

@@ -23,6 +23,7 @@ from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
 from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper, chip
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
 from longlive_jax.kernels import dequantize_nvfp4 as dequantize_nvfp4_lib
+from longlive_jax.kernels import gelu_fp8 as gelu_fp8_lib
 from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
@@ -188,21 +189,60 @@ def _quantize_fp8(name, arguments, operation, public, **how):
     )
 
 
+def gelu_fp8(cfg: config_lib.Config) -> list[Entry]:
+    """The FFN's first product of a chunk, before its scales and bias."""
+    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    n = cfg.model.ffn_dim
+    if on_cpu():
+        rows, n = 6, 2 * quantize_fp8_lib.SLICE
+    x = _product(rows, n)
+
+    def quantize(y):
+        y = formats.quantize_fp8(y, axis=-1)
+        return y.values, y.scale
+
+    return [
+        Entry(
+            name=f"gelu_fp8 {rows}x{n}",
+            arguments=(x,),
+            call=functools.partial(gelu_fp8_lib.kernel, interpret=interpret()),
+            baseline=lambda x: quantize(gelu(x.astype(x.dtype))),
+            oracle=lambda x: quantize(gelu(x.astype(jnp.float32)).astype(x.dtype)),
+            limit=1e-2,  # as of quantize_fp8 behind GELU
+            bytes=_nbytes(x) + rows * (n + 4),
+        )
+    ]
+
+
+def _product(rows, n):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return formats.Product(
+        sums=128 * jax.random.normal(keys[0], (1, rows, n), jnp.bfloat16),
+        row=jnp.exp(jax.random.normal(keys[1], (1, rows, 1)) / 4) / 128,
+        column=jnp.exp(jax.random.normal(keys[2], (n,)) / 4),
+        bias=jax.random.normal(keys[3], (n,), jnp.bfloat16),
+    )
+
+
+def _nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
 def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
-    """A chunk's queries, keys and values out of a layer's fused projection."""
+    """A chunk's queries, keys and values out of a layer's fused projection, array and product."""
     lib, m = norm_rotate_lib, cfg.model
     patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
     tokens, dim = m.chunk_frames * patches, m.dim
     if on_cpu():
         tokens, dim = 4, lib.SLICE
-    keys = jax.random.split(jax.random.key(0), 3)
-    qkv = jax.random.normal(keys[0], (1, tokens, 3 * dim), jnp.bfloat16)
-    weights = (1 + jax.random.normal(keys[1], (2, dim)) / 4).astype(jnp.bfloat16)
-    angle = jax.random.uniform(keys[2], (1, tokens, lib.HEAD_DIM // 2), maxval=2 * math.pi)
+    product = _product(tokens, 3 * dim)
+    keys = jax.random.split(jax.random.key(1), 2)
+    weights = (1 + jax.random.normal(keys[0], (2, dim)) / 4).astype(jnp.bfloat16)
+    angle = jax.random.uniform(keys[1], (1, tokens, lib.HEAD_DIM // 2), maxval=2 * math.pi)
     kernel = functools.partial(lib.kernel, interpret=interpret())
 
     def oracle(qkv, weight_q, weight_k, angle, *_):
-        q, k, v = jnp.split(qkv, 3, axis=-1)
+        q, k, v = jnp.split(qkv.astype(qkv.dtype), 3, axis=-1)
         # XLA may otherwise leave out the rounding behind the norm.
         q, k = jax.lax.optimization_barrier((rms_norm(q, weight_q), rms_norm(k, weight_k)))
         q, k, v = (x.reshape(*x.shape[:-1], -1, lib.HEAD_DIM) for x in (q, k, v))
@@ -213,15 +253,17 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
 
     return [
         Entry(
-            name=f"norm_rotate {tokens}x{dim}",
+            name=f"norm_rotate {name}{tokens}x{dim}",
             arguments=(qkv, *weights, angle, jnp.cos(angle), jnp.sin(angle)),
             call=lambda *x: kernel(*x[:3], jnp.cos(x[3]), jnp.sin(x[3])),
             baseline=lambda *x: rotated.composed(*x[:4]),
             oracle=oracle,
-            limit=1e-3,  # of the order of the norm's sum
+            limit=1e-3,  # of the order of the norm's sum, and of a contracted one
             details={"given cosines": given_cosines},
-            bytes=2 * qkv.nbytes + weights.nbytes + 2 * angle.nbytes,  # cosines and sines read
+            # Cosines and sines read; q, k and v written.
+            bytes=_nbytes((qkv, weights)) + 2 * (angle.nbytes + tokens * 3 * dim),
         )
+        for name, qkv in (("", product.astype(jnp.bfloat16)), ("of a product ", product))
     ]
 
 
@@ -308,6 +350,7 @@ ENTRIES = (
     quantize_nvfp4,
     dequantize_nvfp4,
     quantize_fp8,
+    gelu_fp8,
     norm_rotate,
     attention_bf16,
     pack_fp8,

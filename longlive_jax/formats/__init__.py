@@ -9,11 +9,13 @@ from longlive_jax.formats.nvfp4 import (
     quantize_nvfp4,
     to_hardware_order,
 )
+from longlive_jax.formats.product import Product
 from longlive_jax.formats.tensor import Quantized
 
 __all__ = [
     "FP8Tensor",
     "NVFP4Tensor",
+    "Product",
     "Quantized",
     "from_hardware_order",
     "from_packed",

@@ -1,17 +1,14 @@
 """NVFP4 to bfloat16 in one pass, on Hopper: the bits of `NVFP4Tensor.dequantize`.
 
 XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
-expands whole blocks of 16 numbers. A block has but 8 magnitudes: a thread rounds those to bfloat16
-and looks all 16 up by their codes, a byte at a time and four codes an instruction (PRMT). A
-program's loads come before its stores, none waits for another thread's, and the copy engine stores
-what a program made.
+expands a block of 16 numbers, and the copy engine stores a program's. Programs are short, and many
+share a multiprocessor: what one waits for, loads above all, the others fill.
 
-A scale becomes a float by its bits alone: below a fixed exponent these make v, and
-min(v, 2 v - the number of that exponent) is the scale's, subnormals included. Scale times amax is
-exact, as amax is a bfloat16 number, and so are, out of the format's 1536, the numbers of the codes
-1.5, 3 and 6. The others' are products with 1 / 3, rounded, and then rounded to bfloat16: that is
-the oracle's number, for what is a third of so few bits is either one that bfloat16 rounds at, and
-then the product is, too, or not near to one.
+A code and a scale become floats by their bits alone: below a fixed exponent these make v, and
+min(v, 2 v - the number of that exponent) is theirs, subnormals included. Code times scale times
+amax is exact, as amax is a bfloat16 number. So only the product with 1 / 3, out of the format's
+1536, is rounded, and then to bfloat16: that is the oracle's number, for what is a third of so few
+bits is either one that bfloat16 rounds at, and then the product is, too, or not near to one.
 """
 
 import functools
@@ -28,14 +25,11 @@ from longlive_jax.formats import NVFP4Tensor, nvfp4
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels.chip import is_hopper, is_local
 
-ROWS = 128  # blocks that a warpgroup expands at a time, one a thread
-STEPS = 4  # times that a program does so, at most
+ROWS = 128  # blocks of a program, one a thread
 
 _WORDS = 2  # of 8 codes each: a block's
-_PAIRS = 8  # of numbers: a block's
-# Of the number that code 1.5 makes, what the codes from 0 to 6 make.
-_MAGNITUDES = (0, 1 / 3, 2 / 3, 1, 4 / 3, 2, 8 / 3, 4)
-_EXPONENT = 112  # biased; E4M3's bits under it make its number, divided by 256
+# Exponents, biased, under which a small float's bits make its number, divided by 4 and by 256.
+_E2M1, _E4M3 = 124, 112
 _NAN = 0x7F  # E4M3's
 
 
@@ -52,7 +46,7 @@ def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:
 
 
 def _divides(q):
-    """Whether a tensor's blocks are whole steps of a program."""
+    """Whether a tensor's blocks are whole programs."""
     tensors = q.amax.size
     return (
         q.amax.ndim > 0
@@ -90,19 +84,16 @@ def kernel(
             f"{q.amax.shape}; it takes rules {', '.join(nvfp4.ADAPTIVE)}, blocks (1, 16), and "
             f"tensors of a multiple of {ROWS * nvfp4.BLOCK} numbers; use dequantize"
         )
-    tensors = q.amax[0].size
     blocks = q.scales[0].size
-    steps = max(n for n in range(1, STEPS + 1) if blocks // tensors // ROWS % n == 0)
     out = plgpu.kernel(
-        functools.partial(_body, tensors=tensors, steps=steps, interpret=interpret is not None),
-        out_type=jax.ShapeDtypeStruct((blocks, _PAIRS), jnp.uint32),
-        grid=(blocks // (ROWS * steps),),
+        functools.partial(_body, tensors=q.amax[0].size),
+        out_type=jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK), jnp.bfloat16),
+        grid=(blocks // ROWS,),
         grid_names=("program",),
-        scratch_types={"tile": plgpu.SMEM((steps * ROWS, _PAIRS), jnp.uint32)},
+        scratch_types={"tile": plgpu.SMEM((ROWS, nvfp4.BLOCK), jnp.bfloat16)},
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # No thread reads what another has stored: around stores nothing need wait.
-            unsafe_no_auto_barriers=True,
+            unsafe_no_auto_barriers=True,  # the one that is needed comes before the copy
         ),
         interpret=interpret,
     )(
@@ -111,7 +102,7 @@ def kernel(
         q.amax.reshape(-1),
         jnp.reshape(layer, 1).astype(jnp.int32),
     )
-    return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(q.shape[1:])
+    return out.reshape(q.shape[1:])
 
 
 def _words(q, interpret):
@@ -122,51 +113,41 @@ def _words(q, interpret):
     return lax.bitcast_convert_type(q.packed().reshape(-1, _WORDS, 4), jnp.uint32)
 
 
-def _body(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors, steps, interpret):
+def _body(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors):
     program, programs = lax.axis_index("program"), lax.axis_size("program")
     layer = layer_ref[0]
-    first = (layer * programs + program) * (steps * ROWS)
-
-    def load(ref, row):
-        layout = mosaic.a_row_a_thread(ref.shape[1])
-        return plgpu.load(ref.at[pl.ds(row, ROWS), :], layout=layout, optimized=False)
-
-    # All of them before a store: the compiler moves no load over one.
-    starts = [first + step * ROWS for step in range(steps)]
-    loaded = [(load(words_ref, row), load(scales_ref, row)) for row in starts]
     factor = amax_ref[layer * tensors + program // (programs // tensors)] * 0.25
-    for step, (words, scales) in enumerate(loaded):
-        words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
-        y = _dequantize(words, scales.astype(jnp.uint32), factor, interpret)
-        y = plgpu.layout_cast(y, mosaic.a_row_a_thread(4))
-        mosaic.store(tile.at[pl.ds(step * ROWS, ROWS), :], y)
+    rows = pl.ds((layer * programs + program) * ROWS, ROWS)
+    words, scales = (
+        plgpu.load(ref.at[rows, :], layout=mosaic.a_row_a_thread(ref.shape[1]), optimized=False)
+        for ref in (words_ref, scales_ref)
+    )
+    words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
+    y = _dequantize(words, scales.astype(jnp.uint32), factor)
+    # In registers of 8 numbers, a pair of which is rounded at a time.
+    mosaic.store(tile, plgpu.layout_cast(y, mosaic.a_row_a_thread(8)).astype(jnp.bfloat16))
     plgpu.commit_smem()
-    rows = pl.ds(program * (steps * ROWS), steps * ROWS)
-    plgpu.copy_smem_to_gmem(tile, out_ref.at[rows, :])
+    plgpu.copy_smem_to_gmem(tile, out_ref.at[pl.ds(program * ROWS, ROWS), :])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _dequantize(words, scales, factor, interpret):
-    """uint32 [rows, 2], uint32 [rows, 1], a quarter of amax -> uint32 [rows, 8], bfloat16 pairs."""
-    permute = functools.partial(mosaic.permute_bytes, interpret=interpret)
-    scale = _scale(scales) * factor
-    table = jnp.concatenate([scale * np.float32(x) for x in _MAGNITUDES], axis=1)
-    table = plgpu.layout_cast(mosaic.pairs(table, interpret), mosaic.a_row_a_thread(1))
-    a, b, c, d = (table[:, i : i + 1] for i in range(4))
-    low, high = ((permute(a, b, half), permute(c, d, half)) for half in (0x6420, 0x7531))
+def _dequantize(words, scales, factor):
+    """uint32 [rows, 2], uint32 [rows, 1], a quarter of amax -> float32 [rows, 16]."""
+    scale = jnp.where(scales == _NAN, jnp.nan, _small_float(scales << 20, _E4M3)) * factor
     columns = []
     for word in (words[:, :1], words[:, 1:]):
-        magnitudes = word & np.uint32(0x77777777)
-        lower = word << np.uint32(4)  # each byte's lower code, its sign on top
-        for four, signs in ((0, 0x1504), (16, 0x3726)):
-            codes = magnitudes >> np.uint32(four)
-            sign = permute(word, lower, signs) & np.uint32(0x80808080)
-            lows, highs = permute(*low, codes), permute(*high, codes) | sign
-            columns += [permute(lows, highs, two) for two in (0x5140, 0x7362)]
-    return jnp.concatenate(columns, axis=1)
+        for i in range(8):
+            code = word << np.uint32(28 - 4 * i)  # sign first
+            magnitude = _small_float(code >> 6 & np.uint32(7 << 22), _E2M1) * scale
+            y = lax.bitcast_convert_type(magnitude * np.float32(8 / 3), jnp.uint32)
+            columns.append(y | code & np.uint32(1 << 31))
+    return lax.bitcast_convert_type(jnp.concatenate(columns, axis=1), jnp.float32)
 
 
-def _scale(bits):
-    """E4M3 by its bits, uint32, not negative -> float32, a 256th of it."""
-    v = lax.bitcast_convert_type(bits << 20 | np.uint32(_EXPONENT << 23), jnp.float32)
-    return jnp.where(bits == _NAN, jnp.nan, jnp.minimum(v, 2 * v - 2.0 ** (_EXPONENT - 126)))
+def _small_float(bits, exponent):
+    """The number of a small float, times a power of two, by its bits at the top of a mantissa.
+
+    exponent: biased; its low bits, on which the small float's exponent lies, are 0.
+    """
+    v = lax.bitcast_convert_type(bits | np.uint32(exponent << 23), jnp.float32)
+    return jnp.minimum(v, 2 * v - 2.0 ** (exponent - 126))

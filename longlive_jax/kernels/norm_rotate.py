@@ -2,7 +2,8 @@
 
 XLA makes five kernels of it, and writes and reads queries and keys in between. Here a program, one
 warpgroup, reads a token's row of the fused projection into registers, at once, and writes three.
-Many programs share a multiprocessor and fill each other's waits.
+Many programs share a multiprocessor and fill each other's waits. The scales and the bias of a
+product's columns, which all programs read, come by way of the cache.
 
 Arrays are [n, 8]: of every eighth head a thread has 8 numbers, 16 bytes, in its own row, so that
 swapping the numbers of a pair only renames registers. All its heads want the same 4 angles. What
@@ -21,6 +22,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
+from longlive_jax.formats import Product
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels.chip import is_hopper, is_local
 
@@ -39,9 +41,12 @@ _ANGLES = plgpu.Layout.TILED(
 )  # fmt: skip
 
 
-def supports(qkv: jax.Array, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array) -> bool:
+def supports(
+    qkv: jax.Array | Product, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array
+) -> bool:
     """Whether the kernel takes these: bfloat16, local, heads of 128, on a Hopper GPU."""
-    return is_hopper() and is_local(qkv) and not _misfit(qkv, weight_q, weight_k, angle, angle)
+    local = all(map(is_local, jax.tree.leaves(qkv)))
+    return is_hopper() and local and not _misfit(qkv, weight_q, weight_k, angle, angle)
 
 
 def _misfit(qkv, weight_q, weight_k, cos, sin):
@@ -65,7 +70,7 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
-    qkv: jax.Array,
+    qkv: jax.Array | Product,
     weight_q: jax.Array,
     weight_k: jax.Array,
     cos: jax.Array,
@@ -78,7 +83,8 @@ def kernel(
     Jitted: a model of many layers lowers it once.
 
     Args:
-      qkv: [..., 3 * dim], bfloat16, dim a multiple of 1,024, at most 6,144.
+      qkv: [..., 3 * dim], bfloat16, dim a multiple of 1,024, at most 6,144. Of a product the
+        scales and the bias come first, in float32, and one rounding to bfloat16.
       weight_q, weight_k: [dim], of the norms, bfloat16 or float32.
       cos, sin: float32 [..., 64], of the angles of the pairs (2i, 2i + 1) of every head; qkv's
         leading axes.
@@ -95,6 +101,10 @@ def kernel(
         raise InputError(f"norm_rotate kernel: {misfit}; or use ops.rotated")
     rows, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
     shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
+    sums, scales = qkv, ()
+    if isinstance(qkv, Product):
+        columns = (y.reshape(3, words, _WORD) for y in (qkv.column, qkv.bias))
+        sums, scales = qkv.sums, (qkv.row.reshape(rows), *columns)
     outs = plgpu.kernel(
         functools.partial(_kernel, eps=eps),
         out_type=(jax.ShapeDtypeStruct((rows, words, _WORD), qkv.dtype),) * 3,
@@ -102,34 +112,57 @@ def kernel(
         grid_names=("row",),
         scratch_types={"shared_cos": shared, "shared_sin": shared},
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # `_spread` has the one that is needed
         ),
         interpret=interpret,
     )(
-        qkv.reshape(rows, 3, words, _WORD),
+        sums.reshape(rows, 3, words, _WORD),
         *(weight.reshape(words, _WORD) for weight in (weight_q, weight_k)),
         *(x.reshape(rows, HEAD_DIM // _WORD, _PAIRS) for x in (cos, sin)),
+        *scales,
     )
     return tuple(x.reshape(*qkv.shape[:-1], -1, HEAD_DIM) for x in outs)
 
 
-def _kernel(qkv, weight_q, weight_k, cos, sin, q, k, v, *, shared_cos, shared_sin, eps):
+def _kernel(qkv, weight_q, weight_k, cos, sin, *refs, shared_cos, shared_sin, eps):
+    *scales, q, k, v = refs
     row = lax.axis_index("row")
-    *parts, value = (_load(qkv.at[row, part], _WIDE) for part in range(3))
+    parts = [_load(qkv.at[row, part], _WIDE) for part in range(3)]
     c, s = (_load(x.at[row], _ANGLES) for x in (cos, sin))
-    mosaic.store(v.at[row], value)
-    c, s = _spread(c, shared_cos), _spread(s, shared_sin)
+    rate = scales[0][row] if scales else None
+
+    # One after the other: the columns of all three would take a third more registers.
+    def finished(part):
+        x = parts[part]
+        return _scaled(x, rate, *(y.at[part] for y in scales[1:])) if scales else x
+
+    mosaic.store(v.at[row], finished(2))
+    c, s = _spread((c, s), (shared_cos, shared_sin))
     c = _join([c[n // 2] for n in range(_WORD)])
     s = _join([s[n // 2] if n % 2 else -s[n // 2] for n in range(_WORD)])
-    for x, weight, out in zip(parts, (weight_q, weight_k), (q, k)):
-        made = [_rotated(y, c, s, zero) for y, zero in _normed(x, weight, eps)]
+    for part, (weight, out) in enumerate(((weight_q, q), (weight_k, k))):
+        made = [_rotated(y, c, s, zero) for y, zero in _normed(finished(part), weight, eps)]
         mosaic.store(out.at[row], jnp.concatenate(made, axis=0))
 
 
+def _scaled(x, rate, column, bias):
+    """A row [n, 8] of a product's sums, times its scales, plus its bias, in bfloat16."""
+    column, bias = (_slices(_load(ref, _WIDE)) for ref in (column, bias))
+    made = [
+        _rounded(y.astype(jnp.float32) * rate * c + b.astype(jnp.float32))
+        for y, c, b in zip(_slices(x), column, bias)
+    ]
+    return jnp.concatenate(made, axis=0)
+
+
 def _spread(angles, shared):
-    """Of a row's angles [16, 4] the 4 that a thread wants: columns [128, 1]."""
-    mosaic.store(shared, jnp.concatenate([angles] * (_THREADS // len(angles)), axis=0))
-    return _columns(_load(shared, mosaic.a_row_a_thread(_PAIRS)))
+    """Of a row's angles [16, 4], each, the 4 that a thread wants: columns [128, 1]."""
+    for x, ref in zip(angles, shared):
+        mosaic.store(ref, jnp.concatenate([x] * (_THREADS // len(x)), axis=0))
+    plgpu.commit_smem()
+    return [_columns(_load(ref, mosaic.a_row_a_thread(_PAIRS))) for ref in shared]
 
 
 def _normed(x, weight, eps):
@@ -142,9 +175,7 @@ def _normed(x, weight, eps):
     mean = jnp.sum(jnp.sum(x * x, axis=1)) * (1 / x.size)
     rate = lax.rsqrt(jnp.abs(mean) + eps)
     x = [y * rate * w.astype(jnp.float32) for y, w in zip(_slices(x), weight)]
-    # Rounded two numbers an instruction: the barrier hides that float32 of them is wanted next.
-    # (Of slices, one register each: of several it permutes numbers below 32 bits.)
-    return [(lax.optimization_barrier(y.astype(jnp.bfloat16)), rate * -0.0) for y in x]
+    return [(_rounded(y), rate * -0.0) for y in x]
 
 
 def _rotated(x, cos, sin, zero):
@@ -157,6 +188,15 @@ def _rotated(x, cos, sin, zero):
     swapped = _join([x[i ^ 1] for i in range(_WORD)])
     made = (_join(x) * cos + zero) + (swapped * sin + zero)
     return plgpu.layout_cast(made, _WIDE).astype(jnp.bfloat16)
+
+
+def _rounded(x):
+    """[128, 8] in bfloat16, two numbers an instruction.
+
+    The barrier hides that float32 of them is wanted next. (Of a slice, one register: of several it
+    permutes numbers below 32 bits.)
+    """
+    return lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
 def _load(ref, layout):

@@ -44,9 +44,9 @@ TILINGS = {
     "long": ((2, 1, 2), (1, 1, 2), (8, 1, 2), (8, 1, 1), (18, 2, 2), (18, 2, 7), (4, 1, 7)),
 }
 
-_LANES = 128  # a copy takes at most 256 numbers along an axis: a row is [n / 128, 128]
-_LINES = SLICE // _LANES
-_LAYOUT = plgpu.Layout.WG_STRIDED((_LINES, _LANES), vec_size=8)
+LANES = 128  # a copy takes at most 256 numbers along an axis: a row is [n / 128, 128]
+LINES = SLICE // LANES
+LAYOUT = plgpu.Layout.WG_STRIDED((LINES, LANES), vec_size=8)
 _INFINITY = 0x7F80  # of a bfloat16
 # 1 / 7 in two parts. The first has 15 bits, so that its product with a bfloat16's mantissa m is
 # exact, and the sum of both is RN(m / 7), contracted or not: sevenths are no near-ties.
@@ -112,7 +112,7 @@ def kernel(
     """
     _validate(x, scale, shift, activation)
     n, rows = x.shape[-1], math.prod(x.shape[:-1])
-    tiles = (n // _LANES, _LANES)
+    tiles = (n // LANES, LANES)
     runs, operands = 1, [x.reshape(rows, *tiles)]
     if scale is not None:
         runs = _runs(x.shape, scale.shape, shift.shape)
@@ -136,7 +136,10 @@ def kernel(
         grid=(runs, pl.cdiv(rows // runs, at_most)),
         grid_names=("run", "part"),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # No thread reads what another has stored: around stores nothing need wait.
+            unsafe_no_auto_barriers=True,
         ),
         interpret=interpret,
     )(*operands)
@@ -173,21 +176,21 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     first = run * rows + part * at_most
     count = lax.min(jnp.int32(at_most), rows - part * at_most)
     tiles = x_ref.shape[1:]
-    slices = range(tiles[0] // _LINES)
+    slices = range(tiles[0] // LINES)
     at_once = math.gcd(at_once, len(slices))
     # Of a run of rows: they stay in registers.
-    affine = [[_load(ref.at[run, _lines(i), :]) for i in slices] for ref in affine]
+    affine = [[load(ref.at[run, lines(i), :]) for i in slices] for ref in affine]
 
     def group(step):
         return [step * at_once + j for j in range(at_once)]
 
     def store(row, i, x, inverse):
         values = (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn)
-        mosaic.store(values_ref.at[row, _lines(i), :], values)
+        mosaic.store(values_ref.at[row, lines(i), :], values)
 
     def normed(row, x_smem):
-        made = _layer_norm([_load(x_smem.at[_lines(i), :]) for i in slices], *affine, eps)
-        scale, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
+        made = _layer_norm([load(x_smem.at[lines(i), :]) for i in slices], *affine, eps)
+        scale, inverse = scale_and_inverse(functools.reduce(lax.max, map(mosaic.magnitude, made)))
         for i in slices:
             store(row, i, made[i], inverse)
         mosaic.store(scales_ref.at[row], scale)
@@ -195,20 +198,20 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     def activated(row, x_smem):
         def measure(step, largest):
             for i in group(step):
-                ref = x_smem.at[_lines(i), :]
-                x = _load(ref)
+                ref = x_smem.at[lines(i), :]
+                x = load(ref)
                 if activation == GELU:
-                    x = _rounded(_gelu(x.astype(jnp.float32)))
+                    x = rounded(gelu_by_logistic(x.astype(jnp.float32)))
                     ref[...] = x  # by the thread that read it and will again
                 largest = lax.max(largest, mosaic.magnitude(x))
             return largest
 
         def write(step, _):
             for i in group(step):
-                store(row, i, _load(x_smem.at[_lines(i), :]), inverse)
+                store(row, i, load(x_smem.at[lines(i), :]), inverse)
 
-        zeros = plgpu.layout_cast(jnp.zeros((_LINES, _LANES), jnp.uint16), _LAYOUT)
-        scale, inverse = _scale(lax.fori_loop(0, len(slices) // at_once, measure, zeros))
+        zeros = plgpu.layout_cast(jnp.zeros((LINES, LANES), jnp.uint16), LAYOUT)
+        scale, inverse = scale_and_inverse(lax.fori_loop(0, len(slices) // at_once, measure, zeros))
         lax.fori_loop(0, len(slices) // at_once, write, None)
         mosaic.store(scales_ref.at[row], scale)
 
@@ -222,15 +225,15 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
 
 
-def _lines(i):
-    return pl.ds(i * _LINES, _LINES)
+def lines(i):
+    return pl.ds(i * LINES, LINES)
 
 
-def _load(ref):
-    return plgpu.load(ref, layout=_LAYOUT, optimized=False)
+def load(ref):
+    return plgpu.load(ref, layout=LAYOUT, optimized=False)
 
 
-def _gelu(x):
+def gelu_by_logistic(x):
     """As `ops.gelu.gelu` of float32, by the logistic function.
 
     Not by the chip's tanh: its error of 2^-11 is most of 1 + tanh where that is small, and many
@@ -249,10 +252,10 @@ def _layer_norm(slices, scale, shift, eps):
     mean = _total(slices) / n
     slices = [x - mean for x in slices]
     rate = lax.rsqrt(_total([x * x for x in slices]) / n + eps)
-    return [_rounded(x * rate * gain + offset) for x, gain, offset in zip(slices, scale, shift)]
+    return [rounded(x * rate * gain + offset) for x, gain, offset in zip(slices, scale, shift)]
 
 
-def _rounded(x):
+def rounded(x):
     """To bfloat16, two numbers an instruction.
 
     The barrier hides that float32 of the result is wanted next: the compiler would round each
@@ -265,7 +268,7 @@ def _total(slices):
     return jnp.sum(functools.reduce(lax.add, slices))
 
 
-def _scale(largest):
+def scale_and_inverse(largest):
     """Magnitudes of which one is the largest -> scale and inverse as in `formats.quantize_fp8`."""
     bits = jnp.max(largest.astype(jnp.int32))
     mantissa = _float((bits & 0x7F) << 16 | 0x3F800000)

@@ -33,12 +33,13 @@ from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.ops.rotated import norm_rotate
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
+from longlive_jax.quant.linear import AMAX
 from longlive_jax.quant.recipe import Recipe
 
 PATCH = config_lib.PATCH
 TIME_SLOTS = 6  # shift, scale, gate of self-attention, then of the FFN
 # What each of config.REMAT after the first keeps of a training block, besides its input.
-KEPT = ((tf.OUT, tf.LSE), ("output",), ("ffn",), ("qkv",))
+KEPT = ((tf.OUT, tf.LSE, AMAX), ("output",), ("ffn",), ("qkv",))
 
 
 def spec(cfg: config_lib.Model) -> params_lib.Tree:
@@ -346,9 +347,10 @@ def _block(p, cfg, x, modulation, angle, attend, text_kv, parallel, key=None):
         x = x + checkpoint_name(y, "output")
     with jax.named_scope("ffn"):
         h = parallel.layer_norm("ffn.0", x, 1 + m[..., 4:5, :], m[..., 3:4, :])
-        h = parallel.gelu("ffn.2", checkpoint_name(linear("ffn.0", h), "ffn"))
+        h = checkpoint_name(parallel.product(p, "ffn.0", h, key), "ffn")
+        h = parallel.gelu("ffn.2", h)
         y = checkpoint_name(linear("ffn.2", h), "output")
-        return _gated(x, y, m[..., 5:6, :])
+        return parallel.made_once(_gated(x, y, m[..., 5:6, :]))
 
 
 def _modulation(p, time):
@@ -364,7 +366,7 @@ def _gated(x, y, gate):
 def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
     """Rotated q and k, and v, each [.., frame, patch, head, head_dim]."""
     h = parallel.layer_norm("self_attn.qkv", x, 1 + m[..., 1:2, :], m[..., 0:1, :])
-    qkv = checkpoint_name(parallel.linear(p, "self_attn.qkv", h, key), "qkv")
+    qkv = checkpoint_name(parallel.product(p, "self_attn.qkv", h, key), "qkv")
     p = p["self_attn"]
     return norm_rotate(qkv, p["norm_q"]["weight"], p["norm_k"]["weight"], angle)
 

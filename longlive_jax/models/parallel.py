@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.formats import FP8Tensor
+from longlive_jax.formats import FP8Tensor, Product
 from longlive_jax.ops import ulysses
 from longlive_jax.ops.gelu import gelu, gelu_of_product
 from longlive_jax.ops.norm import layer_norm
@@ -48,12 +48,19 @@ class Parallel:
 
     def linear(self, block, path: str, x, key=None) -> jax.Array:
         """The block's linear layer at this path, of `quant.recipe.LINEARS`; key: for rounding."""
+        return self._multiply(quantized.linear, block, path, x, key)
+
+    def product(self, block, path: str, x, key=None) -> jax.Array | Product:
+        """`linear`, for what can take a product before its scales and bias, where that pays."""
+        return self._multiply(quantized.product, block, path, x, key)
+
+    def _multiply(self, by, block, path, x, key):
         p = block
         for name in path.split("."):
             p = p[name]
         recipe = None if self.recipe is None else self.recipe.at(path)
         axes = () if self.seq_axis is None else (self.seq_axis,)
-        return quantized.linear(p, x, recipe, key, axes)
+        return by(p, x, recipe, key, axes)
 
     def layer_norm(self, path: str, x, scale, shift) -> jax.Array | FP8Tensor:
         """`ops.norm.layer_norm`, as the block's linear layer at this path is given it."""
@@ -61,11 +68,15 @@ class Parallel:
             return layer_norm_quantize_rows(x, scale, shift)
         return layer_norm(x, scale, shift)
 
-    def gelu(self, path: str, x) -> jax.Array | FP8Tensor:
+    def gelu(self, path: str, x: jax.Array | Product) -> jax.Array | FP8Tensor:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path is given it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)
         return gelu_of_product(x) if self.recipe is None else gelu(x)
+
+    def made_once(self, x: jax.Array) -> jax.Array:
+        """Hidden states that a kernel reads: XLA would add them up once more for who else does."""
+        return jax.lax.optimization_barrier(x) if self._takes_rows("self_attn.qkv") else x
 
     def _takes_rows(self, path):
         """Whether it multiplies FP8 with a scale a row, and asks for no gradient."""

@@ -2,8 +2,9 @@
 
 Each function is a composition of `formats.quantize_fp8(axis=-1)` behind an operation of this
 package, rounding to bfloat16 included, and returns its values and scales. On a Hopper GPU
-`kernels.quantize_fp8` does it, where its `supports` says so: bfloat16, rows of a multiple of 1,024,
-one device's arrays (on a mesh: in a manual `jax.shard_map`). Elsewhere XLA does, as composed.
+`kernels.quantize_fp8` (of a product `kernels.gelu_fp8`) does it, where its `supports` says so:
+bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a manual `jax.shard_map`).
+Elsewhere XLA does, as composed.
 """
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import formats
+from longlive_jax.kernels import gelu_fp8
 from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm
@@ -29,8 +31,10 @@ def quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     return _tensor(x, *lib.kernel(x))
 
 
-def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
+def gelu_quantize_rows(x: jax.Array | formats.Product) -> formats.FP8Tensor:
     """`quantize_rows` of `gelu(x)`, which is computed in float32 and rounded to x's dtype once.
+
+    A product's scales and bias are part of that computation: nothing is rounded in between.
 
     The kernel's exponential is the chip's fast one: a number may be bfloat16's next one, and its
     code E4M3's, where it was near a tie.
@@ -38,7 +42,9 @@ def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     Raises:
       InputError: what `formats.quantize_fp8` refuses.
     """
-    if not lib.supports(x):
+    if isinstance(x, formats.Product) and gelu_fp8.supports(x):
+        return _tensor(x, *gelu_fp8.kernel(x))
+    if isinstance(x, formats.Product) or not lib.supports(x):
         return formats.quantize_fp8(gelu(x.astype(jnp.float32)).astype(x.dtype), axis=-1)
     return _tensor(x, *lib.kernel(x, activation=lib.GELU))
 

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.formats import Product
 from longlive_jax.kernels import norm_rotate as lib
 from longlive_jax.ops import rope
 from longlive_jax.ops.norm import rms_norm
@@ -17,14 +18,18 @@ from longlive_jax.ops.norm import rms_norm
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def norm_rotate(
-    qkv: jax.Array, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array, eps: float = 1e-6
+    qkv: jax.Array | Product,
+    weight_q: jax.Array,
+    weight_k: jax.Array,
+    angle: jax.Array,
+    eps: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and keys by `rms_norm` over all heads, then `rope.rotate`; values as they are.
 
     Under differentiation XLA does it too: the kernel has no gradient. Angles have none at all.
 
     Args:
-      qkv: [..., token, 3 * dim].
+      qkv: [..., token, 3 * dim]. A product is rounded to its dtype once.
       weight_q, weight_k: [dim], of the norms.
       angle: float32 [..., token, head_dim / 2], same leading axes or 1.
       eps: of the norms.
@@ -38,10 +43,14 @@ def norm_rotate(
 
 
 def composed(
-    qkv: jax.Array, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array, eps: float = 1e-6
+    qkv: jax.Array | Product,
+    weight_q: jax.Array,
+    weight_k: jax.Array,
+    angle: jax.Array,
+    eps: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`norm_rotate` by XLA, with a gradient. Arguments and result: the same."""
-    q, k, v = jnp.split(qkv, 3, axis=-1)
+    q, k, v = jnp.split(qkv.astype(qkv.dtype), 3, axis=-1)
     q, k = rms_norm(q, weight_q, eps), rms_norm(k, weight_k, eps)
     q, k, v = (x.reshape(*x.shape[:-1], -1, 2 * angle.shape[-1]) for x in (q, k, v))
     return rope.rotate(q, angle), rope.rotate(k, angle), v

@@ -21,18 +21,24 @@ from longlive_jax.errors import InputError
 from longlive_jax.formats import (
     FP8Tensor,
     NVFP4Tensor,
+    Product,
     Quantized,
     exact,
     nvfp4,
     quantize_fp8,
     random_hadamard,
 )
+from longlive_jax.formats.fp8 import widen
+from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 from longlive_jax.ops import linear as plain
 from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant.recipe import FP8, NVFP4, Format, Recipe
 
-SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
+# Names for `jax.checkpoint`: of what wgrad needs of the activation, and of largest magnitudes: a
+# few bytes, without which a tensor that is made and quantised again is read once more.
+SAVED = "quantized"
+AMAX = "amax"
 
 
 def linear(
@@ -73,9 +79,35 @@ def linear(
             weight = weight.astype(x.dtype)
         y = _product(recipe, tuple(axes), weight, tokens, keys)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
-    # The sum is rounded as one in y's dtype would be; the bias's gradient is summed in float32.
-    bias = bias.astype(y.dtype).astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
-    return (exact.round_input(y) + bias).astype(y.dtype)
+    once = _library_scales(recipe) and not isinstance(x, Quantized)
+    return _add_bias(once, y, bias.astype(y.dtype))
+
+
+def product(
+    params: Mapping[str, jax.Array | Quantized],
+    x: jax.Array | Quantized,
+    recipe: Recipe | None = None,
+    key: jax.Array | None = None,
+    axes: Sequence[str] = (),
+) -> jax.Array | Product:
+    """`linear`, for what can take a `Product`: FP8's for inference, where a kernel may finish it.
+
+    That is on a Hopper GPU, of x quantised by rows. Anywhere else it is `linear`, which rounds the
+    product before it adds the bias; what finishes one rounds once.
+
+    Args and raises: as `linear`.
+    """
+    fp8 = isinstance(x, FP8Tensor) and x.scale.ndim == x.ndim
+    if not (fp8 and is_hopper() and recipe is not None and recipe.gradients is None):
+        return linear(params, x, recipe, key, axes)
+    weight = _quantized(params["weight"], recipe)
+    sums = _sums(_in_memory(x), weight, x.dtype)
+    return Product(
+        sums=sums.reshape(*x.shape[:-1], -1),
+        row=x.scale,
+        column=_column_scales(weight).reshape(-1),
+        bias=params["bias"].astype(x.dtype),
+    )
 
 
 def quantize_activation(x: jax.Array, recipe: Recipe, axes: Sequence[str] = ()) -> Quantized:
@@ -103,19 +135,64 @@ def matmul(x: Quantized, weight: Quantized, dtype, sums=None) -> jax.Array:
       of 8-bit codes `dtype`: they are wrong by more than bfloat16's rounding, which halves what is
       written and read here.
     """
-    lead, inputs = x.shape[:-1], x.shape[-1]
+    lead = x.shape[:-1]
     if isinstance(x, NVFP4Tensor) and _has_fp4():
         operands = (x.values, weight.values, x.scales, weight.scales)
         y = jax.nn.scaled_matmul(*(y.reshape(1, -1, y.shape[-1]) for y in operands))
     else:
-        a, b = (_codes(q).reshape(-1, inputs) for q in (x, weight))
         if sums is None:
             sums = dtype if isinstance(x, FP8Tensor) else jnp.float32
-        y = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
-    columns = jnp.broadcast_to(_scale(weight), (*weight.shape[:-1], 1))
-    columns = columns.reshape((1,) * len(lead) + (-1,))
+        y = _sums(x, weight, sums)
     y = y.reshape(*lead, -1).astype(jnp.float32)
-    return (y * (_scale(x) * columns)).astype(dtype)
+    scales = [_scale(q) for q in (x, weight)]
+    if all(scale.size == 1 for scale in scales):
+        # One number, which XLA's GemmRewriter gives to the library that makes the sums in float32.
+        scales = [scale.reshape((1,) * y.ndim) for scale in scales]
+    else:
+        scales[1] = _column_scales(weight).reshape((1,) * len(lead) + (-1,))
+    return (y * (scales[0] * scales[1])).astype(dtype)
+
+
+def _sums(x, weight, dtype):
+    """The codes' products, [row, part * out], added up in float32 and left in this dtype."""
+    a, b = (_codes(q).reshape(-1, q.shape[-1]) for q in (x, weight))
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _column_scales(weight):
+    """float32 [part, out, 1]: of the columns of a product by weight [part, out, in]."""
+    return jnp.broadcast_to(_scale(weight), (*weight.shape[:-1], 1))
+
+
+def _library_scales(recipe):
+    """Whether a GPU's library ends a product with its scales and bias: one scale an operand."""
+    fp8 = isinstance(recipe.weight, FP8) and recipe.gradients is not None
+    return fp8 and recipe.parts == 1 and _multiplies_fp8()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(once, y, bias):
+    """Rounded as a sum in y's dtype would be. The bias's gradient is summed in float32.
+
+    once: written so that XLA may have the library add the bias, before it rounds the product.
+    """
+    bias = bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+    if once:
+        return y + bias
+    return (exact.round_input(y) + bias.astype(jnp.float32)).astype(y.dtype)
+
+
+def _add_bias_fwd(once, y, bias):
+    return _add_bias(once, y, bias), None
+
+
+def _add_bias_bwd(once, _, dy):
+    del once
+    # Of what the product's gradient quantises, so that XLA does not keep dy in float32 for this.
+    return dy, jnp.sum(widen(dy), axis=range(dy.ndim - 1)).astype(dy.dtype)
+
+
+_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +227,8 @@ def _product_fwd(recipe, axes, weight, x, keys):
         wgrad = gradients.saved == "wgrad"
         saved = _columns(x, gradients.activation, 1, axes) if wgrad else rows
         saved = checkpoint_name(saved, SAVED)
-    return matmul(rows, w, x.dtype), (w, saved, keys)
+    product = _scaled if _library_scales(recipe) and len(x) == 1 else matmul
+    return product(rows, w, x.dtype), (w, saved, keys)
 
 
 def _product_bwd(recipe, axes, residuals, dy):
@@ -159,10 +237,14 @@ def _product_bwd(recipe, axes, residuals, dy):
     # [part, sample, group, row, out]
     dy = jnp.moveaxis(dy.reshape(*dy.shape[:-1], recipe.parts, -1), -2, 0)
     dgrad_keys, wgrad_keys = _split(keys, recipe)
-    dy_rows = _quantize(dy, gradients.dgrad, 2, axes, dgrad_keys)
+    parts = range(recipe.parts)
+    if isinstance(gradients.dgrad, FP8):
+        # Apart, so that XLA sees one scale for each.
+        dy_rows = [_quantize(dy[p], gradients.dgrad, 1, axes) for p in parts]
+    else:
+        dy_rows = _quantize(dy, gradients.dgrad, 2, axes, dgrad_keys)
     w = _transpose(w)
-    dx = [matmul(dy_rows[p], w[p : p + 1], jnp.float32) for p in range(recipe.parts)]
-    dx = _add(dx).astype(dy.dtype)
+    dx = _add(_scaled(dy_rows[p], w[p : p + 1], dy.dtype) for p in parts).astype(dy.dtype)
     if saved is None:
         return None, dx, None
 
@@ -172,20 +254,39 @@ def _product_bwd(recipe, axes, residuals, dy):
         x_columns = _merge(_swap(saved))
     else:
         x_columns = _columns(saved.dequantize(dy.dtype), gradients.activation, 1, axes)
+    samples = range(dy.shape[1])
     if gradients.wgrad is None:
-        dy_columns = _merge(_swap(dy_rows))
+        columns = [_merge(_swap(rows)) for rows in dy_rows]
+        dw = [
+            _add(matmul(x_columns[i], part[i : i + 1], jnp.float32) for i in samples)
+            for part in columns
+        ]
+        dw = jnp.concatenate(dw, axis=-1)
     else:
         dy_columns = _columns(dy, gradients.wgrad, 2, axes, wgrad_keys)
-    samples = range(dy.shape[1])
-    dw = [matmul(x_columns[i], dy_columns[:, i], jnp.float32) for i in samples]
-    return _add(dw).astype(dy.dtype), dx, None
+        dw = _add(matmul(x_columns[i], dy_columns[:, i], jnp.float32) for i in samples)
+    return dw.astype(dy.dtype), dx, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _add(terms):
-    return functools.reduce(operator.add, terms)
+    return functools.reduce(operator.add, (y.astype(jnp.float32) for y in terms))
+
+
+def _scaled(x, weight, dtype):
+    """`matmul` for what is rounded to dtype next, where a GPU's library multiplies FP8 in float32.
+
+    XLA's GemmRewriter gives that library a factor of its sums that is one number, and drops the
+    factor's own rounding to dtype. So sums are scaled, and rounded once, before they are written.
+    """
+    one = isinstance(x, FP8Tensor) and x.scale.size == weight.scale.size == 1
+    if not (one and _multiplies_fp8()):
+        return matmul(x, weight, jnp.float32)
+    # A number behind a barrier: of an array's, reshaped, the rounding would stay.
+    scale = _in_memory(x.scale.reshape(()) * weight.scale.reshape(()))
+    return (_sums(x, weight, dtype) * scale.astype(dtype)).reshape(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,7 +341,7 @@ def _quantize_fp8(x, fmt, lead, axes):
 
 def _amax(x, over, axes):
     amax = exact.largest_magnitude(x, over)
-    return jax.lax.pmax(amax, tuple(axes)) if axes else amax
+    return checkpoint_name(jax.lax.pmax(amax, tuple(axes)) if axes else amax, AMAX)
 
 
 def _columns(y, fmt, lead, axes, keys=None):
@@ -327,6 +428,11 @@ def _has_fp4() -> bool:
     return _capability() >= 10
 
 
+def _multiplies_fp8() -> bool:
+    """Whether the default device multiplies 8-bit floats."""
+    return _capability() >= 8.9
+
+
 def _capability() -> float:
     """Of an NVIDIA GPU; 0 for any other device."""
     device = jax.local_devices()[0]
@@ -340,7 +446,7 @@ def backend(recipe: Recipe | None) -> str:
     if isinstance(recipe.weight, NVFP4):
         way = "as they are" if _has_fp4() else "as bfloat16, which holds them exactly"
         return f"{recipe.name}: NVFP4, multiplied {way}"
-    way = "as they are" if _capability() >= 8.9 else "by the compiler's own conversion"
+    way = "as they are" if _multiplies_fp8() else "by the compiler's own conversion"
     return f"{recipe.name}: FP8, multiplied {way}"
 
 

@@ -28,6 +28,14 @@ def test_it_is_the_composition(tokens):
     print(f"\n{8 * tokens} tokens: other numbers in q and k: {shares}")
 
 
+@pytest.mark.parametrize("dim", (1024, DIM, 6144))
+def test_of_a_product(dim):
+    x = cpu.product((1, 1, 8, 110), dim)
+    assert lib.supports(*x)
+    shares = cpu.check(jax.jit(rotated.norm_rotate)(*x), cpu.composed_of_product(*x), cpu.OTHERS)
+    print(f"\ndim {dim}: other numbers in q, k and v: {shares}")
+
+
 @pytest.mark.parametrize("dim", (1024, 2048, 4096, 6144))
 def test_other_widths(dim):
     x = cpu.arguments((2, 37), dim, jnp.float32)

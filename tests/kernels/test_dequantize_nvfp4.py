@@ -11,7 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
 from longlive_jax.kernels import dequantize_nvfp4 as lib
-from longlive_jax.kernels import mosaic
 from longlive_jax.quant import kv
 from tests.kernels.checks import pretend_hopper
 
@@ -53,13 +52,6 @@ def test_bits_are_the_oracles(amax):
     q = every_code_and_scale(amax)
     for layer in range(SHAPE[0]):
         check(run(q, layer), q[layer].dequantize())
-
-
-def test_bytes_are_permuted_as_the_chip_does_it():
-    a, b = (np.uint32([[x]]) for x in (0x33221100, 0x77665544))
-    for selector in (0x7632, np.uint32([[0xFFFF7632]])):
-        result = mosaic.permute_bytes(a, b, selector, interpret=True)
-        np.testing.assert_array_equal(result, np.uint32([[0x77663322]]))
 
 
 def test_of_what_was_quantised():

@@ -13,11 +13,12 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import Mesh
 from longlive_jax.errors import InputError
-from longlive_jax.formats import quantize_nvfp4
+from longlive_jax.formats import Product, quantize_nvfp4
+from longlive_jax.formats.fp8 import widen
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import recipe as recipe_lib
-from longlive_jax.quant.linear import linear, quantize_activation, quantize_weight
+from longlive_jax.quant.linear import linear, product, quantize_activation, quantize_weight
 
 TRAINING = ("fp8_train", "nvfp4_te", pytest.param("nvfp4_ar", marks=pytest.mark.slow))
 INFERENCE = ("fp8", "fp8_train", pytest.param("nvfp4_w4a4", marks=pytest.mark.slow))
@@ -110,6 +111,72 @@ def test_no_recipe_is_the_plain_layer():
     p, x = layer(32, 16), tokens(1, 4, 32)
     ours, plains = jax.make_jaxpr(linear)(p, x), jax.make_jaxpr(plain.linear)(p, x)
     assert str(ours) == str(plains)
+
+
+def stored(p, r):
+    return p | {"weight": quantize_weight(p["weight"], r)}
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_train", "nvfp4_w4a4"])
+def test_a_product_is_the_layer_where_no_kernel_finishes_it(name):
+    p, x, r = layer(32, 16), tokens(1, 4, 32), recipe_lib.get(name)
+    if r is not None:
+        r = r.at("ffn.0")
+        p, x = stored(p, r), quantize_activation(x, r)
+    ours, layers = (jax.make_jaxpr(f, static_argnums=2)(p, x, r) for f in (product, linear))
+    assert str(ours) == str(layers)
+
+
+@pytest.mark.parametrize("path", ["ffn.0", "self_attn.qkv"])
+def test_a_product_before_its_scales(monkeypatch, path):
+    """On Hopper, by rows in FP8, for inference. It is the layer but for the latter's roundings."""
+    monkeypatch.setattr(linear_lib, "is_hopper", lambda: True)
+    p, x, r = layer(64, 96), tokens(2, 3, 5, 64), recipe("fp8", path)
+    p = stored(p, r)
+    rows = quantize_activation(x, r)
+    y, want = (jax.jit(f, static_argnums=2)(p, rows, r) for f in (product, linear))
+    assert isinstance(y, Product) and y.shape == want.shape and y.dtype == want.dtype
+    assert y.sums.dtype == y.bias.dtype == jnp.bfloat16 and y.column.shape == (96,)
+    assert y.row.dtype == y.column.dtype == jnp.float32
+    assert 0 < error(y.astype(jnp.float32), want) < 2.0**-8
+    no_weight = y.replace(sums=jnp.zeros_like(y.sums)).astype(jnp.float32)
+    np.testing.assert_array_equal(no_weight[0, 0, 0], p["bias"].astype(jnp.float32))
+
+    assert isinstance(jax.eval_shape(lambda: product(p, x, r)), jax.ShapeDtypeStruct)
+    r = recipe("fp8_train", path)
+    of_tensors = jax.eval_shape(lambda: product(layer(64, 96), quantize_activation(x, r), r))
+    assert isinstance(of_tensors, jax.ShapeDtypeStruct)
+
+
+@pytest.mark.parametrize("path, outputs", [("ffn.0", 96), ("ffn.2", 32), ("self_attn.qkv", 96)])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_library_that_scales_is_the_same_but_for_roundings(monkeypatch, path, outputs, samples):
+    p, x, dy = layer(64, outputs), tokens(samples, 32, 64), tokens(samples, 32, outputs, seed=8)
+    r = recipe("fp8_train", path)
+    want = step(r, p, x, dy)
+    monkeypatch.setattr(linear_lib, "_capability", lambda: 9.0)
+    got = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert a.dtype == b.dtype and error(a, b) < 2.0**-7
+
+
+def test_with_their_largest_magnitudes_kept_tensors_are_read_once_less():
+    p, x, r = layer(64, 64), tokens(1, 32, 64), recipe("fp8_train")
+
+    def maxima(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        loss = jax.checkpoint(lambda p, x: linear(p, jnp.sin(x), r).sum(), policy=policy)
+        text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(p, x).as_text()
+        return text.count("stablehlo.reduce") - text.count("stablehlo.reduce_precision")
+
+    # Those of the activation and of the weight.
+    assert maxima(linear_lib.AMAX) == maxima() - 2
+
+
+def test_bfloat16_is_widened_by_its_bits():
+    every = jax.lax.bitcast_convert_type(jnp.arange(1 << 16).astype(jnp.uint16), jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(widen)(every), np.asarray(every, np.float32))
+    assert widen(jnp.float32(0.1)) == jnp.float32(0.1)
 
 
 def test_fused_matrices_are_tensors_of_their_own():

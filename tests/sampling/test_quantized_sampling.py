@@ -11,7 +11,9 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
+from longlive_jax.formats import Product
 from longlive_jax.models import dit
+from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 from tests.sampling import test_stream
@@ -57,6 +59,26 @@ def test_the_mesh_changes_nothing(recipe):
     mesh = config_lib.Mesh(fsdp=2, seq=2)
     one, many = (run(make_config(recipe, mesh=m), batch=2) for m in (config_lib.Mesh(), mesh))
     assert error(many, one) < 5e-3
+
+
+def test_products_before_their_scales(monkeypatch):
+    """What a Hopper GPU is given, by its fallbacks: but for roundings, and the codes they move."""
+    cfg = make_config("fp8")
+    expected = run(cfg)
+    given, make = [], linear_lib.product
+
+    def product(*args):
+        given.append(make(*args))
+        return given[-1]
+
+    with monkeypatch.context() as m:
+        m.setattr(linear_lib, "is_hopper", lambda: True)
+        m.setattr(linear_lib, "product", product)
+        jax.clear_caches()  # a layer is traced once
+        latents = run.__wrapped__(cfg)
+    jax.clear_caches()
+    assert {type(y) for y in given} == {Product}
+    assert 0 < error(latents, expected) < 0.03
 
 
 @pytest.mark.slow

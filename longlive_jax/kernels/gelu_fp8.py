@@ -1,0 +1,120 @@
+"""GELU of an FP8 product that waits for its scales and bias, and its codes by rows, on Hopper.
+
+XLA's pass over the FFN's widest array, in which it applies scales and bias, would cost as much as
+the kernel behind it: that is `kernels.quantize_fp8`, whose arithmetic is used here.
+
+A program is one warpgroup and takes one row through shared memory, where GELU replaces the sums.
+Many share a multiprocessor and fill each other's waits.
+
+Nothing is rounded between the product's sums and GELU's result, which is, to bfloat16.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import Product
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels import quantize_fp8 as lib
+from longlive_jax.kernels.chip import is_hopper, is_local
+
+AT_ONCE = 2  # slices that a thread works on at a time, if they divide a row's
+
+
+def supports(x: Product) -> bool:
+    """Whether the kernel takes such a product: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
+    return is_hopper() and all(map(is_local, jax.tree.leaves(x))) and not _misfit(x)
+
+
+def _misfit(x):
+    """What of the product the kernel does not take; empty: nothing."""
+    if x.dtype != jnp.bfloat16:
+        return f"sums are {x.dtype}; they must be bfloat16: cast them"
+    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_COLUMNS or 0 in x.shape:
+        return (
+            f"sums {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
+            f"{lib.MAX_COLUMNS}"
+        )
+    return ""
+
+
+def kernel(
+    x: Product, interpret: plgpu.InterpretGPUParams | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
+
+    Args:
+      x: [..., n], bfloat16, n a multiple of 1,024, at most 16,384.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      Of gelu(x), by tanh: values float8_e4m3fn [..., n], scales float32 [..., 1].
+
+    Raises:
+      InputError: another dtype or shape.
+    """
+    if misfit := _misfit(x):
+        raise InputError(f"gelu_fp8 kernel: {misfit}; or use ops.quantized.gelu_quantize_rows")
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    tiles = (n // lib.LANES, lib.LANES)
+    values, scales = plgpu.kernel(
+        _kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ),
+        grid=(rows,),
+        grid_names=("row",),
+        scratch_types={"fetched": plgpu.SMEM(tiles, jnp.bfloat16), "here": plgpu.Barrier()},
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # No thread reads what another has stored: around stores nothing need wait.
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
+    )(
+        x.sums.reshape(rows, *tiles),
+        x.row.reshape(rows),
+        x.column.reshape(tiles),
+        x.bias.reshape(tiles),
+    )
+    return values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+
+
+def _kernel(sums, rates, column, bias, values, scales, *, fetched, here):
+    row = lax.axis_index("row")
+    plgpu.copy_gmem_to_smem(sums.at[row], fetched, here)
+    rate = rates[row]
+    slices = fetched.shape[0] // lib.LINES
+    at_once = math.gcd(AT_ONCE, slices)
+    plgpu.barrier_wait(here)
+
+    def group(step):
+        return [lib.lines(step * at_once + i) for i in range(at_once)]
+
+    def measure(step, largest):
+        for i in group(step):
+            x, c, b = (
+                lib.load(ref.at[i, :]).astype(jnp.float32) for ref in (fetched, column, bias)
+            )
+            y = lib.rounded(lib.gelu_by_logistic(x * rate * c + b))
+            mosaic.store(fetched.at[i, :], y)  # by the thread that read it and will again
+            largest = lax.max(largest, mosaic.magnitude(y))
+        return largest
+
+    zeros = plgpu.layout_cast(jnp.zeros((lib.LINES, lib.LANES), jnp.uint16), lib.LAYOUT)
+    largest = lax.fori_loop(0, slices // at_once, measure, zeros)
+    scale, inverse = lib.scale_and_inverse(largest)
+
+    def write(step, _):
+        for i in group(step):
+            y = lib.load(fetched.at[i, :]).astype(jnp.float32)
+            mosaic.store(values.at[row, i, :], (y * inverse).astype(values.dtype))
+
+    lax.fori_loop(0, slices // at_once, write, None)
+    mosaic.store(scales.at[row], scale)
