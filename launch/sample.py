@@ -25,7 +25,7 @@ from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.models.vae_spec import check_mesh
-from longlive_jax.quant import linear
+from longlive_jax.quant import matmul
 from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import batches as batches_lib
 from longlive_jax.sampling import decode, pictures, render, script, shots, stream
@@ -72,7 +72,7 @@ def main() -> None:
         text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg), FLAGS.weights)
     batches = _with_pictures(cfg, vae_mesh, batches, clip)
     if recipe := recipe_lib.get(cfg.quant.recipe):
-        print(f"linear layers by {linear.backend(recipe)}", flush=True)
+        print(f"linear layers by {matmul.backend(recipe)}", flush=True)
     params = parts.load_transformer(FLAGS.checkpoint, cfg, mesh, FLAGS.weights)
     if FLAGS.output:
         vae = parts.load(FLAGS.checkpoint, "vae", cfg, vae_mesh, parts.DECODER)

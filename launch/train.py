@@ -35,7 +35,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
-from longlive_jax.quant import linear
+from longlive_jax.quant import matmul
 from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import script, stream
 from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop, state
@@ -88,7 +88,7 @@ def _train() -> None:
     # Weights may come from another run; its other parts lie where its own checkpoint does.
     others = parts.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
     if recipe := recipe_lib.get(cfg.quant.recipe):
-        _show(f"linear layers by {linear.backend(recipe)}")
+        _show(f"linear layers by {matmul.backend(recipe)}")
     with checkpoint.claimed(root, checkpoint.settings(cfg, identity), others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
         done = loop.run(

@@ -33,7 +33,7 @@ from longlive_jax.ops.norm import layer_norm, rms_norm
 from longlive_jax.ops.rotated import norm_rotate
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
-from longlive_jax.quant.linear import AMAX
+from longlive_jax.quant.operands import AMAX
 from longlive_jax.quant.recipe import Recipe
 
 PATCH = config_lib.PATCH

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.quant import linear as lib
+from longlive_jax.quant import linear, matmul
 from tests.quant.test_linear import error, layer, recipe, step, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
@@ -25,8 +25,9 @@ def test_a_layer_and_its_gradients(monkeypatch, path, inputs, outputs, samples):
     x, dy = tokens(samples, 1, 2048, inputs), tokens(samples, 1, 2048, outputs, seed=8)
     got = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
 
-    monkeypatch.setattr(lib, "_multiplies_fp8", lambda: False)
-    monkeypatch.setattr(lib, "_codes", lambda q: q.values.astype(jnp.float32))
+    for module in (linear, matmul):
+        monkeypatch.setattr(module, "multiplies_fp8", lambda: False)
+    monkeypatch.setattr(matmul, "_codes", lambda q: q.values.astype(jnp.float32))
     want = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
     names = ("y", *(f"gradient of {name}" for name in (*sorted(p), "x")))
     for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

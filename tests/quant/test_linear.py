@@ -17,6 +17,8 @@ from longlive_jax.formats import Product, quantize_nvfp4
 from longlive_jax.formats.fp8 import widen
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
+from longlive_jax.quant import matmul as matmul_lib
+from longlive_jax.quant import operands
 from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant.linear import linear, product, quantize_activation, quantize_weight
 
@@ -154,7 +156,7 @@ def test_a_library_that_scales_is_the_same_but_for_roundings(monkeypatch, path, 
     p, x, dy = layer(64, outputs), tokens(samples, 32, 64), tokens(samples, 32, outputs, seed=8)
     r = recipe("fp8_train", path)
     want = step(r, p, x, dy)
-    monkeypatch.setattr(linear_lib, "_capability", lambda: 9.0)
+    monkeypatch.setattr(matmul_lib, "_capability", lambda: 9.0)
     got = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert a.dtype == b.dtype and error(a, b) < 2.0**-7
@@ -170,7 +172,7 @@ def test_with_their_largest_magnitudes_kept_tensors_are_read_once_less():
         return text.count("stablehlo.reduce") - text.count("stablehlo.reduce_precision")
 
     # Those of the activation and of the weight.
-    assert maxima(linear_lib.AMAX) == maxima() - 2
+    assert maxima(operands.AMAX) == maxima() - 2
 
 
 def test_bfloat16_is_widened_by_its_bits():
@@ -310,7 +312,7 @@ def test_native_fp4_is_the_same(monkeypatch):
     p, x, dy = fused()
     r = to_nearest(recipe("nvfp4_te", "self_attn.qkv"))
     want = step(r, p, x, dy)
-    monkeypatch.setattr(linear_lib, "_has_fp4", lambda: True)
+    monkeypatch.setattr(matmul_lib, "_has_fp4", lambda: True)
     got = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert error(a, b) < 1e-3
@@ -321,11 +323,11 @@ def test_native_fp4_is_the_same(monkeypatch):
     [(0.0, "as bfloat16", "conversion"), (9.0, "as bfloat16", "are"), (10.0, "as they", "are")],
 )
 def test_the_backend_is_chosen_by_capability(monkeypatch, capability, nvfp4, fp8):
-    monkeypatch.setattr(linear_lib, "_capability", lambda: capability)
+    monkeypatch.setattr(matmul_lib, "_capability", lambda: capability)
     get = recipe_lib.get
-    assert linear_lib.backend(get("nvfp4_ar")).startswith(f"nvfp4_ar: NVFP4, multiplied {nvfp4}")
-    assert linear_lib.backend(get("fp8")).endswith(fp8)
-    assert linear_lib.backend(None) == "not quantised"
+    assert matmul_lib.backend(get("nvfp4_ar")).startswith(f"nvfp4_ar: NVFP4, multiplied {nvfp4}")
+    assert matmul_lib.backend(get("fp8")).endswith(fp8)
+    assert matmul_lib.backend(None) == "not quantised"
 
 
 def test_not_a_number_stays_in_its_sample():
