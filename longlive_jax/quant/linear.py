@@ -38,8 +38,9 @@ def linear(
 ) -> jax.Array:
     """x [sample, ..., in] @ weight [in, out] + bias [out], in the formats of the recipe.
 
-    The bias is added after the product's rounding to x's dtype, as in the original. Gradients of
-    x, weight and bias have their dtypes. A weight that is quantised already has none.
+    The bias is added after the product's rounding to x's dtype, as in the original; to FP8's with a
+    gradient the library of a GPU adds it before. Gradients of x, weight and bias have their dtypes.
+    A weight that is quantised already has none.
 
     Args:
       params: weight: [in, out], or `quantize_weight` of one; bias: [out].
