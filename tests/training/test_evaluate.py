@@ -13,6 +13,7 @@ from longlive_jax.training import evaluate
 from tests.training import tiny_run
 
 
+@pytest.mark.slow
 def test_the_average_is_quantised(monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a boat\n")
     cfg = tiny_run.config(
