@@ -164,19 +164,15 @@ def _quantize_fp8(name, arguments, operation, public, **how):
     kernel = functools.partial(lib.kernel, interpret=interpret(), **how)
     tilings = () if on_cpu() else lib.tilings(x.shape[-1], len(arguments) > 1)
 
-    def by_rows(y):
-        y = formats.quantize_fp8(y, axis=-1)
-        return y.values, y.scale
-
     def oracle(x, *rest):
         """The operation in float32, rounded once."""
-        return by_rows(operation(x.astype(jnp.float32), *rest).astype(x.dtype))
+        return _by_rows(operation(x.astype(jnp.float32), *rest).astype(x.dtype))
 
     return Entry(
         name=f"quantize_fp8 {name}{x.size // x.shape[-1]}x{x.shape[-1]}",
         arguments=arguments,
         call=kernel,
-        baseline=lambda *x: by_rows(operation(*x)),
+        baseline=lambda *x: _by_rows(operation(*x)),
         oracle=oracle,
         # An exponential or a sum that is off by float32's last bit, before two roundings.
         limit=1e-2 if name else 0.0,
@@ -197,21 +193,22 @@ def gelu_fp8(cfg: config_lib.Config) -> list[Entry]:
         rows, n = 6, 2 * quantize_fp8_lib.SLICE
     x = _product(rows, n)
 
-    def quantize(y):
-        y = formats.quantize_fp8(y, axis=-1)
-        return y.values, y.scale
-
     return [
         Entry(
             name=f"gelu_fp8 {rows}x{n}",
             arguments=(x,),
             call=functools.partial(gelu_fp8_lib.kernel, interpret=interpret()),
-            baseline=lambda x: quantize(gelu(x.astype(x.dtype))),
-            oracle=lambda x: quantize(gelu(x.astype(jnp.float32)).astype(x.dtype)),
+            baseline=lambda x: _by_rows(gelu(x.astype(x.dtype))),
+            oracle=lambda x: _by_rows(gelu(x.astype(jnp.float32)).astype(x.dtype)),
             limit=1e-2,  # as of quantize_fp8 behind GELU
             bytes=_nbytes(x) + rows * (n + 4),
         )
     ]
+
+
+def _by_rows(x):
+    q = formats.quantize_fp8(x, axis=-1)
+    return q.values, q.scale
 
 
 def _product(rows, n):

@@ -88,13 +88,15 @@ def largest_magnitude(
 
 
 def round_input(x: jax.Array) -> jax.Array:
-    """float32 of x, with the rounding to x's own dtype made explicit.
+    """float32 of x, bfloat16 or float32, with the rounding to x's own dtype made explicit.
 
     XLA may drop a pair of conversions, float32 to bfloat16 and back, and quantise numbers that x
-    never held.
+    never held. So bfloat16 is widened by its bits. (Told to round, by `lax.reduce_precision`, it
+    would keep x in memory in float32.)
     """
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    return _float(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16)
 
 
 def _bits(x):

@@ -85,24 +85,12 @@ def _quantize(x, amax, dtype, axis):
     largest = float(jnp.finfo(dtype).max)
     if amax is None:
         amax = exact.largest_magnitude(x, axis, axis is not None)
-    y = widen(x)
+    y = exact.round_input(x)
     scale = jnp.maximum(exact.divide_by(jnp.asarray(amax, jnp.float32), largest), exact.TINY)
     inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
     # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.
     y = jnp.clip(y * inverse, -largest, largest)
     return FP8Tensor(values=y.astype(dtype), scale=scale, dtype=x.dtype)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """x in float32: bfloat16 by its bits, and not by a conversion.
-
-    XLA drops a pair of conversions, float32 to bfloat16 and back. It would quantise numbers that x
-    never held, or, made to round them (`exact.round_input`), keep them in memory in float32.
-    """
-    if x.dtype != jnp.bfloat16:
-        return x.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _validate(x, dtype, axis, amax):

@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import Product
-from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.kernels.chip import is_hopper, is_local
 
@@ -90,31 +89,10 @@ def _kernel(sums, rates, column, bias, values, scales, *, fetched, here):
     row = lax.axis_index("row")
     plgpu.copy_gmem_to_smem(sums.at[row], fetched, here)
     rate = rates[row]
-    slices = fetched.shape[0] // lib.LINES
-    at_once = math.gcd(AT_ONCE, slices)
     plgpu.barrier_wait(here)
 
-    def group(step):
-        return [lib.lines(step * at_once + i) for i in range(at_once)]
+    def gelu(i, x):
+        c, b = (lib.load(ref.at[i, :]).astype(jnp.float32) for ref in (column, bias))
+        return lib.rounded(lib.gelu_by_logistic(x.astype(jnp.float32) * rate * c + b))
 
-    def measure(step, largest):
-        for i in group(step):
-            x, c, b = (
-                lib.load(ref.at[i, :]).astype(jnp.float32) for ref in (fetched, column, bias)
-            )
-            y = lib.rounded(lib.gelu_by_logistic(x * rate * c + b))
-            mosaic.store(fetched.at[i, :], y)  # by the thread that read it and will again
-            largest = lax.max(largest, mosaic.magnitude(y))
-        return largest
-
-    zeros = plgpu.layout_cast(jnp.zeros((lib.LINES, lib.LANES), jnp.uint16), lib.LAYOUT)
-    largest = lax.fori_loop(0, slices // at_once, measure, zeros)
-    scale, inverse = lib.scale_and_inverse(largest)
-
-    def write(step, _):
-        for i in group(step):
-            y = lib.load(fetched.at[i, :]).astype(jnp.float32)
-            mosaic.store(values.at[row, i, :], (y * inverse).astype(values.dtype))
-
-    lax.fori_loop(0, slices // at_once, write, None)
-    mosaic.store(scales.at[row], scale)
+    lib.quantize_row(fetched, values.at[row], scales.at[row], AT_ONCE, gelu)

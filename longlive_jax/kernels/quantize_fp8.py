@@ -16,6 +16,7 @@ bits, and its quotient by 448 is a product with a seventh in two parts, see `_SE
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,8 @@ TILINGS = {
 }
 
 LANES = 128  # a copy takes at most 256 numbers along an axis: a row is [n / 128, 128]
-LINES = SLICE // LANES
-LAYOUT = plgpu.Layout.WG_STRIDED((LINES, LANES), vec_size=8)
+_LINES = SLICE // LANES
+_LAYOUT = plgpu.Layout.WG_STRIDED((_LINES, LANES), vec_size=8)
 _INFINITY = 0x7F80  # of a bfloat16
 # 1 / 7 in two parts. The first has 15 bits, so that its product with a bfloat16's mantissa m is
 # exact, and the sum of both is RN(m / 7), contracted or not: sevenths are no near-ties.
@@ -176,44 +177,23 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     first = run * rows + part * at_most
     count = lax.min(jnp.int32(at_most), rows - part * at_most)
     tiles = x_ref.shape[1:]
-    slices = range(tiles[0] // LINES)
-    at_once = math.gcd(at_once, len(slices))
+    slices = range(tiles[0] // _LINES)
     # Of a run of rows: they stay in registers.
-    affine = [[load(ref.at[run, lines(i), :]) for i in slices] for ref in affine]
-
-    def group(step):
-        return [step * at_once + j for j in range(at_once)]
-
-    def store(row, i, x, inverse):
-        values = (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn)
-        mosaic.store(values_ref.at[row, lines(i), :], values)
+    affine = [[load(ref.at[run, _lines(i), :]) for i in slices] for ref in affine]
 
     def normed(row, x_smem):
-        made = _layer_norm([load(x_smem.at[lines(i), :]) for i in slices], *affine, eps)
-        scale, inverse = scale_and_inverse(functools.reduce(lax.max, map(mosaic.magnitude, made)))
+        made = _layer_norm([load(x_smem.at[_lines(i), :]) for i in slices], *affine, eps)
+        scale, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
         for i in slices:
-            store(row, i, made[i], inverse)
+            _store(values_ref.at[row, _lines(i), :], made[i], inverse)
         mosaic.store(scales_ref.at[row], scale)
+
+    def gelu(_, x):
+        return rounded(gelu_by_logistic(x.astype(jnp.float32)))
 
     def activated(row, x_smem):
-        def measure(step, largest):
-            for i in group(step):
-                ref = x_smem.at[lines(i), :]
-                x = load(ref)
-                if activation == GELU:
-                    x = rounded(gelu_by_logistic(x.astype(jnp.float32)))
-                    ref[...] = x  # by the thread that read it and will again
-                largest = lax.max(largest, mosaic.magnitude(x))
-            return largest
-
-        def write(step, _):
-            for i in group(step):
-                store(row, i, load(x_smem.at[lines(i), :]), inverse)
-
-        zeros = plgpu.layout_cast(jnp.zeros((LINES, LANES), jnp.uint16), LAYOUT)
-        scale, inverse = scale_and_inverse(lax.fori_loop(0, len(slices) // at_once, measure, zeros))
-        lax.fori_loop(0, len(slices) // at_once, write, None)
-        mosaic.store(scales_ref.at[row], scale)
+        make = gelu if activation == GELU else None
+        quantize_row(x_smem, values_ref.at[row], scales_ref.at[row], at_once, make)
 
     spec = plgpu.BlockSpec((1, *tiles), lambda i: (first + i, 0, 0))
     quantize = normed if affine else activated
@@ -225,12 +205,48 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
 
 
-def lines(i):
-    return pl.ds(i * LINES, LINES)
+def quantize_row(x, values, scale, at_once: int, make: Callable | None = None):
+    """Writes codes and scale of a row, [n / 128, 128], that lies in shared memory.
+
+    at_once: slices that a thread works on at a time, if they divide the row's.
+    make: (a slice's lines, its numbers) -> those to quantise, bfloat16, which replace them.
+    """
+    slices = x.shape[0] // _LINES
+    at_once = math.gcd(at_once, slices)
+
+    def group(step):
+        return [_lines(step * at_once + i) for i in range(at_once)]
+
+    def measure(step, largest):
+        for i in group(step):
+            y = load(x.at[i, :])
+            if make is not None:
+                y = make(i, y)
+                mosaic.store(x.at[i, :], y)  # by the thread that read it and will again
+            largest = lax.max(largest, mosaic.magnitude(y))
+        return largest
+
+    def write(step, _):
+        for i in group(step):
+            _store(values.at[i, :], load(x.at[i, :]), inverse)
+
+    zeros = plgpu.layout_cast(jnp.zeros((_LINES, LANES), jnp.uint16), _LAYOUT)
+    found, inverse = _scale(lax.fori_loop(0, slices // at_once, measure, zeros))
+    lax.fori_loop(0, slices // at_once, write, None)
+    mosaic.store(scale, found)
+
+
+def _lines(i):
+    return pl.ds(i * _LINES, _LINES)
 
 
 def load(ref):
-    return plgpu.load(ref, layout=LAYOUT, optimized=False)
+    """A slice's numbers, 8 neighbours a thread."""
+    return plgpu.load(ref, layout=_LAYOUT, optimized=False)
+
+
+def _store(ref, x, inverse):
+    mosaic.store(ref, (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn))
 
 
 def gelu_by_logistic(x):
@@ -268,7 +284,7 @@ def _total(slices):
     return jnp.sum(functools.reduce(lax.add, slices))
 
 
-def scale_and_inverse(largest):
+def _scale(largest):
     """Magnitudes of which one is the largest -> scale and inverse as in `formats.quantize_fp8`."""
     bits = jnp.max(largest.astype(jnp.int32))
     mantissa = _float((bits & 0x7F) << 16 | 0x3F800000)

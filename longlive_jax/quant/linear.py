@@ -19,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor, NVFP4Tensor, Product, Quantized, exact
-from longlive_jax.formats.fp8 import widen
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
@@ -142,7 +141,7 @@ def _add_bias_fwd(once, y, bias):
 def _add_bias_bwd(once, _, dy):
     del once
     # Of what the product's gradient quantises, so that XLA does not keep dy in float32 for this.
-    return dy, jnp.sum(widen(dy), axis=range(dy.ndim - 1)).astype(dy.dtype)
+    return dy, jnp.sum(exact.round_input(dy), axis=range(dy.ndim - 1)).astype(dy.dtype)
 
 
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)

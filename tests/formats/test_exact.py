@@ -73,6 +73,13 @@ def test_round_input_keeps_the_rounding_that_xla_drops():
     np.testing.assert_array_equal(y, jax.jit(product)(a).astype(jnp.float32) * 1000)
 
 
+def test_round_input_of_every_bfloat16():
+    every = jax.lax.bitcast_convert_type(jnp.arange(1 << 16).astype(jnp.uint16), jnp.bfloat16)
+    result = jax.jit(exact.round_input)(every)
+    np.testing.assert_array_equal(result, np.asarray(every, np.float32))
+    assert exact.round_input(jnp.float32(0.1)) == jnp.float32(0.1)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("value, expected", [(-3.5, 3.5), (-np.inf, np.inf), (np.nan, np.nan)])
 def test_largest_magnitude(dtype, value, expected):

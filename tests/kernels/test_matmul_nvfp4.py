@@ -45,14 +45,14 @@ def expected(x, codes, scales):
     return np.asarray(x).astype(np.float64) @ weights(codes, scales).T
 
 
-def check(y, expected, dtype=jnp.float32, limit=None):
+def check(y, expected, dtype=jnp.float32):
     assert y.dtype == dtype and y.shape == expected.shape
     y = np.asarray(y).astype(np.float64)
-    limit = limit or (2e-6 if dtype == jnp.float32 else 2**-8)
+    limit = 2e-6 if dtype == jnp.float32 else 2**-8
     # Of a sum's terms, not of the sum, which may be small.
     size = np.sqrt(np.mean(expected**2, axis=0, keepdims=True))
     off = np.abs(y - expected) / (np.abs(expected) + 4 * size)
-    assert off.max() <= limit, off.max()
+    assert off.max() < limit, off.max()
 
 
 def interpreted(args, dtype=jnp.float32, tuning=TUNINGS["default"]):

@@ -14,7 +14,6 @@ from longlive_jax import params as params_lib
 from longlive_jax.config import Mesh
 from longlive_jax.errors import InputError
 from longlive_jax.formats import Product, quantize_nvfp4
-from longlive_jax.formats.fp8 import widen
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import matmul as matmul_lib
@@ -173,12 +172,6 @@ def test_with_their_largest_magnitudes_kept_tensors_are_read_once_less():
 
     # Those of the activation and of the weight.
     assert maxima(operands.AMAX) == maxima() - 2
-
-
-def test_bfloat16_is_widened_by_its_bits():
-    every = jax.lax.bitcast_convert_type(jnp.arange(1 << 16).astype(jnp.uint16), jnp.bfloat16)
-    np.testing.assert_array_equal(jax.jit(widen)(every), np.asarray(every, np.float32))
-    assert widen(jnp.float32(0.1)) == jnp.float32(0.1)
 
 
 def test_fused_matrices_are_tensors_of_their_own():
