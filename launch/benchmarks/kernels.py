@@ -32,7 +32,8 @@ from longlive_jax.ops import quantized, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm, rms_norm
-from longlive_jax.quant import kv
+from longlive_jax.quant import kv, operands
+from longlive_jax.quant import matmul as matmul_lib
 from longlive_jax.training import cost
 
 # The issue of a quantiser's speed is settled at this size.
@@ -132,6 +133,43 @@ def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
             call=functools.partial(dequantize_nvfp4_lib.kernel, interpret=interpret()),
             baseline=lambda q, layer: q[layer].dequantize(),
             bytes=size * 2 + size * 9 // 16,  # codes and scales read
+        )
+    ]
+
+
+def expand_nvfp4(cfg: config_lib.Config) -> list[Entry]:
+    """The FFN's first product of a chunk, with NVFP4 weights that are expanded before it."""
+    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    depth, n = cfg.model.dim, cfg.model.ffn_dim
+    if on_cpu():
+        rows, depth, n = 8, 64, 64
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = (
+        jax.random.normal(key, (size, depth), jnp.bfloat16) for key, size in zip(keys, (rows, n))
+    )
+    w = jax.jit(formats.quantize_nvfp4)(w)
+    expand = functools.partial(dequantize_nvfp4_lib.expand, interpret=interpret())
+
+    def product(x, w):
+        contract = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=x.dtype)
+
+    return [
+        Entry(
+            name=f"expand_nvfp4 and product {rows}x{depth}x{n}",
+            arguments=(x, w, jax.jit(matmul_lib.expand_by_xla)(w)),
+            call=lambda x, w, _: product(x, expand(w)),
+            # In memory, as a library wants it: the sampler has XLA make no products itself.
+            baseline=lambda x, w, _: product(x, operands.in_memory(matmul_lib.expand_by_xla(w))),
+            error=_relative_error,
+            limit=2e-3,  # sums in another order, then rounded
+            details={
+                "bfloat16 weights": lambda x, _, w: product(x, w),
+                "expansion": lambda _, w, __: expand(w),
+                "expansion by XLA": lambda _, w, __: matmul_lib.expand_by_xla(w),
+            },
+            bytes=2 * (x.size + rows * n) + w.values.size * 9 // 16,
+            flops=2 * rows * depth * n,
         )
     ]
 
@@ -346,6 +384,7 @@ def _relative_error(result, expected) -> float:
 ENTRIES = (
     quantize_nvfp4,
     dequantize_nvfp4,
+    expand_nvfp4,
     quantize_fp8,
     gelu_fp8,
     norm_rotate,

@@ -1,4 +1,6 @@
-"""NVFP4 to bfloat16 in one pass, on Hopper: the bits of `NVFP4Tensor.dequantize`.
+"""NVFP4 to bfloat16 in one pass, on Hopper: the bits of `NVFP4Tensor.dequantize`, or without amax.
+
+`kernel` is for a layer of a cache; `expand`, without amax, for an operand of a product.
 
 XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
 expands a block of 16 numbers, and the copy engine stores a program's. Programs are short, and many
@@ -9,6 +11,7 @@ min(v, 2 v - the number of that exponent) is theirs, subnormals included. Code t
 amax is exact, as amax is a bfloat16 number. So only the product with 1 / 3, out of the format's
 1536, is rounded, and then to bfloat16: that is the oracle's number, for what is a third of so few
 bits is either one that bfloat16 rounds at, and then the product is, too, or not near to one.
+Without amax nothing is rounded: code times scale has 6 significant bits.
 """
 
 import functools
@@ -45,14 +48,19 @@ def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:
     )
 
 
+def expands(q: NVFP4Tensor) -> bool:
+    """Whether `expand` takes q: local, on a Hopper GPU, in whole programs."""
+    return is_hopper() and is_local(q.values) and _fills(q.values.size)
+
+
 def _divides(q):
     """Whether a tensor's blocks are whole programs."""
     tensors = q.amax.size
-    return (
-        q.amax.ndim > 0
-        and tensors > 0
-        and q.values.size // tensors % (ROWS * nvfp4.BLOCK) == 0 < q.values.size
-    )
+    return q.amax.ndim > 0 and tensors > 0 and _fills(q.values.size // tensors)
+
+
+def _fills(numbers):
+    return numbers % (ROWS * nvfp4.BLOCK) == 0 < numbers
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -84,9 +92,44 @@ def kernel(
             f"{q.amax.shape}; it takes rules {', '.join(nvfp4.ADAPTIVE)}, blocks (1, 16), and "
             f"tensors of a multiple of {ROWS * nvfp4.BLOCK} numbers; use dequantize"
         )
-    blocks = q.scales[0].size
-    out = plgpu.kernel(
-        functools.partial(_body, tensors=q.amax[0].size),
+    body = functools.partial(_a_layer, tensors=q.amax[0].size)
+    given = q.amax.reshape(-1), jnp.reshape(layer, 1).astype(jnp.int32)
+    return _call(body, q, given, q.scales[0].size, interpret).reshape(q.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def expand(q: NVFP4Tensor, interpret: plgpu.InterpretGPUParams | None = None) -> jax.Array:
+    """Codes times the scales of their blocks, exactly: what a product by bfloat16 takes of q.
+
+    amax is not in it, nor the rule's denominator. A scale that is NaN makes its block NaN. Scales
+    must not be negative, which no quantiser's are: a sign is dropped.
+
+    Args:
+      q: [..., n] by any rule, in any blocks, a multiple of 2048 numbers on one device (on a mesh:
+        in a manual `jax.shard_map`).
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      bfloat16 [..., n].
+
+    Raises:
+      InputError: another size.
+    """
+    if not _fills(q.values.size):
+        raise InputError(
+            f"dequantize_nvfp4 expand: {q.shape} holds {q.values.size} numbers; it must be a "
+            f"multiple of {ROWS * nvfp4.BLOCK}: multiply codes and scales by XLA"
+        )
+    return _call(_all, q, (), q.scales.size, interpret).reshape(q.shape)
+
+
+def _call(body, q, given, blocks, interpret):
+    """bfloat16 [block, 16] by a body of programs, which gets codes, scales and what else is given.
+
+    blocks: as many as it makes.
+    """
+    return plgpu.kernel(
+        body,
         out_type=jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK), jnp.bfloat16),
         grid=(blocks // ROWS,),
         grid_names=("program",),
@@ -96,13 +139,7 @@ def kernel(
             unsafe_no_auto_barriers=True,  # the one that is needed comes before the copy
         ),
         interpret=interpret,
-    )(
-        _words(q, interpret),
-        lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1),
-        q.amax.reshape(-1),
-        jnp.reshape(layer, 1).astype(jnp.int32),
-    )
-    return out.reshape(q.shape[1:])
+    )(_words(q, interpret), lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1), *given)
 
 
 def _words(q, interpret):
@@ -113,17 +150,31 @@ def _words(q, interpret):
     return lax.bitcast_convert_type(q.packed().reshape(-1, _WORDS, 4), jnp.uint32)
 
 
-def _body(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors):
+def _a_layer(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors):
     program, programs = lax.axis_index("program"), lax.axis_size("program")
     layer = layer_ref[0]
     factor = amax_ref[layer * tensors + program // (programs // tensors)] * 0.25
-    rows = pl.ds((layer * programs + program) * ROWS, ROWS)
+    first = layer * programs
+    _program(words_ref, scales_ref, out_ref, tile, first, factor, np.float32(8 / 3))
+
+
+def _all(words_ref, scales_ref, out_ref, tile):
+    _program(words_ref, scales_ref, out_ref, tile, 0, np.float32(1024), np.float32(1))
+
+
+def _program(words_ref, scales_ref, out_ref, tile, first, factor, rest):
+    """Expands ROWS blocks.
+
+    first: times ROWS, the blocks before the first program's. factor, rest: as of `_dequantize`.
+    """
+    program = lax.axis_index("program")
+    rows = pl.ds((first + program) * ROWS, ROWS)
     words, scales = (
         plgpu.load(ref.at[rows, :], layout=mosaic.a_row_a_thread(ref.shape[1]), optimized=False)
         for ref in (words_ref, scales_ref)
     )
     words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
-    y = _dequantize(words, scales.astype(jnp.uint32), factor)
+    y = _dequantize(words, scales.astype(jnp.uint32), factor, rest)
     # In registers of 8 numbers, a pair of which is rounded at a time.
     mosaic.store(tile, plgpu.layout_cast(y, mosaic.a_row_a_thread(8)).astype(jnp.bfloat16))
     plgpu.commit_smem()
@@ -131,15 +182,18 @@ def _body(words_ref, scales_ref, amax_ref, layer_ref, out_ref, tile, *, tensors)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _dequantize(words, scales, factor):
-    """uint32 [rows, 2], uint32 [rows, 1], a quarter of amax -> float32 [rows, 16]."""
+def _dequantize(words, scales, factor, rest):
+    """uint32 [rows, 2], uint32 [rows, 1] -> float32 [rows, 16]: code times scale / 1024.
+
+    That times factor, by way of the scale, and then times rest.
+    """
     scale = jnp.where(scales == _NAN, jnp.nan, _small_float(scales << 20, _E4M3)) * factor
     columns = []
     for word in (words[:, :1], words[:, 1:]):
         for i in range(8):
             code = word << np.uint32(28 - 4 * i)  # sign first
             magnitude = _small_float(code >> 6 & np.uint32(7 << 22), _E2M1) * scale
-            y = lax.bitcast_convert_type(magnitude * np.float32(8 / 3), jnp.uint32)
+            y = lax.bitcast_convert_type(magnitude * rest, jnp.uint32)
             columns.append(y | code & np.uint32(1 << 31))
     return lax.bitcast_convert_type(jnp.concatenate(columns, axis=1), jnp.float32)
 

@@ -46,8 +46,8 @@ TILINGS = {
 }
 
 LANES = 128  # a copy takes at most 256 numbers along an axis: a row is [n / 128, 128]
-_LINES = SLICE // LANES
-_LAYOUT = plgpu.Layout.WG_STRIDED((_LINES, LANES), vec_size=8)
+LINES = SLICE // LANES
+_LAYOUT = plgpu.Layout.WG_STRIDED((LINES, LANES), vec_size=8)
 _INFINITY = 0x7F80  # of a bfloat16
 # 1 / 7 in two parts. The first has 15 bits, so that its product with a bfloat16's mantissa m is
 # exact, and the sum of both is RN(m / 7), contracted or not: sevenths are no near-ties.
@@ -64,7 +64,7 @@ def supports(x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | No
         and is_local(x)
         and x.dtype == jnp.bfloat16
         and _divides(x.shape, scale is not None)
-        and (scale is None or _runs(x.shape, scale.shape, shift.shape) > 0)
+        and (scale is None or runs(x.shape, scale.shape, shift.shape) > 0)
     )
 
 
@@ -74,7 +74,7 @@ def _divides(shape, normed):
     return len(shape) > 0 and shape[-1] % SLICE == 0 and 0 < shape[-1] <= most and 0 not in shape
 
 
-def _runs(shape, scale, shift):
+def runs(shape, scale, shift):
     """How many runs of consecutive rows there are, one for each row of scale and of shift.
 
     0: they do not have x's leading axes, then ones, then x's last.
@@ -114,16 +114,16 @@ def kernel(
     _validate(x, scale, shift, activation)
     n, rows = x.shape[-1], math.prod(x.shape[:-1])
     tiles = (n // LANES, LANES)
-    runs, operands = 1, [x.reshape(rows, *tiles)]
+    number, operands = 1, [x.reshape(rows, *tiles)]
     if scale is not None:
-        runs = _runs(x.shape, scale.shape, shift.shape)
-        operands += [y.astype(jnp.float32).reshape(runs, *tiles) for y in (scale, shift)]
+        number = runs(x.shape, scale.shape, shift.shape)
+        operands += [y.astype(jnp.float32).reshape(number, *tiles) for y in (scale, shift)]
     at_most, in_flight, at_once = tiling or tilings(n, scale is not None)[0]
-    at_most = min(at_most, rows // runs)
+    at_most = min(at_most, rows // number)
     values, scales = plgpu.kernel(
         functools.partial(
             _kernel,
-            rows=rows // runs,
+            rows=rows // number,
             at_most=at_most,
             in_flight=min(in_flight, at_most),
             at_once=at_once,
@@ -134,7 +134,7 @@ def kernel(
             jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
         ),
-        grid=(runs, pl.cdiv(rows // runs, at_most)),
+        grid=(number, pl.cdiv(rows // number, at_most)),
         grid_names=("run", "part"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -164,7 +164,7 @@ def _validate(x, scale, shift, activation):
         )
     if activation not in (None, GELU):
         raise InputError(f"fp8 kernel: unknown activation {activation!r}; it must be {GELU!r}")
-    if scale is not None and not _runs(x.shape, scale.shape, shift.shape):
+    if scale is not None and not runs(x.shape, scale.shape, shift.shape):
         raise InputError(
             f"fp8 kernel: scale {scale.shape} and shift {shift.shape} for {x.shape}; both must "
             "have x's leading axes, then ones, then x's last: broadcast them, or use ops.norm"
@@ -177,16 +177,16 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     first = run * rows + part * at_most
     count = lax.min(jnp.int32(at_most), rows - part * at_most)
     tiles = x_ref.shape[1:]
-    slices = range(tiles[0] // _LINES)
+    slices = range(tiles[0] // LINES)
     # Of a run of rows: they stay in registers.
-    affine = [[load(ref.at[run, _lines(i), :]) for i in slices] for ref in affine]
+    affine = [[load(ref.at[run, lines(i), :]) for i in slices] for ref in affine]
 
     def normed(row, x_smem):
-        made = _layer_norm([load(x_smem.at[_lines(i), :]) for i in slices], *affine, eps)
-        scale, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
-        for i in slices:
-            _store(values_ref.at[row, _lines(i), :], made[i], inverse)
-        mosaic.store(scales_ref.at[row], scale)
+        x = [load(x_smem.at[lines(i), :]) for i in slices]
+        gain, offset = affine
+        quantize_normed(
+            x, lambda i: (gain[i], offset[i]), eps, values_ref.at[row], scales_ref.at[row]
+        )
 
     def gelu(_, x):
         return rounded(gelu_by_logistic(x.astype(jnp.float32)))
@@ -205,17 +205,29 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
 
 
+def quantize_normed(slices, affine: Callable, eps, values, scale):
+    """Writes codes and scale of a row, given in slices, behind its layer norm.
+
+    affine: i -> what slice i is multiplied with, and what is added to it, float32.
+    """
+    made = _layer_norm(slices, affine, eps)
+    found, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
+    for i, y in enumerate(made):
+        _store(values.at[lines(i), :], y, inverse)
+    mosaic.store(scale, found)
+
+
 def quantize_row(x, values, scale, at_once: int, make: Callable | None = None):
     """Writes codes and scale of a row, [n / 128, 128], that lies in shared memory.
 
     at_once: slices that a thread works on at a time, if they divide the row's.
     make: (a slice's lines, its numbers) -> those to quantise, bfloat16, which replace them.
     """
-    slices = x.shape[0] // _LINES
+    slices = x.shape[0] // LINES
     at_once = math.gcd(at_once, slices)
 
     def group(step):
-        return [_lines(step * at_once + i) for i in range(at_once)]
+        return [lines(step * at_once + i) for i in range(at_once)]
 
     def measure(step, largest):
         for i in group(step):
@@ -230,14 +242,14 @@ def quantize_row(x, values, scale, at_once: int, make: Callable | None = None):
         for i in group(step):
             _store(values.at[i, :], load(x.at[i, :]), inverse)
 
-    zeros = plgpu.layout_cast(jnp.zeros((_LINES, LANES), jnp.uint16), _LAYOUT)
+    zeros = plgpu.layout_cast(jnp.zeros((LINES, LANES), jnp.uint16), _LAYOUT)
     found, inverse = _scale(lax.fori_loop(0, slices // at_once, measure, zeros))
     lax.fori_loop(0, slices // at_once, write, None)
     mosaic.store(scale, found)
 
 
-def _lines(i):
-    return pl.ds(i * _LINES, _LINES)
+def lines(i):
+    return pl.ds(i * LINES, LINES)
 
 
 def load(ref):
@@ -261,14 +273,18 @@ def gelu_by_logistic(x):
     return x * root * root
 
 
-def _layer_norm(slices, scale, shift, eps):
+def _layer_norm(slices, affine, eps):
     """A row as by `ops.norm.layer_norm`, in slices: statistics in float32, of the mean first."""
     slices = [x.astype(jnp.float32) for x in slices]
     n = len(slices) * SLICE
-    mean = _total(slices) / n
+    mean = total(slices) / n
     slices = [x - mean for x in slices]
-    rate = lax.rsqrt(_total([x * x for x in slices]) / n + eps)
-    return [rounded(x * rate * gain + offset) for x, gain, offset in zip(slices, scale, shift)]
+    rate = lax.rsqrt(total([x * x for x in slices]) / n + eps)
+    made = []
+    for i, x in enumerate(slices):
+        gain, offset = affine(i)
+        made.append(rounded(x * rate * gain + offset))
+    return made
 
 
 def rounded(x):
@@ -280,7 +296,7 @@ def rounded(x):
     return lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
-def _total(slices):
+def total(slices):
     return jnp.sum(functools.reduce(lax.add, slices))
 
 

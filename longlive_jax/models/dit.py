@@ -24,12 +24,12 @@ from jax.ad_checkpoint import checkpoint_name
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models.parallel import Parallel
-from longlive_jax.ops import rope, ulysses
+from longlive_jax.ops import residual, rope, ulysses
 from longlive_jax.ops import teacher_forcing as tf
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
-from longlive_jax.ops.norm import layer_norm, rms_norm
+from longlive_jax.ops.norm import layer_norm, rms_norm, rms_norm_of
 from longlive_jax.ops.rotated import norm_rotate
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
@@ -336,31 +336,28 @@ def _sinusoid(timesteps, freq_dim):
 def _block(p, cfg, x, modulation, angle, attend, text_kv, parallel, key=None):
     """One transformer block. x: [batch, chunk, (copy,) frame, patch, dim]."""
     m = _modulation(p, modulation)
-    linear = functools.partial(parallel.linear, p, key=key)
+    product = functools.partial(parallel.product, p, key=key)
     with jax.named_scope("self_attention"):
         q, k, v = _self_qkv(p, cfg, x, m, angle, parallel, key)
         y = attend(*(_tokens(z) for z in (q, k, v)))
-        y = checkpoint_name(linear("self_attn.o", y.reshape(x.shape)), "output")
-        x = _gated(x, y, m[..., 2:3, :])
+        y = checkpoint_name(product("self_attn.o", y.reshape(x.shape)), "output")
     with jax.named_scope("cross_attention"):
-        y = _cross_attention(p, cfg, x, text_kv, parallel, key)
-        x = x + checkpoint_name(y, "output")
+        affine = (p["norm3"][n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("weight", "bias"))
+        x, h = parallel.add_layer_norm("cross_attn.q", x, y, m[..., 2:3, :], *affine)
+        y = _cross_attention(p, cfg, h, text_kv, parallel, key)
+        y = checkpoint_name(product("cross_attn.o", y.reshape(x.shape)), "output")
     with jax.named_scope("ffn"):
-        h = parallel.layer_norm("ffn.0", x, 1 + m[..., 4:5, :], m[..., 3:4, :])
-        h = checkpoint_name(parallel.product(p, "ffn.0", h, key), "ffn")
-        h = parallel.gelu("ffn.2", h)
-        y = checkpoint_name(linear("ffn.2", h), "output")
-        return parallel.made_once(_gated(x, y, m[..., 5:6, :]))
+        affine = 1 + m[..., 4:5, :], m[..., 3:4, :]
+        x, h = parallel.add_layer_norm("ffn.0", x, y, None, *affine)
+        h = parallel.gelu("ffn.2", checkpoint_name(product("ffn.0", h), "ffn"))
+        y = checkpoint_name(parallel.linear(p, "ffn.2", h, key), "output")
+        return parallel.made_once(residual.add(x, y, m[..., 5:6, :]))
 
 
 def _modulation(p, time):
     """Learned offsets [slot, dim] plus time vectors [.., slot or 1, dim], in float32."""
     learned = p["modulation"].astype(jnp.float32)
     return learned.reshape((1,) * (time.ndim - 2) + learned.shape) + time.astype(jnp.float32)
-
-
-def _gated(x, y, gate):
-    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
@@ -371,16 +368,13 @@ def _self_qkv(p, cfg, x, m, angle, parallel, key=None):
     return norm_rotate(qkv, p["norm_q"]["weight"], p["norm_k"]["weight"], angle)
 
 
-def _cross_attention(p, cfg, x, text_kv, parallel, key=None):
+def _cross_attention(p, cfg, h, text_kv, parallel, key=None):
     """A chunk's tokens see its own prompt; k, v [batch, chunk, text_len, head, head_dim]."""
-    affine = (p["norm3"][n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("weight", "bias"))
-    h = parallel.layer_norm("cross_attn.q", x, *affine)
-    q = parallel.linear(p, "cross_attn.q", h, key)
-    q = _heads(rms_norm(q, p["cross_attn"]["norm_q"]["weight"]), cfg)
+    q = parallel.product(p, "cross_attn.q", h, key)
+    q = _heads(rms_norm_of(q, p["cross_attn"]["norm_q"]["weight"]), cfg)
     rows = q.shape[0] * q.shape[1]
     k, v = (y.reshape(rows, *y.shape[2:]) for y in text_kv)
-    y = attention(q.reshape(rows, -1, *q.shape[-2:]), k, v)
-    return parallel.linear(p, "cross_attn.o", y.reshape(x.shape), key)
+    return attention(q.reshape(rows, -1, *q.shape[-2:]), k, v)
 
 
 def _head(p, cfg, x, e, grid):

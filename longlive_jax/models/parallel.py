@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.formats import FP8Tensor, Product
-from longlive_jax.ops import ulysses
+from longlive_jax.ops import residual, ulysses
 from longlive_jax.ops.gelu import gelu, gelu_of_product
 from longlive_jax.ops.norm import layer_norm
-from longlive_jax.ops.quantized import gelu_quantize_rows, layer_norm_quantize_rows
+from longlive_jax.ops.quantized import (
+    add_layer_norm_quantize_rows,
+    gelu_quantize_rows,
+    layer_norm_quantize_rows,
+)
 from longlive_jax.quant import kv
 from longlive_jax.quant import linear as quantized
-from longlive_jax.quant.recipe import FP8, Recipe
-
-BY_ROWS = FP8(rows=True)
+from longlive_jax.quant.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,15 @@ class Parallel:
             return layer_norm_quantize_rows(x, scale, shift)
         return layer_norm(x, scale, shift)
 
+    def add_layer_norm(
+        self, path: str, x, y: jax.Array | Product, gate, scale, shift
+    ) -> tuple[jax.Array, jax.Array | FP8Tensor]:
+        """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the linear layer there."""
+        if self._takes_rows(path):
+            return add_layer_norm_quantize_rows(x, y, gate, scale, shift)
+        x = residual.add(x, y, gate)
+        return x, layer_norm(x, scale, shift)
+
     def gelu(self, path: str, x: jax.Array | Product) -> jax.Array | FP8Tensor:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path is given it."""
         if self._takes_rows(path):
@@ -79,9 +90,9 @@ class Parallel:
         return jax.lax.optimization_barrier(x) if self._takes_rows("self_attn.qkv") else x
 
     def _takes_rows(self, path):
-        """Whether it multiplies FP8 with a scale a row, and asks for no gradient."""
+        """Whether what makes its x quantises it, by rows."""
         recipe = None if self.recipe is None else self.recipe.at(path)
-        return recipe is not None and recipe.gradients is None and recipe.activation == BY_ROWS
+        return recipe is not None and recipe.by_rows
 
     def to_heads(self, x: jax.Array) -> kv.Stored:
         """[batch, token / n, head, head_dim] -> [batch, token, head / n, head_dim], as sent."""

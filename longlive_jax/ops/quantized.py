@@ -2,9 +2,9 @@
 
 Each function is a composition of `formats.quantize_fp8(axis=-1)` behind an operation of this
 package, rounding to bfloat16 included, and returns its values and scales. On a Hopper GPU
-`kernels.quantize_fp8` (of a product `kernels.gelu_fp8`) does it, where its `supports` says so:
-bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a manual `jax.shard_map`).
-Elsewhere XLA does, as composed.
+`kernels.quantize_fp8` (of a product `gelu_fp8` and `add_norm_fp8`) does it, where its `supports`
+says so: bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a manual
+`jax.shard_map`). Elsewhere XLA does, as composed.
 """
 
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import formats
-from longlive_jax.kernels import gelu_fp8
+from longlive_jax.kernels import add_norm_fp8, gelu_fp8
 from longlive_jax.kernels import quantize_fp8 as lib
+from longlive_jax.ops import residual
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm
 
@@ -63,6 +64,29 @@ def layer_norm_quantize_rows(
     if not lib.supports(x, scale, shift):
         return formats.quantize_fp8(layer_norm(x, scale, shift, eps), axis=-1)
     return _tensor(x, *lib.kernel(x, scale, shift, eps=eps))
+
+
+def add_layer_norm_quantize_rows(
+    x: jax.Array,
+    y: jax.Array | formats.Product,
+    gate: jax.Array | None,
+    scale: jax.Array,
+    shift: jax.Array,
+    eps: float = 1e-6,
+) -> tuple[jax.Array, formats.FP8Tensor]:
+    """`residual.add(x, y, gate)`, and `layer_norm_quantize_rows` of it.
+
+    `gate`, `scale` and `shift` broadcast against x and have its rank. The kernel takes a product,
+    and one of each for a run of consecutive rows, as `layer_norm_quantize_rows` does.
+
+    Raises:
+      InputError: what `formats.quantize_fp8` refuses.
+    """
+    if isinstance(y, formats.Product) and add_norm_fp8.supports(x, y, gate, scale, shift):
+        total, *made = add_norm_fp8.kernel(x, y, gate, scale, shift, eps=eps)
+        return total, _tensor(total, *made)
+    total = residual.add(x, y, gate)
+    return total, layer_norm_quantize_rows(total, scale, shift, eps)
 
 
 def _tensor(x, values, scale):

@@ -80,14 +80,15 @@ def product(
 ) -> jax.Array | Product:
     """`linear`, for what can take a `Product`: FP8's for inference, where a kernel may finish it.
 
-    That is on a Hopper GPU, of x quantised by rows. Anywhere else it is `linear`, which rounds the
-    product before it adds the bias; what finishes one rounds once.
+    That is on a Hopper GPU, by a recipe that quantises by rows. Anywhere else it is `linear`, which
+    rounds the product before it adds the bias; what finishes one rounds once.
 
     Args and raises: as `linear`.
     """
-    fp8 = isinstance(x, FP8Tensor) and x.scale.ndim == x.ndim
-    if not (fp8 and is_hopper() and recipe is not None and recipe.gradients is None):
+    if recipe is None or not recipe.by_rows or not is_hopper():
         return linear(params, x, recipe, key, axes)
+    if not isinstance(x, Quantized):
+        x = quantize_activation(x, recipe, axes)
     weight = _quantized(params["weight"], recipe)
     sums = unscaled(operands.in_memory(x), weight, x.dtype)
     return Product(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.formats import FP8Tensor, NVFP4Tensor, Quantized, nvfp4
+from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.quant.operands import in_memory
 from longlive_jax.quant.recipe import NVFP4, Recipe
 
@@ -59,12 +60,19 @@ def column_scales(weight):
 
 
 def _codes(q: Quantized) -> jax.Array:
-    """[..., n] that one scale a row or tensor is missing from, in the dtype to multiply in.
-
-    A 4-bit float times its block's E4M3 scale has 6 significant bits: exact in bfloat16.
-    """
+    """[..., n] that one scale a row or tensor is missing from, in the dtype to multiply in."""
     if isinstance(q, FP8Tensor):
         return q.values
+    if dequantize_nvfp4.expands(q):
+        return dequantize_nvfp4.expand(q)
+    return expand_by_xla(q)
+
+
+def expand_by_xla(q: NVFP4Tensor) -> jax.Array:
+    """Codes times the scales of their blocks, bfloat16 [..., n]; a kernel's fallback and oracle.
+
+    A 4-bit float times an E4M3 scale has 6 significant bits: exact in bfloat16.
+    """
     blocks = q.values.astype(jnp.bfloat16).reshape(*q.scales.shape, nvfp4.BLOCK)
     return (blocks * q.scales.astype(jnp.bfloat16)[..., None]).reshape(q.shape)
 

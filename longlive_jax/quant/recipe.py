@@ -88,6 +88,11 @@ class Recipe:
         """The recipe of the block's layer at this path, a key of `LINEARS`."""
         return dataclasses.replace(self, parts=LINEARS[path], index=tuple(LINEARS).index(path))
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether it multiplies FP8 with a scale a row, for inference."""
+        return self.gradients is None and self.activation == FP8(rows=True)
+
 
 def _nvfp4(name: str, weight_rule: str) -> Recipe:
     """The original's training: wgrad quantises the dequantised activation a second time.

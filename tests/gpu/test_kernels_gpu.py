@@ -16,7 +16,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
-from longlive_jax.quant import linear
+from longlive_jax.quant import linear, matmul
 from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_dequantize_nvfp4 as dequantized
 from tests.kernels import test_quantize_nvfp4 as cpu
@@ -108,3 +108,27 @@ def test_dequantize_nvfp4_of_a_cache():
     q = jax.vmap(jax.vmap(formats.quantize_nvfp4))(x)
     result = dequantize_nvfp4.kernel(q, jnp.int32(1))
     dequantized.check(result, q[1].dequantize())
+
+
+@pytest.mark.parametrize("name", dequantized.OPERANDS)
+def test_expand_nvfp4(name):
+    q = dequantized.OPERANDS[name]()
+    assert dequantize_nvfp4.expands(q)
+    dequantized.check(dequantize_nvfp4.expand(q), jax.jit(matmul.expand_by_xla)(q))
+
+
+def test_products_of_nvfp4_are_the_same_by_either_expansion(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (1, 7040, 3072), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (1, 14336, 3072), jnp.bfloat16)
+    x, w = (jax.jit(jax.vmap(formats.quantize_nvfp4))(y) for y in (x, w))
+
+    def product(x, w):
+        return matmul.matmul(x, w, jnp.bfloat16)
+
+    assert "mosaic_gpu" in jax.jit(product).lower(x, w).as_text()
+    result = np.asarray(jax.jit(product)(x, w), np.float32)
+    monkeypatch.setattr(dequantize_nvfp4, "expands", lambda _: False)
+    expected = np.asarray(jax.jit(lambda *x: product(*x))(x, w), np.float32)
+    # But for the order of float32 sums, which the library may choose anew.
+    assert np.linalg.norm(result - expected) < 2e-3 * np.linalg.norm(expected)

@@ -1,6 +1,7 @@
-"""The NVFP4 expansion as a kernel: the oracle's bits in interpret mode, and its lowering for Hopper."""
+"""The NVFP4 expansion as kernels: the oracles' bits in interpret mode, and lowering for Hopper."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
 from longlive_jax.kernels import dequantize_nvfp4 as lib
-from longlive_jax.quant import kv
+from longlive_jax.quant import kv, linear, operands, recipe
+from longlive_jax.quant import matmul as matmul_lib
 from tests.kernels.checks import pretend_hopper
 
 SHAPE = (2, 2, 4, 1024)  # layers of two tensors of 256 blocks: a program of two steps each
+CODES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # magnitudes
 
 
 def every_code_and_scale(amax, shape=SHAPE):
@@ -99,6 +102,103 @@ def test_the_cache_takes_it_on_hopper(monkeypatch):
 def test_elsewhere_a_layer_is_dequantised():
     q = every_code_and_scale(AMAX[0])
     check(kv.load_layer(q, 1, jnp.bfloat16)[0], q[1].dequantize())
+
+
+# ---------------------------------------------------------------------------------------------
+# Without amax.
+
+
+def square():
+    x = jax.random.normal(jax.random.key(0), (3, 32, 64), jnp.bfloat16)
+    return jax.vmap(lambda x: quantize_nvfp4(x, "static_6", (16, 16)))(x)
+
+
+OPERANDS = {
+    "weight": lambda: every_code_and_scale([1, 0, np.nan], (3, 64, 512)),
+    "activation": lambda: every_code_and_scale([[1], [np.inf]], (2, 1, 6, 32, 256)),
+    "one tensor": lambda: every_code_and_scale(1, (2048,)),
+    "static rule": lambda: every_code_and_scale(1, (64, 512)).replace(rule="static_4"),
+    "square blocks": square,
+    "transposed": lambda: jax.jit(operands.transpose)(square()),
+    "columns": lambda: jax.jit(operands.merge)(every_code_and_scale([1], (1, 8, 48, 80))),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_expanded_bits_are_those_of_xla(name):
+    q = OPERANDS[name]()
+    result = lib.expand(q, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert result.shape == q.shape
+    check(result, matmul_lib.expand_by_xla(q))
+
+
+def test_expanded_numbers_are_codes_times_scales():
+    q = every_code_and_scale(1, (64, 512))
+    scales = np.repeat(np.asarray(q.scales, np.float64), 16, axis=1)
+    assert np.isnan(scales).any() and set(np.abs(q.values.astype(jnp.float32)).flat) == set(CODES)
+    result = lib.expand(q, interpret=plgpu.InterpretGPUParams())
+    np.testing.assert_array_equal(
+        np.asarray(result, np.float64), np.asarray(q.values, np.float64) * scales
+    )
+
+
+def test_expanding_maps():
+    q = every_code_and_scale([1, 2], (2, 4, 1024))
+    result = jax.vmap(lambda q: lib.expand(q, interpret=plgpu.InterpretGPUParams()))(q)
+    check(result, matmul_lib.expand_by_xla(q))
+
+
+def operand(*shape):
+    leaf = jax.ShapeDtypeStruct
+    scales = leaf((*shape[:-1], shape[-1] // 16), jnp.float8_e4m3fn)
+    amax, dtype = leaf(shape[:1], jnp.float32), jnp.dtype(jnp.bfloat16)
+    return NVFP4Tensor(leaf(shape, jnp.float4_e2m1fn), scales, amax, "mse", (1, 16), dtype)
+
+
+def expansions(f, *arguments):
+    """How many operands f expands by the kernel, lowered for a GPU."""
+    traced = jax.jit(lambda *x: f(*x)).trace(*arguments)  # anew for each chip
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return len(re.findall(r"call @expand(_\d+)?\(", text))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    pretend_hopper(monkeypatch)
+    monkeypatch.setattr(matmul_lib, "_capability", lambda: 9.0)
+
+
+W4A4 = recipe.get("nvfp4_w4a4").at("ffn.0")
+
+
+def layer(weight, x):
+    bias = jnp.zeros(weight.shape[1], jnp.bfloat16)
+    return linear.linear({"weight": weight, "bias": bias}, x, W4A4)
+
+
+def product(x, weight):
+    return matmul_lib.matmul(x, weight, jnp.bfloat16)
+
+
+def test_products_expand_by_it_on_hopper(hopper):
+    assert expansions(product, operand(1, 1, 880, 3072), operand(3, 3072, 3072)) == 2
+    assert expansions(product, operand(1, 3, 48), operand(1, 128, 48)) == 1  # 3 rows of 48
+    assert expansions(product, operand(1, 3, 48), operand(1, 32, 48)) == 0
+    x = jax.ShapeDtypeStruct((1, 8, 880, 3072), jnp.bfloat16)
+    assert expansions(layer, operand(1, 14336, 3072), x) == 2
+    assert expansions(layer, operand(1, 32, 48), jax.ShapeDtypeStruct((1, 3, 48), x.dtype)) == 0
+    mapped = jax.vmap(product), operand(2, 1, 880, 3072), operand(2, 1, 3072, 3072)
+    assert expansions(*mapped) == 2
+
+
+def test_elsewhere_products_do_not():
+    assert expansions(product, operand(1, 1, 880, 3072), operand(3, 3072, 3072)) == 0
+
+
+def test_expand_refuses_what_programs_do_not_divide():
+    q = every_code_and_scale([1], (1, 3, 512))
+    with pytest.raises(InputError, match=r"holds 1536 numbers; it must be a multiple of 2048"):
+        lib.expand(q)
 
 
 def test_what_the_kernel_refuses():

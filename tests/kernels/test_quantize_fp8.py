@@ -161,8 +161,8 @@ def test_layer_norm_of_one_weight():
     ),
 )
 def test_runs_of_rows(shape, scale, runs):
-    assert lib._runs(shape, scale, scale) == runs
-    assert lib._runs(shape, scale, (*scale[:-1], 5)) == 0
+    assert lib.runs(shape, scale, scale) == runs
+    assert lib.runs(shape, scale, (*scale[:-1], 5)) == 0
 
 
 CHUNK = jax.ShapeDtypeStruct((1, 1, 8, 880, 3072), jnp.bfloat16)

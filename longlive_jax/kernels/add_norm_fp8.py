@@ -1,0 +1,153 @@
+"""A residual sum with an FP8 product, its layer norm, and that in FP8 by rows: one pass, on Hopper.
+
+By XLA the sum is written, and read again by what normalises it (`kernels.quantize_fp8`, whose
+arithmetic is used here). Here a row of it stays in registers in between, and leaves twice, as it is
+and as codes.
+
+A program is one warpgroup and takes one row, read at once. What all rows of a run share, as a
+modulation does, and the product's scales of columns, comes by way of the cache. Many programs share
+a multiprocessor and fill each other's waits.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import Product
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels import quantize_fp8 as lib
+from longlive_jax.kernels.chip import is_hopper, is_local
+
+
+def supports(
+    x: jax.Array, y: Product, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
+) -> bool:
+    """Whether the kernel takes these: bfloat16 rows of 1,024s, local, on a Hopper GPU."""
+    local = all(map(is_local, jax.tree.leaves((x, y))))
+    return is_hopper() and local and not _misfit(x, y, gate, scale, shift)
+
+
+def _misfit(x, y, gate, scale, shift):
+    """What of the arguments the kernel does not take; empty: nothing."""
+    if x.dtype != jnp.bfloat16 or y.dtype != jnp.bfloat16:
+        return f"x is {x.dtype}, the product {y.dtype}; both must be bfloat16: cast them"
+    if x.shape != y.shape:
+        return f"x {x.shape} and the product {y.shape} must have one shape"
+    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_NORMED or 0 in x.shape:
+        return (
+            f"x {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
+            f"{lib.MAX_NORMED}"
+        )
+    shapes = [z.shape for z in (gate, scale, shift) if z is not None]
+    if any(len(shape) != x.ndim or shape[-1] != x.shape[-1] for shape in shapes) or not _runs(
+        x.shape, shapes
+    ):
+        return (
+            f"gate, scale and shift are {shapes} for {x.shape}; each must have x's rank and last "
+            "axis, and together x's leading axes, then ones: broadcast them"
+        )
+    return ""
+
+
+def _runs(shape, shapes):
+    """How many runs of consecutive rows of x share one row of each; 0: they do not fit."""
+    try:
+        together = jnp.broadcast_shapes(*shapes)
+    except ValueError:
+        return 0
+    return lib.runs(shape, together, together)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def kernel(
+    x: jax.Array,
+    y: Product,
+    gate: jax.Array | None,
+    scale: jax.Array,
+    shift: jax.Array,
+    eps: float = 1e-6,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
+
+    Jitted: a model of many layers lowers it once.
+
+    Args:
+      x: [..., n], bfloat16, n a multiple of 1,024, at most 6,144.
+      y: [..., n], bfloat16. Nothing is rounded between its sums and the sum with x.
+      gate: of y, float32 or bfloat16, of x's rank, with x's leading axes or ones, then ones, then
+        n. None: 1.
+      scale, shift: of the norm, as gate.
+      eps: of the norm.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      x + y * gate, bfloat16 [..., n]; of its layer norm times `scale` plus `shift`, rounded to
+      bfloat16, values float8_e4m3fn [..., n] and scales float32 [..., 1].
+
+    Raises:
+      InputError: other dtypes or shapes.
+    """
+    if misfit := _misfit(x, y, gate, scale, shift):
+        raise InputError(f"add_norm_fp8 kernel: {misfit}; or use ops.quantized")
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    tiles = (n // lib.LANES, lib.LANES)
+    runs = _runs(x.shape, [z.shape for z in (gate, scale, shift) if z is not None])
+    gate = jnp.float32(1) if gate is None else gate.astype(jnp.float32)
+    last = (1,) * (x.ndim - 1) + (n,)
+
+    def of_runs(z):
+        """[run, n / 128, 128], of what broadcasts."""
+        together = jnp.broadcast_shapes(gate.shape, scale.shape, shift.shape)
+        return jnp.broadcast_to(z.astype(jnp.float32), together).reshape(runs, *tiles)
+
+    total, values, scales = plgpu.kernel(
+        functools.partial(_kernel, run=rows // runs, eps=eps),
+        out_type=(
+            jax.ShapeDtypeStruct((rows, *tiles), jnp.bfloat16),
+            jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ),
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # No thread reads what another has stored: around stores nothing need wait.
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
+    )(
+        x.reshape(rows, *tiles),
+        y.sums.reshape(rows, *tiles),
+        y.row.reshape(rows),
+        of_runs(y.column.reshape(last) * gate),
+        of_runs(y.bias.astype(jnp.float32).reshape(last) * gate),
+        of_runs(scale),
+        of_runs(shift),
+    )
+    return total.reshape(x.shape), values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+
+
+def _kernel(x, sums, rates, weight, offset, scale, shift, total, values, scales, *, run, eps):
+    row = lax.axis_index("row")
+    shared = lax.div(row, run)
+    slices = range(x.shape[1] // lib.LINES)
+    read = [[lib.load(ref.at[row, lib.lines(i), :]) for i in slices] for ref in (x, sums)]
+    rate = rates[row]
+
+    def of_run(refs, i):
+        return (lib.load(ref.at[shared, lib.lines(i), :]) for ref in refs)
+
+    made = []
+    for i, a, b in zip(slices, *read):
+        w, o = of_run((weight, offset), i)
+        made.append(lib.rounded(a.astype(jnp.float32) + (b.astype(jnp.float32) * rate * w + o)))
+        mosaic.store(total.at[row, lib.lines(i), :], made[-1])
+    affine = functools.partial(of_run, (scale, shift))
+    lib.quantize_normed(made, affine, eps, values.at[row], scales.at[row])

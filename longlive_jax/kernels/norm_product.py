@@ -1,0 +1,104 @@
+"""RMS norm of an FP8 product that waits for its scales and bias, in one pass, on Hopper.
+
+XLA applies scales and bias in a pass of its own, and leaves a float32 array to the norm. Here a
+program, one warpgroup, takes a row through its registers. What columns share comes by way of the
+cache. Many programs share a multiprocessor and fill each other's waits.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.errors import InputError
+from longlive_jax.formats import Product
+from longlive_jax.kernels import mosaic
+from longlive_jax.kernels import quantize_fp8 as lib
+from longlive_jax.kernels.chip import is_hopper, is_local
+
+
+def supports(x: Product, weight: jax.Array) -> bool:
+    """Whether the kernel takes these: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
+    return is_hopper() and all(map(is_local, jax.tree.leaves(x))) and not _misfit(x, weight)
+
+
+def _misfit(x, weight):
+    """What of the arguments the kernel does not take; empty: nothing."""
+    if x.dtype != jnp.bfloat16:
+        return f"sums are {x.dtype}; they must be bfloat16: cast them"
+    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_NORMED or 0 in x.shape:
+        return (
+            f"sums {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
+            f"{lib.MAX_NORMED}"
+        )
+    if weight.shape != x.shape[-1:]:
+        return f"weight is {weight.shape}; it must be {x.shape[-1:]}"
+    return ""
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def kernel(
+    x: Product,
+    weight: jax.Array,
+    eps: float = 1e-6,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
+
+    Jitted: a model of many layers lowers it once.
+
+    Args:
+      x: [..., n], bfloat16, n a multiple of 1,024, at most 6,144. Nothing is rounded between its
+        sums and the norm's result.
+      weight: [n], of the norm, bfloat16 or float32.
+      eps: of the norm.
+      interpret: run on the CPU, by JAX's interpreter.
+
+    Returns:
+      bfloat16 [..., n].
+
+    Raises:
+      InputError: other dtypes or shapes.
+    """
+    if misfit := _misfit(x, weight):
+        raise InputError(f"norm_product kernel: {misfit}; or use ops.norm")
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    tiles = (n // lib.LANES, lib.LANES)
+    out = plgpu.kernel(
+        functools.partial(_kernel, eps=eps),
+        out_type=jax.ShapeDtypeStruct((rows, *tiles), x.dtype),
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # no thread reads what another has stored
+        ),
+        interpret=interpret,
+    )(
+        x.sums.reshape(rows, *tiles),
+        x.row.reshape(rows),
+        *(y.reshape(tiles) for y in (x.column, x.bias, weight)),
+    )
+    return out.reshape(x.shape)
+
+
+def _kernel(sums, rates, column, bias, weight, out, *, eps):
+    row = lax.axis_index("row")
+    slices = [lib.lines(i) for i in range(sums.shape[1] // lib.LINES)]
+    x = [lib.load(sums.at[row, i, :]) for i in slices]
+    rate = rates[row]
+
+    def of_columns(ref, i):
+        return lib.load(ref.at[i, :]).astype(jnp.float32)
+
+    x = [
+        y.astype(jnp.float32) * rate * of_columns(column, i) + of_columns(bias, i)
+        for y, i in zip(x, slices)
+    ]
+    rate = lax.rsqrt(lib.total([y * y for y in x]) / (len(slices) * lib.SLICE) + eps)
+    for y, i in zip(x, slices):
+        mosaic.store(out.at[row, i, :], (y * rate * of_columns(weight, i)).astype(out.dtype))
