@@ -4,9 +4,8 @@ By XLA the sum is written, and read again by what normalises it (`kernels.quanti
 arithmetic is used here). Here a row of it stays in registers in between, and leaves twice, as it is
 and as codes.
 
-A program is one warpgroup and takes one row, read at once. What all rows of a run share, as a
-modulation does, and the product's scales of columns, comes by way of the cache. Many programs share
-a multiprocessor and fill each other's waits.
+A program is one warpgroup that goes through a run of rows, which come to it by TMA. What the run's
+rows share, gate, scale, shift and the product's scales and bias of columns, stays in registers.
 """
 
 import functools
@@ -15,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
@@ -22,6 +22,11 @@ from longlive_jax.formats import Product
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.kernels.chip import is_hopper, is_local
+
+MAX_COLUMNS = 5 * lib.SLICE  # with what a run's rows share, in registers, without spilling any
+# Rows that a program goes through at most, and that have their place in its shared memory: all
+# programs of a chunk of 7,040 rows run at once, three on a multiprocessor.
+AT_MOST, IN_FLIGHT = 18, 2
 
 
 def supports(
@@ -38,10 +43,10 @@ def _misfit(x, y, gate, scale, shift):
         return f"x is {x.dtype}, the product {y.dtype}; both must be bfloat16: cast them"
     if x.shape != y.shape:
         return f"x {x.shape} and the product {y.shape} must have one shape"
-    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_NORMED or 0 in x.shape:
+    if x.shape[-1] % lib.SLICE or x.shape[-1] > MAX_COLUMNS or 0 in x.shape:
         return (
             f"x {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
-            f"{lib.MAX_NORMED}"
+            f"{MAX_COLUMNS}"
         )
     shapes = [z.shape for z in (gate, scale, shift) if z is not None]
     if any(len(shape) != x.ndim or shape[-1] != x.shape[-1] for shape in shapes) or not _runs(
@@ -78,7 +83,7 @@ def kernel(
     Jitted: a model of many layers lowers it once.
 
     Args:
-      x: [..., n], bfloat16, n a multiple of 1,024, at most 6,144.
+      x: [..., n], bfloat16, n a multiple of 1,024, at most 5,120.
       y: [..., n], bfloat16. Nothing is rounded between its sums and the sum with x.
       gate: of y, float32 or bfloat16, of x's rank, with x's leading axes or ones, then ones, then
         n. None: 1.
@@ -106,15 +111,17 @@ def kernel(
         together = jnp.broadcast_shapes(gate.shape, scale.shape, shift.shape)
         return jnp.broadcast_to(z.astype(jnp.float32), together).reshape(runs, *tiles)
 
+    at_most = min(AT_MOST, rows // runs)
     total, values, scales = plgpu.kernel(
-        functools.partial(_kernel, run=rows // runs, eps=eps),
+        functools.partial(_kernel, rows=rows // runs, at_most=at_most, eps=eps),
         out_type=(
             jax.ShapeDtypeStruct((rows, *tiles), jnp.bfloat16),
             jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
         ),
-        grid=(rows,),
-        grid_names=("row",),
+        grid=(runs, pl.cdiv(rows // runs, at_most)),
+        grid_names=("run", "part"),
+        kernel_name="add_norm_fp8",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -134,20 +141,28 @@ def kernel(
     return total.reshape(x.shape), values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
 
-def _kernel(x, sums, rates, weight, offset, scale, shift, total, values, scales, *, run, eps):
-    row = lax.axis_index("row")
-    shared = lax.div(row, run)
+def _kernel(x, sums, rates, *refs, rows, at_most, eps):
+    of_runs, (total, values, scales) = refs[:-3], refs[-3:]
+    run, part = lax.axis_index("run"), lax.axis_index("part")
+    first = run * rows + part * at_most
+    count = lax.min(jnp.int32(at_most), rows - part * at_most)
     slices = range(x.shape[1] // lib.LINES)
-    read = [[lib.load(ref.at[row, lib.lines(i), :]) for i in slices] for ref in (x, sums)]
-    rate = rates[row]
+    weight, offset, *affine = (
+        [lib.load(ref.at[run, lib.lines(i), :]) for i in slices] for ref in of_runs
+    )
 
-    def of_run(refs, i):
-        return (lib.load(ref.at[shared, lib.lines(i), :]) for ref in refs)
+    def step(index, *fetched):
+        row = first + index[0]
+        rate = rates[row]
+        made = []
+        for i in slices:
+            a, b = (lib.load(ref.at[0, lib.lines(i), :]).astype(jnp.float32) for ref in fetched)
+            made.append(lib.rounded(a + (b * rate * weight[i] + offset[i])))
+            mosaic.store(total.at[row, lib.lines(i), :], made[-1])
+        lib.quantize_normed(made, *affine, eps, values.at[row], scales.at[row])
+        plgpu.commit_smem()  # all have read, and written: the next row may come
 
-    made = []
-    for i, a, b in zip(slices, *read):
-        w, o = of_run((weight, offset), i)
-        made.append(lib.rounded(a.astype(jnp.float32) + (b.astype(jnp.float32) * rate * w + o)))
-        mosaic.store(total.at[row, lib.lines(i), :], made[-1])
-    affine = functools.partial(of_run, (scale, shift))
-    lib.quantize_normed(made, affine, eps, values.at[row], scales.at[row])
+    spec = plgpu.BlockSpec((1, *x.shape[1:]), lambda i: (first + i, 0, 0))
+    plgpu.emit_pipeline(
+        step, grid=(count,), in_specs=[spec, spec], max_concurrent_steps=min(IN_FLIGHT, at_most)
+    )(x, sums)

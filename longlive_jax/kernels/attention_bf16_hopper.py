@@ -59,7 +59,7 @@ def attention(
     body = functools.partial(
         _body, tiles=tokens // tuning.tile, slots=slots, tuning=tuning, interpret=interpret
     )
-    run = shared.program(body, q, _scratch(tuning, interpret), interpret)
+    run = shared.program("attention_bf16", body, q, _scratch(tuning, interpret), interpret)
     past = (layers * rows * slots, tokens, heads, HEAD_DIM)
     place = shared.place(layer, filled)
     return run(q, k, v, past_k.reshape(past), past_v.reshape(past), place)

@@ -72,7 +72,7 @@ def attention(
         _body, tiles=tokens // TILE, slots=slots, tuning=tuning, interpret=interpret
     )
     scratch = _scratch(q.dtype, tuning, interpret)
-    run = shared.program(body, q, scratch, interpret)
+    run = shared.program("attention_fp8", body, q, scratch, interpret)
     return run(
         q,
         k.values,

@@ -57,7 +57,7 @@ def validate(name: str, shape: tuple[int, ...], tokens: int) -> None:
         )
 
 
-def program(body, q: jax.Array, scratch: dict, interpret):
+def program(name: str, body, q: jax.Array, scratch: dict, interpret):
     """The kernel of a body with this scratch memory; its result has q's shape and dtype."""
     rows, queries, heads, _ = q.shape
     return plgpu.kernel(
@@ -65,6 +65,7 @@ def program(body, q: jax.Array, scratch: dict, interpret):
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(rows, heads, queries // QUERIES),  # the queries of a head together: keys stay in L2
         grid_names=("row", "head", "block"),
+        kernel_name=name,
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=scratch,

@@ -94,7 +94,9 @@ def kernel(
         )
     body = functools.partial(_a_layer, tensors=q.amax[0].size)
     given = q.amax.reshape(-1), jnp.reshape(layer, 1).astype(jnp.int32)
-    return _call(body, q, given, q.scales[0].size, interpret).reshape(q.shape[1:])
+    return _call("dequantize_nvfp4", body, q, given, q.scales[0].size, interpret).reshape(
+        q.shape[1:]
+    )
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -120,10 +122,10 @@ def expand(q: NVFP4Tensor, interpret: plgpu.InterpretGPUParams | None = None) ->
             f"dequantize_nvfp4 expand: {q.shape} holds {q.values.size} numbers; it must be a "
             f"multiple of {ROWS * nvfp4.BLOCK}: multiply codes and scales by XLA"
         )
-    return _call(_all, q, (), q.scales.size, interpret).reshape(q.shape)
+    return _call("expand_nvfp4", _all, q, (), q.scales.size, interpret).reshape(q.shape)
 
 
-def _call(body, q, given, blocks, interpret):
+def _call(name, body, q, given, blocks, interpret):
     """bfloat16 [block, 16] by a body of programs, which gets codes, scales and what else is given.
 
     blocks: as many as it makes.
@@ -133,20 +135,18 @@ def _call(body, q, given, blocks, interpret):
         out_type=jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK), jnp.bfloat16),
         grid=(blocks // ROWS,),
         grid_names=("program",),
+        kernel_name=name,
         scratch_types={"tile": plgpu.SMEM((ROWS, nvfp4.BLOCK), jnp.bfloat16)},
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # the one that is needed comes before the copy
         ),
         interpret=interpret,
-    )(_words(q, interpret), lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1), *given)
+    )(_words(q), lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1), *given)
 
 
-def _words(q, interpret):
+def _words(q):
     """q's codes, uint32 [block, 2], the first column lowest: on a GPU the same bytes."""
-    if interpret is None:
-        eights = q.values.reshape(-1, _WORDS, nvfp4.BLOCK // _WORDS)
-        return lax.bitcast_convert_type(eights, jnp.uint32)
     return lax.bitcast_convert_type(q.packed().reshape(-1, _WORDS, 4), jnp.uint32)
 
 

@@ -68,6 +68,7 @@ def kernel(
         ),
         grid=(rows,),
         grid_names=("row",),
+        kernel_name="gelu_fp8",
         scratch_types={"fetched": plgpu.SMEM(tiles, jnp.bfloat16), "here": plgpu.Barrier()},
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -72,6 +72,7 @@ def kernel(
         out_type=jax.ShapeDtypeStruct((rows, *tiles), x.dtype),
         grid=(rows,),
         grid_names=("row",),
+        kernel_name="norm_product",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,

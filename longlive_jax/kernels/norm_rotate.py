@@ -110,6 +110,7 @@ def kernel(
         out_type=(jax.ShapeDtypeStruct((rows, words, _WORD), qkv.dtype),) * 3,
         grid=(rows,),
         grid_names=("row",),
+        kernel_name="norm_rotate",
         scratch_types={"shared_cos": shared, "shared_sin": shared},
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -138,6 +138,7 @@ def _largest(k, v, interpret):
         out_type=jax.ShapeDtypeStruct((2, rows, tiles, heads), jnp.int32),
         grid=(2, rows, tiles, heads),  # the heads of a tile together: in memory they are neighbours
         grid_names=("which", *_GRID),
+        kernel_name="pack_fp8_largest",
         scratch_types={"tile": plgpu.SMEM((TILE, HEAD_DIM), k.dtype), "here": plgpu.Barrier()},
         compiler_params=_COMPILER,
         interpret=interpret,
@@ -174,6 +175,7 @@ def _keys(k, inverse, interpret):
         out_type=jax.ShapeDtypeStruct((groups, b, a, c, columns), _E4M3),
         grid=(rows, tokens // TILE, heads),
         grid_names=_GRID,
+        kernel_name="pack_fp8_keys",
         scratch_types={
             "tile": plgpu.SMEM((b, _GROUPS, a, c, HEAD_DIM), k.dtype),
             "codes": plgpu.SMEM((b, _GROUPS, a, c, HEAD_DIM), _E4M3),
@@ -212,6 +214,7 @@ def _values(v, inverse, interpret):
         out_type=jax.ShapeDtypeStruct((rows * heads, HEAD_DIM, tokens), _E4M3),
         grid=(rows, tokens // TILE, heads),
         grid_names=_GRID,
+        kernel_name="pack_fp8_values",
         scratch_types={
             "tile": plgpu.SMEM((TILE, HEAD_DIM), v.dtype),
             "codes": plgpu.SMEM((HEAD_DIM, TILE), _E4M3, transforms=_SPREAD),

@@ -136,6 +136,7 @@ def kernel(
         ),
         grid=(number, pl.cdiv(rows // number, at_most)),
         grid_names=("run", "part"),
+        kernel_name=f"quantize_fp8_{activation or 'rows' if scale is None else 'norm'}",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -183,10 +184,7 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
 
     def normed(row, x_smem):
         x = [load(x_smem.at[lines(i), :]) for i in slices]
-        gain, offset = affine
-        quantize_normed(
-            x, lambda i: (gain[i], offset[i]), eps, values_ref.at[row], scales_ref.at[row]
-        )
+        quantize_normed(x, *affine, eps, values_ref.at[row], scales_ref.at[row])
 
     def gelu(_, x):
         return rounded(gelu_by_logistic(x.astype(jnp.float32)))
@@ -205,12 +203,12 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
     plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
 
 
-def quantize_normed(slices, affine: Callable, eps, values, scale):
-    """Writes codes and scale of a row, given in slices, behind its layer norm.
+def quantize_normed(slices, gain, offset, eps, values, scale):
+    """Writes codes and scale of a row behind its layer norm, which is multiplied and shifted.
 
-    affine: i -> what slice i is multiplied with, and what is added to it, float32.
+    slices: of the row's numbers; gain, offset: float32, the same of a norm's scale and shift.
     """
-    made = _layer_norm(slices, affine, eps)
+    made = _layer_norm(slices, gain, offset, eps)
     found, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
     for i, y in enumerate(made):
         _store(values.at[lines(i), :], y, inverse)
@@ -273,18 +271,14 @@ def gelu_by_logistic(x):
     return x * root * root
 
 
-def _layer_norm(slices, affine, eps):
+def _layer_norm(slices, gain, offset, eps):
     """A row as by `ops.norm.layer_norm`, in slices: statistics in float32, of the mean first."""
     slices = [x.astype(jnp.float32) for x in slices]
     n = len(slices) * SLICE
     mean = total(slices) / n
     slices = [x - mean for x in slices]
     rate = lax.rsqrt(total([x * x for x in slices]) / n + eps)
-    made = []
-    for i, x in enumerate(slices):
-        gain, offset = affine(i)
-        made.append(rounded(x * rate * gain + offset))
-    return made
+    return [rounded(x * rate * a + b) for x, a, b in zip(slices, gain, offset)]
 
 
 def rounded(x):

@@ -174,6 +174,7 @@ def kernel(
         ),
         grid=(blocks // (ROWS * steps),),
         grid_names=("program",),
+        kernel_name="quantize_nvfp4",
         interpret=interpret,
     )(x.reshape(blocks, nvfp4.BLOCK), _constants(amax, rule, interpret))
     scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
@@ -201,6 +202,7 @@ def _constants(amax, rule, interpret):
         out_type=jax.ShapeDtypeStruct((2 + 3 * len(_MANTISSAS),), jnp.float32),
         grid=(1,),
         grid_names=("program",),
+        kernel_name="quantize_nvfp4_tables",
         # Of scalars, the other lowering does not take bits.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,

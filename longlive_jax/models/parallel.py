@@ -83,6 +83,8 @@ class Parallel:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path is given it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)
+        if isinstance(x, Product):
+            x = x.astype(x.dtype)
         return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def made_once(self, x: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
     if isinstance(x, NVFP4Tensor):  # as it came from another device
         if name == "nvfp4":
             return x
-        x = x.dequantize()
+        x = load(x, x.dtype)
     if name == "nvfp4":
         amax = exact.largest_magnitude(x, (1, 2, 3))
         # So that codes do not depend on the mesh.
@@ -61,6 +61,10 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
 
 def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     """The numbers [..., token, head, head_dim] that were stored, rounded to `dtype`."""
+    if isinstance(stored, NVFP4Tensor):
+        table = jax.tree.map(lambda leaf: leaf[None], stored)  # of one layer, as the kernel's are
+        if dequantize_nvfp4.supports(table, dtype):
+            return dequantize_nvfp4.kernel(table, jnp.int32(0))
     if isinstance(stored, Quantized):
         return stored.dequantize(dtype)
     return stored.astype(dtype)
@@ -78,8 +82,8 @@ def exchange(send, stored: Stored) -> Stored:
     """`send`, an all-to-all that leaves head_dim alone, of what `store` made of tokens or heads."""
     if not isinstance(stored, NVFP4Tensor):
         return send(stored)
-    # As bytes: not every backend sends floats of 4 or 8 bits.
-    scales = jax.lax.bitcast_convert_type(stored.scales, jnp.uint8)
-    return from_packed(
-        send(stored.packed()), send(scales), stored.amax, stored.rule, dtype=stored.dtype
-    )
+    # One message, and of bytes: not every backend sends floats of 4 or 8 bits.
+    codes, scales = stored.packed(), jax.lax.bitcast_convert_type(stored.scales, jnp.uint8)
+    sent = send(jnp.concatenate([codes, scales], axis=-1))
+    codes, scales = jnp.split(sent, [codes.shape[-1]], axis=-1)
+    return from_packed(codes, scales, stored.amax, stored.rule, dtype=stored.dtype)

@@ -22,7 +22,14 @@ from longlive_jax.formats import FP8Tensor, NVFP4Tensor, Product, Quantized, exa
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
-from longlive_jax.quant.matmul import column_scales, matmul, multiplies_fp8, scaled, unscaled
+from longlive_jax.quant.matmul import (
+    column_scales,
+    matmul,
+    multiplies_fp8,
+    row_scales,
+    scaled,
+    unscaled,
+)
 from longlive_jax.quant.recipe import FP8, NVFP4, Recipe
 
 SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
@@ -78,14 +85,14 @@ def product(
     key: jax.Array | None = None,
     axes: Sequence[str] = (),
 ) -> jax.Array | Product:
-    """`linear`, for what can take a `Product`: FP8's for inference, where a kernel may finish it.
+    """`linear`, for what can take a `Product`: for inference, where a kernel may finish it.
 
-    That is on a Hopper GPU, by a recipe that quantises by rows. Anywhere else it is `linear`, which
-    rounds the product before it adds the bias; what finishes one rounds once.
+    That is on a Hopper GPU. Anywhere else, and with a gradient, it is `linear`, which rounds the
+    product before it adds the bias; what finishes one rounds once.
 
     Args and raises: as `linear`.
     """
-    if recipe is None or not recipe.by_rows or not is_hopper():
+    if recipe is None or recipe.gradients is not None or not is_hopper():
         return linear(params, x, recipe, key, axes)
     if not isinstance(x, Quantized):
         x = quantize_activation(x, recipe, axes)
@@ -93,7 +100,7 @@ def product(
     sums = unscaled(operands.in_memory(x), weight, x.dtype)
     return Product(
         sums=sums.reshape(*x.shape[:-1], -1),
-        row=x.scale,
+        row=row_scales(x),
         column=column_scales(weight).reshape(-1),
         bias=params["bias"].astype(x.dtype),
     )

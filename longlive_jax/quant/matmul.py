@@ -54,6 +54,11 @@ def unscaled(x, weight, dtype):
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
+def row_scales(x):
+    """float32 [..., 1]: of the rows of a product by x [..., in]."""
+    return jnp.broadcast_to(_scale(x), (*x.shape[:-1], 1))
+
+
 def column_scales(weight):
     """float32 [part, out, 1]: of the columns of a product by weight [part, out, in]."""
     return jnp.broadcast_to(_scale(weight), (*weight.shape[:-1], 1))

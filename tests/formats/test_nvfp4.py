@@ -449,3 +449,14 @@ def test_bad_packed_input(change, message):
     }
     with pytest.raises(InputError, match=message):
         formats.from_packed(**(good | change))
+
+
+def test_packing_is_nothing_where_codes_lie_packed(monkeypatch):
+    """As on a GPU. A CPU has such casts, too, but not in every program."""
+    q = formats.quantize_nvfp4(normal(0, (3, 5, 96)))
+    packed = q.packed()
+    monkeypatch.setattr(nvfp4, "_lie_packed", lambda: True)
+    # Unjitted: JAX would find what it traced before.
+    np.testing.assert_array_equal(formats.NVFP4Tensor.packed.__wrapped__(q), packed)
+    back = formats.from_packed(packed, q.scales, q.amax, "mse")
+    np.testing.assert_array_equal(codes(back), codes(q))

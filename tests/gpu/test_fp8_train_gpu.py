@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.quant import linear, matmul
-from tests.quant.test_linear import error, layer, recipe, step, tokens
+from tests.quant.test_linear import error, layer, recipe, step, tokens, traced_anew
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 
@@ -23,12 +23,12 @@ def test_a_layer_and_its_gradients(monkeypatch, path, inputs, outputs, samples):
     r = recipe("fp8_train", path)
     p = layer(inputs, outputs)
     x, dy = tokens(samples, 1, 2048, inputs), tokens(samples, 1, 2048, outputs, seed=8)
-    got = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
+    got = traced_anew(step)(r, p, x, dy)
 
     for module in (linear, matmul):
         monkeypatch.setattr(module, "multiplies_fp8", lambda: False)
     monkeypatch.setattr(matmul, "_codes", lambda q: q.values.astype(jnp.float32))
-    want = jax.jit(step.__wrapped__, static_argnums=0)(r, p, x, dy)
+    want = traced_anew(step)(r, p, x, dy)
     names = ("y", *(f"gradient of {name}" for name in (*sorted(p), "x")))
     for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = (np.asarray(z, np.float64) for z in (a, b))
