@@ -37,8 +37,8 @@ def matmul(x: Quantized, weight: Quantized, dtype, sums=None) -> jax.Array:
 def scaled(x, weight, dtype):
     """`matmul` for what is rounded to dtype next, where a GPU's library multiplies FP8 in float32.
 
-    XLA's GemmRewriter gives that library a factor of its sums that is one number, and drops the
-    factor's own rounding to dtype. So sums are scaled, and rounded once, before they are written.
+    XLA's GemmRewriter gives that library a factor of its sums that is one number. So sums are
+    scaled, and rounded once, before they are written. The factor in dtype is exact: see `operands`.
     """
     one = isinstance(x, FP8Tensor) and x.scale.size == weight.scale.size == 1
     if not (one and multiplies_fp8()):

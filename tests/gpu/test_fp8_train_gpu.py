@@ -35,5 +35,5 @@ def test_a_layer_and_its_gradients(monkeypatch, path, inputs, outputs, samples):
         slope = np.sum(a * b) / np.sum(b * b)
         print(f"{path} of {samples}, {name}: error {error(a, b):.2e}, slope 1 + {slope - 1:.1e}")
         assert error(a, b) < 2.0**-7
-        # A scale rounded to bfloat16, as it is written, would turn it by up to 2^-9.
+        # A scale that bfloat16 had rounded would turn it by up to 2^-8.
         assert abs(slope - 1) < 2.0**-12
