@@ -105,7 +105,9 @@ def test_it_lowers_for_hopper(monkeypatch):
     y = Product(x, row, of(), of(dtype=jnp.bfloat16))
     frames, one = of(1, 1, 8, 1), of(1, 1, 1, 1, dtype=jnp.bfloat16)
     for gate, scale in ((frames, one), (None, frames)):
-        traced = jax.jit(lambda *z: quantized.add_layer_norm_quantize_rows(*z)).trace(x, y, gate, scale, scale)
+        traced = jax.jit(lambda *z: quantized.add_layer_norm_quantize_rows(*z)).trace(
+            x, y, gate, scale, scale
+        )
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
         assert [z.shape for z in jax.tree.leaves(traced.out_info)] == [shape, shape, row.shape]
 
