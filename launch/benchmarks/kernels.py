@@ -19,16 +19,18 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
+from longlive_jax.kernels import add_norm_fp8 as add_norm_fp8_lib
 from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
 from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper, chip
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
 from longlive_jax.kernels import dequantize_nvfp4 as dequantize_nvfp4_lib
 from longlive_jax.kernels import gelu_fp8 as gelu_fp8_lib
+from longlive_jax.kernels import norm_product as norm_product_lib
 from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
-from longlive_jax.ops import quantized, rope, rotated
+from longlive_jax.ops import quantized, residual, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm, rms_norm
@@ -263,6 +265,62 @@ def _nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+def add_norm_fp8(cfg: config_lib.Config) -> list[Entry]:
+    """A chunk's hidden states and a layer's product, its gate, and a norm's modulation."""
+    lib = add_norm_fp8_lib
+    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    frames, dim = cfg.model.chunk_frames, cfg.model.dim
+    if on_cpu():
+        frames, patches, dim = 2, 3, quantize_fp8_lib.SLICE
+    lead = (1, frames, patches)
+    y = _product(frames * patches, dim)
+    y = y.replace(sums=y.sums.reshape(*lead, dim), row=y.row.reshape(*lead, 1))
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], y.shape, jnp.bfloat16)
+    affine = [jax.random.normal(key, (1, frames, 1, dim)) for key in keys[1:]]
+
+    def by_xla(x, y, gate, scale, shift):
+        x = residual.add(x, y, gate)
+        return x, *_by_rows(layer_norm(x, scale, shift))
+
+    def oracle(x, y, gate, scale, shift):
+        x = jax.lax.optimization_barrier(residual.add(x, y, gate))
+        return x, *_by_rows(layer_norm(x.astype(jnp.float32), scale, shift).astype(x.dtype))
+
+    return [
+        Entry(
+            name=f"add_norm_fp8 {frames * patches}x{dim}",
+            arguments=(x, y, *affine),
+            call=functools.partial(lib.kernel, interpret=interpret()),
+            baseline=by_xla,
+            oracle=oracle,
+            limit=1e-2,  # as of quantize_fp8 behind a norm
+            bytes=_nbytes((x, y, affine)) + x.nbytes + x.size + 4 * x.size // dim,
+        )
+    ]
+
+
+def norm_product(cfg: config_lib.Config) -> list[Entry]:
+    """The queries of a chunk's cross-attention."""
+    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    dim = cfg.model.dim
+    if on_cpu():
+        rows, dim = 6, quantize_fp8_lib.SLICE
+    x = _product(rows, dim)
+    weight = 1 + jax.random.normal(jax.random.key(1), (dim,), jnp.bfloat16) / 4
+    return [
+        Entry(
+            name=f"norm_product {rows}x{dim}",
+            arguments=(x, weight),
+            call=functools.partial(norm_product_lib.kernel, interpret=interpret()),
+            baseline=lambda x, w: rms_norm(x.astype(x.dtype), w),
+            oracle=lambda x, w: rms_norm(x.astype(jnp.float32), w).astype(x.dtype),
+            limit=1e-3,  # of the order of the norm's sum
+            bytes=_nbytes((x, weight)) + x.sums.nbytes,
+        )
+    ]
+
+
 def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
     """A chunk's queries, keys and values out of a layer's fused projection, array and product."""
     lib, m = norm_rotate_lib, cfg.model
@@ -387,6 +445,8 @@ ENTRIES = (
     expand_nvfp4,
     quantize_fp8,
     gelu_fp8,
+    add_norm_fp8,
+    norm_product,
     norm_rotate,
     attention_bf16,
     pack_fp8,

@@ -102,14 +102,14 @@ def kernel(
         raise InputError(f"add_norm_fp8 kernel: {misfit}; or use ops.quantized")
     rows, n = math.prod(x.shape[:-1]), x.shape[-1]
     tiles = (n // lib.LANES, lib.LANES)
-    runs = _runs(x.shape, [z.shape for z in (gate, scale, shift) if z is not None])
+    shapes = [z.shape for z in (gate, scale, shift) if z is not None]
+    runs, shared = _runs(x.shape, shapes), jnp.broadcast_shapes(*shapes)
     gate = jnp.float32(1) if gate is None else gate.astype(jnp.float32)
-    last = (1,) * (x.ndim - 1) + (n,)
+    column, bias = (z.reshape((1,) * (x.ndim - 1) + (n,)) for z in (y.column, y.bias))
 
     def of_runs(z):
         """[run, n / 128, 128], of what broadcasts."""
-        together = jnp.broadcast_shapes(gate.shape, scale.shape, shift.shape)
-        return jnp.broadcast_to(z.astype(jnp.float32), together).reshape(runs, *tiles)
+        return jnp.broadcast_to(z.astype(jnp.float32), shared).reshape(runs, *tiles)
 
     at_most = min(AT_MOST, rows // runs)
     total, values, scales = plgpu.kernel(
@@ -133,8 +133,8 @@ def kernel(
         x.reshape(rows, *tiles),
         y.sums.reshape(rows, *tiles),
         y.row.reshape(rows),
-        of_runs(y.column.reshape(last) * gate),
-        of_runs(y.bias.astype(jnp.float32).reshape(last) * gate),
+        of_runs(column * gate),
+        of_runs(bias.astype(jnp.float32) * gate),
         of_runs(scale),
         of_runs(shift),
     )
@@ -142,13 +142,13 @@ def kernel(
 
 
 def _kernel(x, sums, rates, *refs, rows, at_most, eps):
-    of_runs, (total, values, scales) = refs[:-3], refs[-3:]
+    shared, (total, values, scales) = refs[:-3], refs[-3:]
     run, part = lax.axis_index("run"), lax.axis_index("part")
     first = run * rows + part * at_most
     count = lax.min(jnp.int32(at_most), rows - part * at_most)
     slices = range(x.shape[1] // lib.LINES)
     weight, offset, *affine = (
-        [lib.load(ref.at[run, lib.lines(i), :]) for i in slices] for ref in of_runs
+        [lib.load(ref.at[run, lib.lines(i), :]) for i in slices] for ref in shared
     )
 
     def step(index, *fetched):
