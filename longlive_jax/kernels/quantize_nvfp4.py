@@ -53,10 +53,9 @@ _E4M3 = 2.0**20 + (5 * 2**8 - 8 * 141) / 8
 # A float32 of this exponent has 16 bits of noise at its end. Less the second number, it is half
 # the oracle's noise, exactly.
 _NOISE = (0x42800000, 64 - 2.0**-18)
-# Half a number below 1 and this: [0, 0.5) comes to [0.5, 0.75), [0.5, 1) to [0.75, 1), none beyond
-# by the sum's rounding. A number from 1 up is the larger.
+# Almost a half, so that no sum of it and half a number below 0.5 or 1 is rounded to 0.75 or 1.
 _LOWEST = 0.5 - 2.0**-25
-_FLOOR = np.uint32(0xFFC00000)  # sign, exponent and E2M1's one bit of mantissa
+_UPPER = np.uint32(0xFFC00000)  # sign, exponent and E2M1's one bit of mantissa
 _ZERO = 252  # the code 0 in those bits, from the 22nd on
 
 
@@ -241,8 +240,9 @@ def constants(
 ) -> jax.Array:
     """What blocks need of the largest magnitude: float32 [26].
 
-    A power of two that takes amax to [2, 4), the tensor's scale, three tables. By a block scale's mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax
-    that scales nothing (0, Inf, NaN) has the tensor scale 0.
+    A power of two that takes amax to [2, 4), the tensor's scale, three tables. By a block scale's
+    mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax that scales nothing
+    (0, Inf, NaN) has the tensor scale 0.
 
     A kernel of one program: XLA takes seconds a call to compile the quotients' integers. (Mosaic
     GPU's own quotient is off by up to two units in the last place.)
@@ -386,15 +386,13 @@ def _candidate(magnitude, noise, wanted, tables, rule):
         large = grid * _E2M1
         sums = y + large
     else:
-        sums = y + noise * grid  # an exact product: noise has 17 bits
-        sums = jnp.maximum(sums, sums * 0.5 + _LOWEST)
+        sums = _lift(y + noise * grid)  # an exact product: noise has 17 bits
     if rule not in nvfp4.ADAPTIVE:
         return sums, scale_sums, scale, None
     if noise is None:
         value = sums - large
     else:
-        value = _float(_bits(sums) & _FLOOR)
-        value = jnp.minimum(value, value * 2 - 1)
+        value = _floor(sums)
     # A code's number is a power of two or, then `grid` is that, one and a half times one.
     one, one_and_a_half = (
         _wide(_pick(table, bits) * _float(power)) for table in (ones, one_and_a_halfs)
@@ -411,6 +409,20 @@ def _candidate(magnitude, noise, wanted, tables, rule):
     error = jnp.abs(error)
     error = columns(error[:, :8] + error[:, 8:])
     return sums, scale_sums, scale, functools.reduce(operator.add, error)
+
+
+def _lift(x):
+    """x, but what is below 1 as (x + 1) / 2: a code is then upper bits, less `_ZERO`.
+
+    x in [2^-18, 7): noise is at least so much.
+    """
+    return jnp.maximum(x, x * 0.5 + _LOWEST)
+
+
+def _floor(lifted):
+    """The number of the code."""
+    x = _float(_bits(lifted) & _UPPER)
+    return jnp.minimum(x, x * 2 - 1)
 
 
 def _append(word, code):

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import exact, hadamard, nvfp4
+from longlive_jax.formats import hadamard, nvfp4
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import quantize_nvfp4 as blocks
 from longlive_jax.kernels.chip import is_hopper, is_local
