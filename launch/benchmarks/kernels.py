@@ -30,6 +30,7 @@ from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
+from longlive_jax.kernels import quantize_nvfp4_columns as quantize_nvfp4_columns_lib
 from longlive_jax.ops import quantized, residual, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
@@ -87,7 +88,8 @@ def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     sizes = [((tokens, m.ffn_dim), "mse")]  # the largest activation of a block
     if not on_cpu():
         sizes = [(SQUARE, rule) for rule in ("mse", "static_6")] + sizes
-    return [_quantize_nvfp4(*size) for size in sizes]
+    entries = [_quantize_nvfp4(*size) for size in sizes]
+    return [*entries, _quantize_nvfp4_stochastic(cfg, "mse")]
 
 
 def _quantize_nvfp4(shape, rule):
@@ -116,6 +118,91 @@ def _quantize_nvfp4(shape, rule):
         },
         bytes=math.prod(shape) * 2 + math.prod(shape) * 9 // 16,  # x read once; codes, scales
     )
+
+
+def _quantize_nvfp4_stochastic(cfg, rule):
+    """A gradient of a chunk, as dgrad's operand."""
+    lib = quantize_nvfp4_lib
+    x, key, noise = _gradient(cfg)
+    kernel = functools.partial(lib.kernel, rule=rule, interpret=interpret())
+
+    def oracle(x, key, _):
+        tensor = formats.quantize_nvfp4(x, rule, key=key)
+        return tensor.packed(), tensor.scales
+
+    def call(x, key, _):
+        noise = lib.random_bits(key, x.shape)
+        return kernel(x, exact.largest_magnitude(x), noise=noise)
+
+    return Entry(
+        name=f"quantize_nvfp4 {rule}, stochastic, {x.shape[0]}x{x.shape[1]}",
+        arguments=(x, key, noise),
+        call=call,
+        baseline=lambda x, key, _: formats.quantize_nvfp4(x, rule, key=key),
+        oracle=oracle,
+        details={
+            "noise": lambda x, key, _: lib.random_bits(key, x.shape),
+            "kernel, given noise": lambda x, _, noise: kernel(x, jnp.float32(4), noise=noise),
+        },
+        bytes=x.size * 2 + x.size * 9 // 16,  # noise might be made where it is used
+    )
+
+
+def quantize_nvfp4_columns(cfg: config_lib.Config) -> list[Entry]:
+    """A chunk's operands of a weight's gradient: the activation, and the output's gradient."""
+    return [_quantize_nvfp4_columns(cfg, "mse", stochastic) for stochastic in (False, True)]
+
+
+def _quantize_nvfp4_columns(cfg, rule, stochastic):
+    lib = quantize_nvfp4_columns_lib
+    x, key, noise = _gradient(cfg)
+    tiles = lib.TILES[:1] if on_cpu() else lib.TILES
+    kernel = functools.partial(lib.kernel, rule=rule, transform=True, interpret=interpret())
+    largest = functools.partial(lib.largest_magnitude, interpret=interpret())
+
+    def by_xla(x, key, _):
+        columns = formats.random_hadamard(jnp.swapaxes(x, 0, 1))
+        return formats.quantize_nvfp4(columns, rule, key=key if stochastic else None)
+
+    def oracle(*arguments):
+        tensor = by_xla(*arguments)
+        return tensor.packed(), tensor.scales
+
+    def bits(x, key, _):
+        return jnp.swapaxes(quantize_nvfp4_lib.random_bits(key, x.shape[::-1]), 0, 1)
+
+    def call(x, key, _):
+        return kernel(x, largest(x), noise=bits(x, key, _) if stochastic else None)
+
+    def given(tile):
+        def run(x, _, noise):
+            noise = noise if stochastic else None
+            return kernel(x, jnp.float32(4), noise=noise, tile=tile)
+
+        return run
+
+    details = {"largest magnitude": lambda x, *_: largest(x)}
+    if stochastic:
+        details["noise"] = bits
+    rounding = "stochastic, " if stochastic else ""
+    return Entry(
+        name=f"quantize_nvfp4_columns {rule}, Hadamard, {rounding}{x.shape[0]}x{x.shape[1]}",
+        arguments=(x, key, noise),
+        call=call,
+        baseline=by_xla,
+        oracle=oracle,
+        details=details | {f"kernel, tile {tile}": given(tile) for tile in tiles},
+        bytes=x.size * 2 + x.size * 9 // 16,
+    )
+
+
+def _gradient(cfg):
+    """A chunk's numbers [token, dim], a key, and noise for as many numbers."""
+    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    shape = (64, 128) if on_cpu() else (rows, cfg.model.dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], shape, jnp.bfloat16)
+    return x, keys[1], quantize_nvfp4_lib.random_bits(keys[2], shape)
 
 
 def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
@@ -442,6 +529,7 @@ def _relative_error(result, expected) -> float:
 
 ENTRIES = (
     quantize_nvfp4,
+    quantize_nvfp4_columns,
     dequantize_nvfp4,
     expand_nvfp4,
     quantize_fp8,
