@@ -134,7 +134,9 @@ def random_bits(keys: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | N
     if keys is None:
         return None
     draw = functools.partial(nvfp4.random_bits, shape=shape[keys.ndim :])
-    return jax.vmap(draw)(keys.reshape(-1)).reshape(shape)
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(keys)
 
 
 def supports(

@@ -226,11 +226,11 @@ def _block(tile, i):
 def _transform(x):
     """`random_hadamard` of float32 [channels, 16] before its rounding, by sums in that order.
 
-    Of 2^k terms there are 2^k sums but for their sign, which the others repeat.
+    Of the first 2^k terms there are 2^k different sums, which the other columns repeat.
     """
     signs = np.sign(hadamard.matrix())
     x = [column * (1 / 4) for column in blocks.columns(x)]
-    sums = x[:1] if signs[0].min() > 0 else None
+    sums = x[:1]  # all signs of the first are positive
     for i in range(1, hadamard.POINTS):
         width = 1 << i.bit_length()
         sums = sums * (width // len(sums))

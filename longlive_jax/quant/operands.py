@@ -105,7 +105,8 @@ def _over(amax, axes):
 def columns(y, fmt, lead, axes, keys=None):
     """y [.., sample, group, row, n] -> wgrad's operand [.., sample, n, group * row].
 
-    Groups are filled up with rows of zeros to whole blocks, so that no block spans two.
+    Groups are filled up with rows of zeros to whole blocks, so that no block spans two. The kernel
+    reads y as it lies, where it runs; elsewhere XLA transposes first.
     """
     if isinstance(fmt, NVFP4) and quantize_nvfp4_columns.supports(y, fmt.rule, fmt.block):
         return _columns_by_kernel(y, fmt, lead, axes, keys)

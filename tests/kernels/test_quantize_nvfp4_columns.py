@@ -130,6 +130,40 @@ def test_it_lowers_for_hopper(stochastic):
         assert name in text
 
 
+def test_operands_lower_on_a_mesh(monkeypatch):
+    """In a manual region, with a sample spread over devices."""
+    pretend_hopper(monkeypatch)
+    fmt = NVFP4(RULE, hadamard=True, stochastic=True)
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=4, seq=2))
+    spec = jax.P("fsdp", "seq")
+
+    def placed(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    y = placed((4, 2, 64, 128), jnp.bfloat16)  # [sample, group, row, n]
+    keys = placed((4, 2), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    out = formats.NVFP4Tensor(
+        jax.P("fsdp", None, "seq"),
+        jax.P("fsdp", None, "seq"),
+        jax.P("fsdp"),
+        RULE,
+        (1, 16),
+        y.dtype,
+    )
+    run = jax.shard_map(
+        lambda y, keys: operands.columns(y, fmt, 1, ("seq",), keys),
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=out,
+    )
+    with jax.set_mesh(mesh):
+        traced = jax.jit(run).trace(y, keys)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert traced.out_info.shape == (4, 128, 128) and traced.out_info.amax.shape == (4,)
+    for name in ("quantize_nvfp4_columns_stochastic", "quantize_nvfp4_columns_largest"):
+        assert name in text
+
+
 def test_what_is_supported(monkeypatch):
     assert not lib.supports(CHUNK)
     pretend_hopper(monkeypatch)
