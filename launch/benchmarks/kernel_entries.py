@@ -3,182 +3,29 @@
 A kernel's entry is a function `(config) -> list[Entry]` in `ENTRIES`, one Entry a case.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from launch.benchmarks import kernel_entries_nvfp4
+from launch.benchmarks.kernel_entry import Entry, interpret, on_cpu, relative_error, window
 from longlive_jax import config as config_lib
 from longlive_jax import formats
-from longlive_jax.formats import exact
 from longlive_jax.kernels import add_norm_fp8 as add_norm_fp8_lib
 from longlive_jax.kernels import attention_bf16 as attention_bf16_lib
 from longlive_jax.kernels import attention_bf16_hopper, attention_fp8_hopper
 from longlive_jax.kernels import attention_fp8 as attention_fp8_lib
-from longlive_jax.kernels import dequantize_nvfp4 as dequantize_nvfp4_lib
 from longlive_jax.kernels import gelu_fp8 as gelu_fp8_lib
 from longlive_jax.kernels import norm_product as norm_product_lib
 from longlive_jax.kernels import norm_rotate as norm_rotate_lib
 from longlive_jax.kernels import pack_fp8 as pack_fp8_lib
 from longlive_jax.kernels import quantize_fp8 as quantize_fp8_lib
-from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.ops import quantized, residual, rope, rotated
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.norm import layer_norm, rms_norm
-from longlive_jax.quant import kv, operands
-from longlive_jax.quant import matmul as matmul_lib
-
-# The issue of a quantiser's speed is settled at this size.
-SQUARE = (8192, 8192)
-
-
-def differing_bytes(result, expected) -> float:
-    """The share of bytes that differ, over all arrays."""
-    pairs = zip(map(_bytes, jax.tree.leaves(result)), map(_bytes, jax.tree.leaves(expected)))
-    counts = [(np.count_nonzero(a != b), a.size) for a, b in pairs]
-    return sum(n for n, _ in counts) / sum(n for _, n in counts)
-
-
-def _bytes(x):
-    return np.atleast_1d(np.asarray(x)).view(np.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A kernel at one size. All calls are compiled with `arguments` as their arguments.
-
-    name: the kernel and the size.
-    call: what users get of it, start to end.
-    baseline: the same by XLA, which is timed.
-    oracle: what `call` must give; None: `baseline`.
-    error, limit: (result, expected) -> a number, and the largest right one.
-    details: more calls to time, by name: parts of `call`, other tilings.
-    bytes, flops: the least that `call` moves between chip and memory, and multiplies and adds.
-    fp8: whether the flops are those of FP8 products, of which a chip does twice as many.
-    """
-
-    name: str
-    arguments: tuple
-    call: Callable
-    baseline: Callable
-    bytes: int
-    flops: int = 0
-    fp8: bool = False
-    oracle: Callable | None = None
-    error: Callable = differing_bytes
-    limit: float = 0.0
-    details: dict[str, Callable] = dataclasses.field(default_factory=dict)
-
-
-def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-def interpret() -> plgpu.InterpretGPUParams | None:
-    """The `interpret` of a kernel: set where there is no GPU."""
-    return plgpu.InterpretGPUParams() if on_cpu() else None
-
-
-def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
-    m = cfg.model
-    tokens = m.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
-    sizes = [((tokens, m.ffn_dim), "mse")]  # the largest activation of a block
-    if not on_cpu():
-        sizes = [(SQUARE, rule) for rule in ("mse", "static_6")] + sizes
-    return [_quantize_nvfp4(*size) for size in sizes]
-
-
-def _quantize_nvfp4(shape, rule):
-    lib = quantize_nvfp4_lib
-    tilings = lib.TILINGS[:1] if on_cpu() else lib.TILINGS
-    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    kernel = functools.partial(lib.kernel, rule=rule, interpret=interpret())
-
-    def given_amax(tiling):
-        return lambda x: kernel(x, jnp.float32(4), tiling=tiling)
-
-    def oracle(x):
-        tensor = formats.quantize_nvfp4(x, rule)
-        return tensor.packed(), tensor.scales
-
-    return Entry(
-        name=f"quantize_nvfp4 {rule} {shape[0]}x{shape[1]}",
-        arguments=(x,),
-        call=lambda x: kernel(x, exact.largest_magnitude(x)),
-        baseline=lambda x: formats.quantize_nvfp4(x, rule),
-        oracle=oracle,
-        details={
-            "amax": exact.largest_magnitude,
-            "as NVFP4Tensor": lambda x: lib.quantize_nvfp4(x, rule),
-            **{f"kernel, tiling {t}": given_amax(t) for t in tilings},
-        },
-        bytes=math.prod(shape) * 2 + math.prod(shape) * 9 // 16,  # x read once; codes, scales
-    )
-
-
-def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
-    """The past keys or values of one layer, out of the cache."""
-    if on_cpu():
-        shape = (2, 1, 2, 128, 2, 16)
-    else:
-        _, k, _, slots = _window(cfg)
-        shape = (2, 1, slots, *k.shape[1:])
-    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jax.jit(lambda x: kv.store(x.reshape(-1, *shape[3:]), "nvfp4"))(x)
-    q = jax.tree.map(lambda leaf: leaf.reshape(*shape[:3], *leaf.shape[1:]), q)
-    size = math.prod(shape[1:])
-    return [
-        Entry(
-            name=f"dequantize_nvfp4 {math.prod(shape[1:4])}x{math.prod(shape[4:])}",
-            arguments=(q, jnp.int32(1)),
-            call=functools.partial(dequantize_nvfp4_lib.kernel, interpret=interpret()),
-            baseline=lambda q, layer: q[layer].dequantize(),
-            bytes=size * 2 + size * 9 // 16,  # codes and scales read
-        )
-    ]
-
-
-def expand_nvfp4(cfg: config_lib.Config) -> list[Entry]:
-    """The FFN's first product of a chunk, with NVFP4 weights that are expanded before it."""
-    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
-    depth, n = cfg.model.dim, cfg.model.ffn_dim
-    if on_cpu():
-        rows, depth, n = 8, 64, 64
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, w = (
-        jax.random.normal(key, (size, depth), jnp.bfloat16) for key, size in zip(keys, (rows, n))
-    )
-    w = jax.jit(formats.quantize_nvfp4)(w)
-    expand = functools.partial(dequantize_nvfp4_lib.expand, interpret=interpret())
-
-    def product(x, w):
-        contract = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, w, contract, preferred_element_type=x.dtype)
-
-    return [
-        Entry(
-            name=f"expand_nvfp4 and product {rows}x{depth}x{n}",
-            arguments=(x, w, jax.jit(matmul_lib.expand_by_xla)(w)),
-            call=lambda x, w, _: product(x, expand(w)),
-            # In memory, as a library wants it: the sampler has XLA make no products itself.
-            baseline=lambda x, w, _: product(x, operands.in_memory(matmul_lib.expand_by_xla(w))),
-            error=_relative_error,
-            limit=2e-3,  # sums in another order, then rounded
-            details={
-                "bfloat16 weights": lambda x, _, w: product(x, w),
-                "expansion": lambda _, w, __: expand(w),
-                "expansion by XLA": lambda _, w, __: matmul_lib.expand_by_xla(w),
-            },
-            bytes=2 * (x.size + rows * n) + w.values.size * 9 // 16,
-            flops=2 * rows * depth * n,
-        )
-    ]
 
 
 def quantize_fp8(cfg: config_lib.Config) -> list[Entry]:
@@ -367,13 +214,13 @@ def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
 
 def attention_bf16(cfg: config_lib.Config) -> list[Entry]:
     lib, hopper = attention_bf16_lib, attention_bf16_hopper
-    q, k, v, slots = _window(cfg)
+    q, k, v, slots = window(cfg)
     return [_attention("attention_bf16", lib, hopper, q, (k, v), slots)]
 
 
 def attention_fp8(cfg: config_lib.Config) -> list[Entry]:
     lib, hopper = attention_fp8_lib, attention_fp8_hopper
-    q, k, v, slots = _window(cfg)
+    q, k, v, slots = window(cfg)
     fresh = jax.jit(pack_fp8_lib.pack)(k, v)
     return [_attention("attention_fp8", lib, hopper, q, fresh, slots, fp8=True)]
 
@@ -389,7 +236,7 @@ def _attention(name, lib, hopper, q, fresh, slots, fp8=False):
         call=functools.partial(hopper.attention, interpret=interpret()),
         baseline=functools.partial(lib.by_dense, dense=attention),
         oracle=lib.reference,
-        error=_relative_error,
+        error=relative_error,
         limit=1e-2,
         bytes=rows * heads * head_dim * (4 * tokens + (2 if fp8 else 4) * keys),
         flops=4 * rows * heads * tokens * keys * head_dim,
@@ -399,7 +246,7 @@ def _attention(name, lib, hopper, q, fresh, slots, fp8=False):
 
 def pack_fp8(cfg: config_lib.Config) -> list[Entry]:
     """A chunk's fresh keys and values, for FP8 attention and its cache."""
-    _, k, v, _ = _window(cfg)
+    _, k, v, _ = window(cfg)
     lib = pack_fp8_lib
 
     def by_xla(k, v):
@@ -416,20 +263,6 @@ def pack_fp8(cfg: config_lib.Config) -> list[Entry]:
     ]
 
 
-def _window(cfg):
-    """A chunk's q, k, v [1, token, head, head_dim], and the cache's slots."""
-    if on_cpu():
-        tokens, slots, heads = attention_fp8_hopper.TILE, 1, 1
-    else:
-        heads = cfg.model.num_heads
-        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
-        tokens = cfg.model.chunk_frames * patches
-        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
-    shape = (1, tokens, heads, attention_fp8_hopper.HEAD_DIM)
-    keys = jax.random.split(jax.random.key(0), 3)
-    return *(jax.random.normal(key, shape, jnp.bfloat16) for key in keys), slots
-
-
 def _cache_of(x, slots):
     """One layer's cache [1, row, slot, ...] with these keys or values in every slot."""
 
@@ -439,15 +272,8 @@ def _cache_of(x, slots):
     return jax.tree.map(one, x)
 
 
-def _relative_error(result, expected) -> float:
-    a, b = (np.asarray(x, np.float32) for x in (result, expected))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 ENTRIES = (
-    quantize_nvfp4,
-    dequantize_nvfp4,
-    expand_nvfp4,
+    *kernel_entries_nvfp4.ENTRIES,
     quantize_fp8,
     gelu_fp8,
     add_norm_fp8,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from launch.benchmarks import measure
-from launch.benchmarks.kernel_entries import ENTRIES, SQUARE, on_cpu
+from launch.benchmarks.kernel_entries import ENTRIES
+from launch.benchmarks.kernel_entry import SQUARE, on_cpu
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
 from longlive_jax.kernels import chip

@@ -135,6 +135,15 @@ def quantize_nvfp4(
     return _quantize(x, amax, key, rule, tuple(block))
 
 
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint16 of a tensor's shape: what `quantize_nvfp4` rounds it by, in blocks of one row.
+
+    The bits of b round by (b + 1/2) / 2^16. They depend on a number's place in row-major order
+    alone.
+    """
+    return jax.random.bits(key, shape, jnp.uint16)
+
+
 def from_packed(
     packed: jax.Array,
     scales: jax.Array,
@@ -231,7 +240,10 @@ def _quantize(x, amax, key, rule, block):
     # [..., rows / r, r, n / 16, 16], with blocks along the axes -3 and -1.
     x = _split(jnp.atleast_2d(x * unit), -1, BLOCK)
     x = _split(x, -3, block[0])
-    noise = None if key is None else _noise(key, x.shape)
+    noise = None
+    if key is not None:
+        # Uniform in (0, 1), in steps of 2^-16: as fine as any use of 4-bit numbers can tell.
+        noise = (random_bits(key, x.shape).astype(jnp.float32) + 0.5) * 2.0**-16
     largest_code, _ = RULES[rule]
     encode = exact.divide(jnp.float32(_denominator(rule)), scaled_amax)
     decode = exact.divide(jnp.float32(1), encode)
@@ -303,11 +315,6 @@ def _split(x, axis, size):
 
 def _add(terms):
     return functools.reduce(operator.add, terms)
-
-
-def _noise(key, shape):
-    """Uniform in (0, 1), in steps of 2^-16: as fine as any use of 4-bit numbers can tell."""
-    return (jax.random.bits(key, shape, jnp.uint16).astype(jnp.float32) + 0.5) * 2.0**-16
 
 
 def _denominator(rule):

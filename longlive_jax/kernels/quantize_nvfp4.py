@@ -9,6 +9,8 @@ of products and sums on this chip, and at 16 numbers a block they, not memory, s
   ones and one-and-a-halfs per tensor, divided exactly before, are all that blocks ever need.
 - A number is rounded to the grid by adding a large constant of the grid's exponent and taking it
   away. The constant is such that its sum, in bits, holds the code.
+- Rounded stochastically, a number is floored by dropping the bits below its code's: what is below
+  1, where the grid is even, is first moved to where bits are a code, too.
 - Mosaic GPU contracts a product and the sum that it feeds. As in `formats.exact`, such products
   are exact here, or a minimum or maximum stands between.
 """
@@ -48,6 +50,13 @@ _SIXTH = (21845 / 2**17, float(np.float32(1 / 6 - 21845 / 2**17)))
 # the low 16 (8) bits are the code.
 _E2M1 = 2.0**22 + (2**16 - 2 * 149) / 2
 _E4M3 = 2.0**20 + (5 * 2**8 - 8 * 141) / 8
+# A float32 of this exponent has 16 bits of noise at its end. Less the second number, it is half
+# the oracle's noise, exactly.
+_NOISE = (0x42800000, 64 - 2.0**-18)
+# Almost a half, so that no sum of it and half a number below 0.5 or 1 is rounded to 0.75 or 1.
+_LOWEST = 0.5 - 2.0**-25
+_UPPER = np.uint32(0xFFC00000)  # sign, exponent and E2M1's one bit of mantissa
+_ZERO = 252  # the code 0 in those bits, from the 22nd on
 
 
 def quantize_nvfp4(
@@ -73,14 +82,20 @@ def quantize_nvfp4(
     if amax is None:
         amax = exact.largest_magnitude(x)
     amax = jnp.asarray(amax, jnp.float32)
-    run = functools.partial(kernel, rule=rule)
-    sharding = jax.typeof(x).sharding
-    if not is_local(x):
-        specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
-        run = jax.shard_map(run, mesh=sharding.mesh, **specs)
-    codes, scales = run(x, amax)
-    values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(x.shape)
+    values, scales = _by_kernel(x, amax, rule, random_bits(key, x.shape))
     return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
+
+
+def _by_kernel(x, amax, rule, bits):
+    """Values and scales. bits: noise, or None."""
+    sharding = jax.typeof(x).sharding
+    if is_local(x):
+        codes, scales = kernel(x, amax, rule, noise=bits)
+    else:
+        specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
+        run = functools.partial(kernel, rule=rule)
+        codes, scales = jax.shard_map(run, mesh=sharding.mesh, **specs)(x, amax)
+    return lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(x.shape), scales
 
 
 def quantize_each(
@@ -92,19 +107,36 @@ def quantize_each(
 ) -> tuple[jax.Array, jax.Array]:
     """Values and scales of tensors [n, ...] by `quantize_nvfp4`, each with its own amax [n].
 
-    keys: [n], to round stochastically; None: to nearest.
+    keys: [n, group, ..], to round stochastically: for tensors, and for groups that x's next axes
+      count; None: to nearest.
     """
-    here = supports(x[0], rule, block, keys)
-    quantize = quantize_nvfp4 if here else formats.quantize_nvfp4
+    if supports(x[0], rule, block) and (keys is None or is_local(x)):
+        keys = [None] * len(x) if keys is None else keys
+        each = zip(x, amax, keys)  # the kernel is for one
+        each = [_by_kernel(y, a, rule, random_bits(k, y.shape)) for y, a, k in each]
+        values, scales = zip(*each)
+        return jnp.stack(values), jnp.stack(scales)
 
     def one(x, amax, key=None):
-        q = quantize(x, rule, block, key=key, amax=amax)
+        q = formats.quantize_nvfp4(x, rule, block, key=key, amax=amax)
         return q.values, q.scales
 
-    if not here:
-        return jax.vmap(one)(x, amax, keys)
-    values, scales = zip(*map(one, x, amax))  # the kernel is for one
-    return jnp.stack(values), jnp.stack(scales)
+    for _ in range(0 if keys is None else keys.ndim - 1):
+        one = jax.vmap(one, (0, None, 0))
+    return jax.vmap(one)(x, amax, keys)
+
+
+def random_bits(keys: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """`nvfp4.random_bits` of a key for each index of the leading axes: uint16 of this shape.
+
+    keys: one, or an array; None: there is none.
+    """
+    if keys is None:
+        return None
+    draw = functools.partial(nvfp4.random_bits, shape=shape[keys.ndim :])
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(keys)
 
 
 def supports(
@@ -114,14 +146,17 @@ def supports(
     key: jax.Array | None = None,
     amax: jax.Array | None = None,
 ) -> bool:
-    """Whether the kernel quantises x: bfloat16 in rows of blocks, to nearest, on Hopper GPUs."""
+    """Whether the kernel quantises x: bfloat16 in rows of blocks, on Hopper GPUs.
+
+    With a key, which must be one, x must be local.
+    """
     sharding = jax.typeof(x).sharding
     return (
         is_hopper()
         and x.dtype == jnp.bfloat16
         and rule in nvfp4.RULES
         and tuple(block) == (1, nvfp4.BLOCK)
-        and key is None
+        and (key is None or (jnp.shape(key) == () and is_local(x)))
         and (amax is None or jnp.shape(amax) == ())
         and (is_local(x) or sharding.mesh.are_all_axes_explicit)
         # In a manual `jax.shard_map` a sharding has no shard_shape: the array is the part.
@@ -136,6 +171,7 @@ def kernel(
     rule: str,
     tiling: tuple[int, int] = TILINGS[0],
     interpret: plgpu.InterpretGPUParams | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel itself, on one device's array (on a mesh: in a manual `jax.shard_map`).
 
@@ -147,25 +183,25 @@ def kernel(
       rule: a key of `nvfp4.RULES`.
       tiling: one of `TILINGS`, or another.
       interpret: run on the CPU, by JAX's interpreter.
+      noise: uint16 of x's shape, as `nvfp4.random_bits`, to round stochastically; None: to nearest.
 
     Returns:
       codes uint8 [..., n / 2] as in `NVFP4Tensor.packed`, scales float8_e4m3fn [..., n / 16].
 
     Raises:
-      InputError: another dtype, a shape that blocks and threads do not divide, an unknown rule.
+      InputError: another dtype, a shape that blocks and threads do not divide, an unknown rule,
+        noise of another dtype or shape.
     """
-    if x.dtype != jnp.bfloat16:
-        raise InputError(f"nvfp4 kernel: input is {x.dtype}; it must be bfloat16: cast it")
+    validate(x, rule, noise)
     if not _divides(x.shape):
         raise InputError(
             f"nvfp4 kernel: shape {x.shape} must end in a multiple of {nvfp4.BLOCK} and hold a "
             f"multiple of {ROWS * nvfp4.BLOCK} numbers; use formats.quantize_nvfp4"
         )
-    if rule not in nvfp4.RULES:
-        raise InputError(f"nvfp4: unknown rule {rule!r}; rules: {', '.join(nvfp4.RULES)}")
     blocks = x.size // nvfp4.BLOCK
     at_most, in_flight = tiling
     steps = max(n for n in range(1, at_most + 1) if blocks // ROWS % n == 0)
+    numbers = [y.reshape(blocks, nvfp4.BLOCK) for y in (x, noise) if y is not None]
     codes, scales = plgpu.kernel(
         functools.partial(_kernel, rule=rule, steps=steps, in_flight=min(in_flight, steps)),
         out_type=(
@@ -174,12 +210,25 @@ def kernel(
         ),
         grid=(blocks // (ROWS * steps),),
         grid_names=("program",),
-        kernel_name="quantize_nvfp4",
+        kernel_name="quantize_nvfp4" if noise is None else "quantize_nvfp4_stochastic",
         interpret=interpret,
-    )(x.reshape(blocks, nvfp4.BLOCK), _constants(amax, rule, interpret))
+    )(constants(amax, rule, interpret), *numbers)
     scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
     rows, n = x.shape[:-1], x.shape[-1]
     return codes.reshape(*rows, n // 2), scales.reshape(*rows, n // nvfp4.BLOCK)
+
+
+def validate(x: jax.Array, rule: str, noise: jax.Array | None) -> None:
+    """Raises InputError for x of another dtype, an unknown rule, or noise that is not x's."""
+    if x.dtype != jnp.bfloat16:
+        raise InputError(f"nvfp4 kernel: input is {x.dtype}; it must be bfloat16: cast it")
+    if rule not in nvfp4.RULES:
+        raise InputError(f"nvfp4: unknown rule {rule!r}; rules: {', '.join(nvfp4.RULES)}")
+    if noise is not None and (noise.dtype, noise.shape) != (jnp.uint16, x.shape):
+        raise InputError(
+            f"nvfp4 kernel: noise is {noise.dtype} {noise.shape}; it must be uint16 {x.shape}, a "
+            "number for each of the input's"
+        )
 
 
 def _divides(shape):
@@ -188,11 +237,14 @@ def _divides(shape):
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "interpret"))
-def _constants(amax, rule, interpret):
-    """float32 [26]: a power of two that takes amax to [2, 4), the tensor's scale, three tables.
+def constants(
+    amax: jax.Array, rule: str, interpret: plgpu.InterpretGPUParams | None = None
+) -> jax.Array:
+    """What blocks need of the largest magnitude: float32 [26].
 
-    By a block scale's mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax
-    that scales nothing (0, Inf, NaN) has the tensor scale 0.
+    A power of two that takes amax to [2, 4), the tensor's scale, three tables. By a block scale's
+    mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax that scales nothing
+    (0, Inf, NaN) has the tensor scale 0.
 
     A kernel of one program: XLA takes seconds a call to compile the quotients' integers. (Mosaic
     GPU's own quotient is off by up to two units in the last place.)
@@ -227,51 +279,82 @@ def _constants_body(amax_ref, out_ref, *, denominator):
         mosaic.store(out_ref.at[i], value)
 
 
-def _kernel(x_ref, constants_ref, codes_ref, scales_ref, *, rule, steps, in_flight):
+def _kernel(constants_ref, *refs, rule, steps, in_flight):
+    *numbers_refs, codes_ref, scales_ref = refs
     first = lax.axis_index("program") * steps
 
-    def step(index, x_smem):
-        # Read anew each time, by way of the cache: registers are what is scarce.
-        unit, encode, *tables = (constants_ref[i] for i in range(26))
-        tables = tables[:8], tables[8:16], tables[16:]
-        # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
-        x = plgpu.load(x_smem, layout=mosaic.a_row_a_thread(8), optimized=False)
-        x = plgpu.layout_cast(x.astype(jnp.float32), mosaic.a_row_a_thread(1))
-        words, scales = _quantize(x, unit, encode, tables, rule)
-        codes = [(word >> shift & 255).astype(jnp.uint8) for word in words for shift in _BYTES]
-        codes = plgpu.layout_cast(jnp.concatenate(codes, axis=1), mosaic.a_row_a_thread(8))
+    def step(index, *numbers_smem):
+        numbers = []
+        for ref in numbers_smem:
+            # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
+            y = plgpu.load(ref, layout=mosaic.a_row_a_thread(8), optimized=False)
+            wide = jnp.float32 if y.dtype == jnp.bfloat16 else jnp.uint32
+            numbers.append(plgpu.layout_cast(y.astype(wide), mosaic.a_row_a_thread(1)))
+        codes, scales = quantize_blocks(*numbers, constants_ref=constants_ref, rule=rule)
         rows = pl.ds((first + index[0]) * ROWS, ROWS)
         mosaic.store(codes_ref.at[rows, :], codes)
-        mosaic.store(scales_ref.at[rows, :], scales.astype(jnp.uint8))
+        mosaic.store(scales_ref.at[rows, :], scales)
 
     spec = plgpu.BlockSpec((ROWS, nvfp4.BLOCK), lambda i: (first + i, 0))
-    plgpu.emit_pipeline(step, grid=(steps,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)
+    in_specs = [spec] * len(numbers_refs)
+    run = plgpu.emit_pipeline(
+        step, grid=(steps,), in_specs=in_specs, max_concurrent_steps=in_flight
+    )
+    run(*numbers_refs)
 
 
-def _quantize(x, unit, encode, tables, rule):
+def quantize_blocks(
+    x: jax.Array, noise: jax.Array | None = None, *, constants_ref, rule: str
+) -> tuple[jax.Array, jax.Array]:
+    """A block a thread: for the bodies of kernels.
+
+    Args:
+      x: float32 [rows, 16] with a register for each number.
+      noise: uint32 [rows, 16], of 16 bits, to round stochastically.
+      constants_ref: `constants`, in memory. They are read anew each time, by way of the cache:
+        registers are what is scarce.
+
+    Returns:
+      codes uint8 [rows, 8], in registers of 8, scales uint8 [rows, 1].
+    """
+    unit, encode, *tables = (constants_ref[i] for i in range(26))
+    tables = tables[:8], tables[8:16], tables[16:]
+    if noise is not None:
+        noise = _float(noise | np.uint32(_NOISE[0])) - _NOISE[1]
+    words, scales = _quantize(x, noise, unit, encode, tables, rule)
+    codes = [(word >> shift & 255).astype(jnp.uint8) for word in words for shift in _BYTES]
+    codes = plgpu.layout_cast(jnp.concatenate(codes, axis=1), mosaic.a_row_a_thread(8))
+    return codes, scales.astype(jnp.uint8)
+
+
+def _quantize(x, noise, unit, encode, tables, rule):
     """float32 [rows, 16] -> the codes in two words, and scales: uint32 [rows, 1] each."""
     magnitude = jnp.abs(x) * unit
-    largest = _fold(jnp.maximum, magnitude)
+    largest = fold(jnp.maximum, magnitude)
     if nvfp4.RULES[rule][0] == 4:
         wanted = largest * 0.25
     else:
         wanted = largest * _SIXTH[0] + largest * _SIXTH[1]
     encode = jnp.broadcast_to(encode, wanted.shape)  # a scalar condition does not lower
     wanted = jnp.where(encode > 0, wanted * encode, 0.0)
-    sums, scale_sums, scale, error = _candidate(magnitude, wanted, tables, rule)
+    sums, scale_sums, scale, error = _candidate(magnitude, noise, wanted, tables, rule)
     if rule in nvfp4.ADAPTIVE:
-        sums_4, scale_sums_4, scale_4, error_4 = _candidate(magnitude, wanted * 1.5, tables, rule)
+        sums_4, scale_sums_4, scale_4, error_4 = _candidate(
+            magnitude, noise, wanted * 1.5, tables, rule
+        )
         four = error_4 < error
         sums = jnp.where(_wide(four), sums_4, sums)
         scale_sums = jnp.where(four, scale_sums_4, scale_sums)
         scale = jnp.where(four, scale_4, scale)
 
     bits = _bits(sums)
-    codes, signs = _columns(bits + (bits >> 22)), _columns(_bits(x))
+    codes = bits + (bits >> 22) if noise is None else bits >> 22
+    offset = np.uint32(0 if noise is None else _ZERO * 0x1111)
+    codes, signs = columns(codes), columns(_bits(x))
     words = []
     for i in (0, 8):
         # What is above a code's four bits is above those of four codes, too.
-        low, high = (functools.reduce(_append, codes[j : j + 4][::-1]) for j in (i, i + 4))
+        low, high = (functools.reduce(_append, codes[j : j + 4][::-1]) - offset for j in (i, i + 4))
         word = low & 0xFFFF | high << 16
         tops = functools.reduce(_append, [sign >> 28 for sign in signs[i : i + 8][::-1]])
         # A sign is a code's highest bit; 0 has none: only with 7 added a code reaches that bit.
@@ -281,8 +364,10 @@ def _quantize(x, unit, encode, tables, rule):
     return words, jnp.where(scale == scale, (bits + (bits >> 20)) & 255, _NAN)
 
 
-def _candidate(magnitude, wanted, tables, rule):
+def _candidate(magnitude, noise, wanted, tables, rule):
     """Codes and scales, as their sums with the large constants; scales; errors (adaptive rules).
+
+    With noise, codes are numbers whose upper bits they are.
 
     wanted: float32 [rows, 1], the blocks' scales before their rounding.
     """
@@ -299,11 +384,17 @@ def _candidate(magnitude, wanted, tables, rule):
 
     y = jnp.minimum(magnitude * _wide(inverse), 6.0)
     grid = _power(jnp.maximum(y, 1.0))
-    large = grid * _E2M1
-    sums = y + large
+    if noise is None:
+        large = grid * _E2M1
+        sums = y + large
+    else:
+        sums = _lift(y + noise * grid)  # an exact product: noise has 17 bits
     if rule not in nvfp4.ADAPTIVE:
         return sums, scale_sums, scale, None
-    value = sums - large
+    if noise is None:
+        value = sums - large
+    else:
+        value = _floor(sums)
     # A code's number is a power of two or, then `grid` is that, one and a half times one.
     one, one_and_a_half = (
         _wide(_pick(table, bits) * _float(power)) for table in (ones, one_and_a_halfs)
@@ -311,15 +402,29 @@ def _candidate(magnitude, wanted, tables, rule):
     half = (_bits(value) & 0x400000) > 0
     error = jnp.where(half, grid * one_and_a_half, value * one) - magnitude
     if rule == "abs_max":
-        return sums, scale_sums, scale, _fold(jnp.maximum, jnp.abs(error))
+        return sums, scale_sums, scale, fold(jnp.maximum, jnp.abs(error))
     if rule == "mse":
         # A square of which the compiler does not know that it is one: it must not go into the sum
         # unrounded, and the outer magnitude, which is free, keeps it from that. (The oracle has a
         # maximum with 2^-126 there. Errors that differ between candidates are far above it.)
         error = error * jnp.abs(error)
     error = jnp.abs(error)
-    error = _columns(error[:, :8] + error[:, 8:])
+    error = columns(error[:, :8] + error[:, 8:])
     return sums, scale_sums, scale, functools.reduce(operator.add, error)
+
+
+def _lift(x):
+    """x, but what is below 1 as (x + 1) / 2: a code is then upper bits, less `_ZERO`.
+
+    x in [2^-18, 7): noise is at least so much.
+    """
+    return jnp.maximum(x, x * 0.5 + _LOWEST)
+
+
+def _floor(lifted):
+    """The number of the code."""
+    x = _float(_bits(lifted) & _UPPER)
+    return jnp.minimum(x, x * 2 - 1)
 
 
 def _append(word, code):
@@ -334,15 +439,16 @@ def _pick(table, bits):
     return table[0]
 
 
-def _fold(operation, x):
-    """Over the columns, whose order must not matter."""
+def fold(operation, x: jax.Array) -> jax.Array:
+    """[rows, 2^k] -> [rows, 1]: over the columns, whose order must not matter."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = operation(x[:, :half], x[:, half:])
     return x
 
 
-def _columns(x):
+def columns(x: jax.Array) -> list[jax.Array]:
+    """[rows, n] -> n arrays [rows, 1]."""
     return [x[:, i : i + 1] for i in range(x.shape[1])]
 
 

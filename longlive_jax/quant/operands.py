@@ -16,13 +16,15 @@ from longlive_jax.formats import (
     NVFP4Tensor,
     Quantized,
     exact,
+    from_packed,
     nvfp4,
     quantize_fp8,
     random_hadamard,
 )
-from longlive_jax.kernels.quantize_nvfp4 import quantize_each
+from longlive_jax.kernels import quantize_nvfp4_columns
+from longlive_jax.kernels.quantize_nvfp4 import quantize_each, random_bits
 from longlive_jax.ops.quantized import quantize_rows
-from longlive_jax.quant.recipe import FP8, Format
+from longlive_jax.quant.recipe import FP8, NVFP4, Format
 
 # Name, for `jax.checkpoint`, of largest magnitudes: a few bytes, without which a tensor that is
 # made and quantised again is read once more.
@@ -39,13 +41,9 @@ def quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
     if fmt.hadamard:
         x = random_hadamard(x)
     amax = _amax(x, tuple(range(lead, x.ndim)), axes)
-    keys = keys if fmt.stochastic else None
-    groups = amax.shape if keys is None else keys.shape
-    each = jnp.broadcast_to(amax.reshape(amax.shape + (1,) * (len(groups) - lead)), groups)
-
-    tensors = x.reshape(-1, *x.shape[len(groups) :])
-    keys = None if keys is None else keys.reshape(-1)
-    values, scales = quantize_each(tensors, each.reshape(-1), fmt.rule, fmt.block, keys)
+    tensors = x.reshape(-1, *x.shape[lead:])
+    keys = _by_tensor(keys, fmt, lead)
+    values, scales = quantize_each(tensors, amax.reshape(-1), fmt.rule, fmt.block, keys)
     return NVFP4Tensor(
         values=values.reshape(x.shape),
         scales=scales.reshape(*x.shape[:-1], -1),
@@ -54,6 +52,13 @@ def quantize(x, fmt: Format, lead: int, axes=(), keys=None) -> Quantized:
         block=fmt.block,
         dtype=x.dtype,
     )
+
+
+def _by_tensor(keys, fmt, lead):
+    """Keys [tensor, group] of [.., group]; None of none, and where nothing is drawn."""
+    if keys is None or not fmt.stochastic:
+        return None
+    return keys.reshape(-1, *keys.shape[lead:])
 
 
 def in_memory(q):
@@ -90,17 +95,47 @@ def _with_short_scale(amax, dtype):
 
 
 def _amax(x, over, axes):
-    amax = exact.largest_magnitude(x, over)
+    return _over(exact.largest_magnitude(x, over), axes)
+
+
+def _over(amax, axes):
     return checkpoint_name(jax.lax.pmax(amax, tuple(axes)) if axes else amax, AMAX)
 
 
 def columns(y, fmt, lead, axes, keys=None):
     """y [.., sample, group, row, n] -> wgrad's operand [.., sample, n, group * row].
 
-    Groups are filled up with rows of zeros to whole blocks, so that no block spans two.
+    Groups are filled up with rows of zeros to whole blocks, so that no block spans two. The kernel
+    reads y as it lies, where it runs; elsewhere XLA transposes first.
     """
+    if isinstance(fmt, NVFP4) and quantize_nvfp4_columns.supports(y, fmt.rule, fmt.block):
+        return _columns_by_kernel(y, fmt, lead, axes, keys)
     y = jnp.pad(y, ((0, 0),) * (y.ndim - 2) + ((0, -y.shape[-2] % nvfp4.BLOCK), (0, 0)))
     return merge(quantize(jnp.swapaxes(y, -1, -2), fmt, lead, axes, keys))
+
+
+def _columns_by_kernel(y, fmt, lead, axes, keys):
+    """`columns` of groups that its tiles divide: in memory they lie one after the other."""
+    lib = quantize_nvfp4_columns
+    *_, group, row, n = y.shape
+    tensors = y.reshape(-1, group * row, n)
+    if fmt.hadamard:
+        amax = jnp.stack([lib.largest_magnitude(x) for x in tensors]).reshape(y.shape[:lead])
+        amax = _over(amax, axes)
+    else:
+        amax = _amax(y, tuple(range(lead, y.ndim)), axes)
+    keys = _by_tensor(keys, fmt, lead)
+
+    def noise(keys):
+        """Of the columns of each group, laid beside their numbers."""
+        bits = random_bits(keys, (group, n, row))
+        return None if bits is None else jnp.swapaxes(bits, 1, 2).reshape(group * row, n)
+
+    keys = [None] * len(tensors) if keys is None else keys
+    each = zip(tensors, amax.reshape(-1), keys)  # the kernel is for one
+    each = [lib.kernel(x, a, fmt.rule, fmt.hadamard, noise(k)) for x, a, k in each]
+    codes, scales = (jnp.stack(part).reshape(*y.shape[:lead], n, -1) for part in zip(*each))
+    return from_packed(codes, scales, amax, fmt.rule, fmt.block, y.dtype)
 
 
 def swap(q: FP8Tensor) -> FP8Tensor:

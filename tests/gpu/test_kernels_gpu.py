@@ -13,37 +13,41 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.formats import nvfp4
+from longlive_jax.formats import exact, nvfp4
 from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
-from longlive_jax.quant import linear, matmul
+from longlive_jax.kernels import quantize_nvfp4_columns as columns_lib
+from longlive_jax.quant import linear, matmul, operands
 from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_dequantize_nvfp4 as dequantized
 from tests.kernels import test_quantize_nvfp4 as cpu
+from tests.kernels import test_quantize_nvfp4_columns as columns
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 SHAPE = (512, 4096)
 
 
-def check(x, rule, amax=None):
+def check(x, rule, amax=None, key=None):
     """The public function, by the kernel, against the oracle: values, scales and amax."""
-    assert lib.supports(x, rule, amax=amax)
-    tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, rule, amax=amax))(x)
-    expected = formats.quantize_nvfp4(x, rule, amax=amax)
+    assert lib.supports(x, rule, key=key, amax=amax)
+    tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, rule, key=key, amax=amax))(x)
+    expected = formats.quantize_nvfp4(x, rule, key=key, amax=amax)
     cpu.equal(tensor, expected)
     np.testing.assert_array_equal(np.asarray(tensor.packed()), np.asarray(expected.packed()))
 
 
+@pytest.mark.parametrize("stochastic", (False, True))
 @pytest.mark.parametrize("rule", nvfp4.RULES)
-def test_quantize_nvfp4(rule):
+def test_quantize_nvfp4(rule, stochastic):
+    key = jax.random.key(2) if stochastic else None
     x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
     by_block = jax.random.randint(jax.random.key(1), (512, 256), -20, 1).astype(jnp.float32)
-    check(x, rule)
-    check(x * jnp.repeat(2.0**by_block, 16, axis=1).astype(jnp.bfloat16), rule)
+    check(x, rule, key=key)
+    check(x * jnp.repeat(2.0**by_block, 16, axis=1).astype(jnp.bfloat16), rule, key=key)
     for name, small in cpu.arrays().items():
         print(name)
         if name not in ("nan", "inf"):  # of a tensor of NaN, the bits are nobody's business
-            check(jnp.tile(small, (16, 16)), rule)
+            check(jnp.tile(small, (16, 16)), rule, key=key)
 
 
 @pytest.mark.parametrize("rule", nvfp4.RULES)
@@ -80,6 +84,47 @@ def test_quantize_nvfp4_on_a_mesh_of_one_device():
     x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
     with jax.set_mesh(mesh):
         check(jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp", "seq"))), "mse")
+
+
+@pytest.mark.parametrize("stochastic", (False, True))
+@pytest.mark.parametrize("transform", (False, True))
+@pytest.mark.parametrize("rule", nvfp4.RULES)
+def test_quantize_nvfp4_columns(rule, transform, stochastic):
+    key = jax.random.key(5)
+
+    @jax.jit
+    def run(x, amax):
+        bits = lib.random_bits(key, x.T.shape).T if stochastic else None
+        return columns_lib.kernel(x, amax, rule, transform, bits)
+
+    large = jax.random.normal(jax.random.key(0), (7040, 3072), jnp.bfloat16)
+    for name, x in {"large": large, **columns.arrays()}.items():
+        print(name)
+        y = formats.random_hadamard(x.T) if transform else jnp.asarray(x.T)
+        amax = exact.largest_magnitude(y)
+        if transform:
+            np.testing.assert_array_equal(
+                np.asarray(columns_lib.largest_magnitude(x)), np.asarray(amax)
+            )
+        for given in (amax, jnp.float32(0.3)):
+            expected = columns.oracle(x, given, rule, transform, key if stochastic else None)
+            cpu.compare(run(x, given), expected)
+
+
+@pytest.mark.parametrize("use", ("wgrad", "activation"))
+def test_operands_of_a_weights_gradient(monkeypatch, use):
+    fmt = getattr(recipe_lib.get("nvfp4_ar").gradients, use)
+    y = jax.random.normal(jax.random.key(0), (3, 2, 2, 1280, 1024), jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(1), (3, 2, 2))
+
+    def run():
+        return jax.jit(lambda y, keys: operands.columns(y, fmt, 2, (), keys))
+
+    assert columns_lib.supports(y) and "mosaic_gpu" in run().lower(y, keys).as_text()
+    result = run()(y, keys)
+    monkeypatch.setattr(columns_lib, "supports", lambda *_: False)
+    monkeypatch.setattr(lib, "supports", lambda *_: False)
+    cpu.equal(result, run()(y, keys))
 
 
 @pytest.mark.parametrize("samples", [1, 2])

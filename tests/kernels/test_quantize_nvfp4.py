@@ -14,7 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
-from tests.kernels.checks import check_quotients
+from tests.kernels.checks import check_quotients, pretend_hopper
 
 SHAPE = (32, 256)  # 512 blocks: four to a thread
 RULE = "static_6"  # the fastest to compile, where the rule does not matter
@@ -46,20 +46,26 @@ def arrays():
 
 
 @functools.cache
-def kernel(rule):
+def kernel(rule, stochastic):
     interpret = plgpu.InterpretGPUParams()
-    return jax.jit(lambda x, amax: lib.kernel(x, amax, rule, (2, 2), interpret))
+
+    def run(x, amax, key):
+        bits = lib.random_bits(key, x.shape) if stochastic else None
+        return lib.kernel(x, amax, rule, (2, 2), interpret, bits)
+
+    return jax.jit(run)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
-def oracle(x, amax, rule):
-    tensor = formats.quantize_nvfp4(x, rule, amax=amax)
+def oracle(x, amax, rule, key):
+    tensor = formats.quantize_nvfp4(x, rule, key=key, amax=amax)
     return tensor.packed(), tensor.scales
 
 
-def check(x, amax, rule):
-    codes, scales = (np.asarray(y) for y in kernel(rule)(x, amax))
-    expected = [np.asarray(y) for y in oracle(x, amax, rule)]
+def compare(result, expected):
+    """Packed codes, and scales, bit for bit."""
+    codes, scales = (np.asarray(y) for y in result)
+    expected = [np.asarray(y) for y in expected]
     assert codes.dtype == np.uint8 and scales.dtype == jnp.float8_e4m3fn
     np.testing.assert_array_equal(codes, expected[0])
     # A NaN's sign is nobody's business.
@@ -70,6 +76,12 @@ def check(x, amax, rule):
     )
 
 
+def check(x, amax, rule, stochastic):
+    key = jax.random.key(5)
+    result = kernel(rule, stochastic)(x, amax, key)
+    compare(result, oracle(x, amax, rule, key if stochastic else None))
+
+
 # Of the adaptive rules mse is the one that recipes use.
 QUICK = ("mse",)
 
@@ -77,24 +89,66 @@ QUICK = ("mse",)
 @pytest.mark.parametrize(
     "rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in nvfp4.RULES]
 )
-def test_bits_are_the_oracles(rule):
+@pytest.mark.parametrize("stochastic", (False, True))
+def test_bits_are_the_oracles(rule, stochastic):
     for name, x in arrays().items():
         print(name)
-        check(x, jnp.float32(np.max(np.abs(np.asarray(x, np.float32)))), rule)
+        check(x, jnp.float32(np.max(np.abs(np.asarray(x, np.float32)))), rule, stochastic)
         # A part of a larger whole, or of a smaller.
         for given in (0.3, 1.7, 1000.0) if name in ("normal", "ties", "inf", "nan") else ():
-            check(x, jnp.float32(given), rule)
+            check(x, jnp.float32(given), rule, stochastic)
+
+
+def test_floors_are_exact():
+    """Of float32 within 8 steps of a code, and of small ones."""
+    grid = np.float32([0.5, 1, 1.5, 2, 3, 4, 6])
+    near = grid.view(np.uint32)[:, None] + np.arange(-8, 9).astype(np.uint32)
+    small = 2.0 ** np.arange(-18, -1, dtype=np.float32)
+    x = np.sort(np.concatenate([near.view(np.float32).ravel(), small, np.float32([6.9])]))
+    code = np.searchsorted(grid, x, side="right")
+    lifted = lib._lift(jnp.asarray(x))
+    np.testing.assert_array_equal((np.asarray(lifted).view(np.uint32) >> 22) - lib._ZERO, code)
+    np.testing.assert_array_equal(lib._floor(lifted), np.append(np.float32(0), grid)[code])
+
+
+@pytest.mark.parametrize("groups", ((), (2,)))
+def test_each_tensor_by_its_keys(monkeypatch, groups):
+    x = jax.random.normal(jax.random.key(0), (2, 2, 16, 128), jnp.bfloat16)
+    amax, keys = jnp.float32([4, 5]), jax.random.split(jax.random.key(1), (2, *groups))
+
+    def run():
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            return jax.jit(lambda *x: lib.quantize_each(*x[:2], RULE, keys=x[2]))(x, amax, keys)
+
+    expected = run()
+    monkeypatch.setattr(lib, "supports", lambda *_: True)
+    equal(run(), expected)
+
+
+def test_what_is_supported(monkeypatch):
+    key, x = jax.random.key(0), jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
+    assert not lib.supports(x, key=key)
+    pretend_hopper(monkeypatch)
+    assert lib.supports(x) and lib.supports(x, key=key)
+    assert not lib.supports(x, key=jax.random.split(key, 2))
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=4, seq=2))
+    placed = jax.ShapeDtypeStruct((512, 256), x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh):
+        assert lib.supports(placed) and not lib.supports(placed, key=key)
 
 
 def test_a_sixth_is_rounded_once():
     check_quotients(lib._SIXTH, 6)
 
 
+@pytest.mark.parametrize("stochastic", (False, True))
 @pytest.mark.parametrize("rule", ("static_4", "mse"))
-def test_it_lowers_for_hopper(rule):
+def test_it_lowers_for_hopper(rule, stochastic):
     x = jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
+    noise = jax.ShapeDtypeStruct(x.shape, jnp.uint16) if stochastic else None
     amax = jax.ShapeDtypeStruct((), jnp.float32)
-    traced = jax.jit(lambda x, amax: lib.kernel(x, amax, rule)).trace(x, amax)
+    run = jax.jit(lambda x, amax, noise: lib.kernel(x, amax, rule, noise=noise))
+    traced = run.trace(x, amax, noise)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -120,13 +174,13 @@ def equal(tensor, expected):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize("hadamard", (False, True))
-def test_the_public_function_by_the_kernel(monkeypatch, hadamard):
+@pytest.mark.parametrize("hadamard, seed", ((False, None), (True, None), (True, 3)))
+def test_the_public_function_by_the_kernel(monkeypatch, hadamard, seed):
     monkeypatch.setattr(lib, "supports", lambda *_: True)
-    x = arrays()["normal"]
+    x, key = arrays()["normal"], None if seed is None else jax.random.key(seed)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, RULE, hadamard=hadamard))(x)
-    equal(tensor, formats.quantize_nvfp4(x, RULE, hadamard=hadamard))
+        tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, RULE, hadamard=hadamard, key=key))(x)
+    equal(tensor, formats.quantize_nvfp4(x, RULE, hadamard=hadamard, key=key))
 
 
 def test_the_public_function_elsewhere():
@@ -150,3 +204,10 @@ def test_the_public_function_elsewhere():
 def test_what_the_kernel_refuses(shape, dtype, rule, message):
     with pytest.raises(InputError, match=message):
         lib.kernel(jnp.zeros(shape, dtype), jnp.float32(1), rule)
+
+
+def test_noise_that_is_not_the_inputs():
+    x = jnp.zeros((128, 16), jnp.bfloat16)
+    for noise in (jnp.zeros(x.shape, jnp.uint32), jnp.zeros((16, 128), jnp.uint16)):
+        with pytest.raises(InputError, match=r"must be uint16 \(128, 16\)"):
+            lib.kernel(x, jnp.float32(1), RULE, noise=noise)

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import Mesh
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product, quantize_nvfp4
+from longlive_jax.formats import Product
+from longlive_jax.kernels import quantize_nvfp4, quantize_nvfp4_columns
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import matmul as matmul_lib
@@ -187,6 +190,26 @@ def test_a_product_of_two_tensors_scales_is_exact_in_bfloat16(dtype):
     assert (np.abs(x).max(axis=1) <= np.asarray(q.scale, np.float64) * top * (1 + 2**-23)).all()
     products = np.multiply.outer(q.scale, q.scale)
     np.testing.assert_array_equal(products, products.astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["ffn.0", "self_attn.qkv"])
+def test_a_gradient_by_kernels_is_the_same(monkeypatch, path):
+    """A training step whose operands are quantised by the kernels, interpreted."""
+    outputs = 128 * recipe_lib.LINEARS[path]
+    p, x, dy = layer(128, outputs), tokens(2, 64, 128), tokens(2, 64, outputs, seed=8)
+    r, key = recipe("nvfp4_ar", path), jax.random.key(3)
+    want = step(r, p, x, dy, key)
+    called = []
+    for lib in (quantize_nvfp4, quantize_nvfp4_columns):
+        monkeypatch.setattr(lib, "supports", lambda x, rule, block, *_: tuple(block) == (1, 16))
+        one = lib.kernel
+        monkeypatch.setattr(lib, "kernel", lambda *x, f=one, **k: called.append(f) or f(*x, **k))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = traced_anew(step)(r, p, x, dy, key)
+    assert len(called) == 2 * (2 + 2 * recipe_lib.LINEARS[path])  # samples of each operand
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("value", [0.0, 3.3e38, np.inf, np.nan])
@@ -399,6 +422,6 @@ def test_samples_are_quantised_as_the_formats_do():
     x = tokens(2, 3, 5, 32)
     q = quantize_activation(x, recipe("nvfp4_w4a4"))
     for i in range(2):
-        want = quantize_nvfp4(x[i], "mse")
+        want = formats.quantize_nvfp4(x[i], "mse")
         jax.tree.map(np.testing.assert_array_equal, q[i].packed(), want.packed())
         assert q[i].amax == want.amax

@@ -1,0 +1,81 @@
+"""What `launch.bench kernels` knows of a kernel at one size."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax import config as config_lib
+from longlive_jax.kernels import attention_fp8_hopper
+
+# The issue of a quantiser's speed is settled at this size.
+SQUARE = (8192, 8192)
+
+
+def differing_bytes(result, expected) -> float:
+    """The share of bytes that differ, over all arrays."""
+    pairs = zip(map(_bytes, jax.tree.leaves(result)), map(_bytes, jax.tree.leaves(expected)))
+    counts = [(np.count_nonzero(a != b), a.size) for a, b in pairs]
+    return sum(n for n, _ in counts) / sum(n for _, n in counts)
+
+
+def _bytes(x):
+    return np.atleast_1d(np.asarray(x)).view(np.uint8)
+
+
+def relative_error(result, expected) -> float:
+    a, b = (np.asarray(x, np.float32) for x in (result, expected))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A kernel at one size. All calls are compiled with `arguments` as their arguments.
+
+    name: the kernel and the size.
+    call: what users get of it, start to end.
+    baseline: the same by XLA, which is timed.
+    oracle: what `call` must give; None: `baseline`.
+    error, limit: (result, expected) -> a number, and the largest right one.
+    details: more calls to time, by name: parts of `call`, other tilings.
+    bytes, flops: the least that `call` moves between chip and memory, and multiplies and adds.
+    fp8: whether the flops are those of FP8 products, of which a chip does twice as many.
+    """
+
+    name: str
+    arguments: tuple
+    call: Callable
+    baseline: Callable
+    bytes: int
+    flops: int = 0
+    fp8: bool = False
+    oracle: Callable | None = None
+    error: Callable = differing_bytes
+    limit: float = 0.0
+    details: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def interpret() -> plgpu.InterpretGPUParams | None:
+    """The `interpret` of a kernel: set where there is no GPU."""
+    return plgpu.InterpretGPUParams() if on_cpu() else None
+
+
+def window(cfg: config_lib.Config):
+    """A chunk's q, k, v [1, token, head, head_dim], and the cache's slots."""
+    if on_cpu():
+        tokens, slots, heads = attention_fp8_hopper.TILE, 1, 1
+    else:
+        heads = cfg.model.num_heads
+        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+        tokens = cfg.model.chunk_frames * patches
+        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
+    shape = (1, tokens, heads, attention_fp8_hopper.HEAD_DIM)
+    keys = jax.random.split(jax.random.key(0), 3)
+    return *(jax.random.normal(key, shape, jnp.bfloat16) for key in keys), slots
