@@ -1,6 +1,7 @@
 """The quantiser of columns: the oracle's bits in interpret mode, and its lowering for Hopper."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from longlive_jax.kernels import quantize_nvfp4_columns as lib
 from longlive_jax.quant import operands
 from longlive_jax.quant.recipe import NVFP4
 from tests.kernels.checks import pretend_hopper
-from tests.kernels.test_quantize_nvfp4 import QUICK, compare, equal
+from tests.kernels.test_quantize_nvfp4 import compare, equal
 from tests.kernels.test_quantize_nvfp4 import arrays as of_rows
 
 SHAPE = (128, 256)  # two tiles of tokens, two of channels
@@ -62,10 +63,12 @@ def check(x, amax, rule, transform, stochastic):
     compare(result, oracle(x, amax, rule, transform, key if stochastic else None))
 
 
-@pytest.mark.parametrize("stochastic", (False, True))
-@pytest.mark.parametrize("transform", (False, True))
 @pytest.mark.parametrize(
-    "rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in nvfp4.RULES]
+    "rule, transform, stochastic",
+    [
+        pytest.param(*case, marks=() if case == ("mse", True, True) else pytest.mark.slow)
+        for case in itertools.product(nvfp4.RULES, (False, True), (False, True))
+    ],
 )
 def test_bits_are_the_oracles(rule, transform, stochastic):
     for name, x in arrays().items():
@@ -98,8 +101,10 @@ def run_columns(y, fmt, lead, keys):
         return jax.jit(lambda y, keys: operands.columns(y, fmt, lead, (), keys))(y, keys)
 
 
-@pytest.mark.parametrize("stochastic", (False, True))
-@pytest.mark.parametrize("transform", (False, True))
+@pytest.mark.parametrize(
+    "transform, stochastic",
+    [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (True, True)],
+)
 def test_operands_by_the_kernel(monkeypatch, transform, stochastic):
     """[part, sample, group, row, n]: tensors are parts' samples, each with an amax of its own."""
     fmt = NVFP4(RULE, hadamard=transform, stochastic=stochastic)
