@@ -19,8 +19,8 @@ from longlive_jax.kernels import quantize_nvfp4_columns as lib
 from longlive_jax.quant import operands
 from longlive_jax.quant.recipe import NVFP4
 from tests.kernels.checks import pretend_hopper
-from tests.kernels.test_quantize_nvfp4 import compare, equal
 from tests.kernels.test_quantize_nvfp4 import arrays as of_rows
+from tests.kernels.test_quantize_nvfp4 import compare, equal
 
 SHAPE = (128, 256)  # two tiles of tokens, two of channels
 RULE = "static_6"
