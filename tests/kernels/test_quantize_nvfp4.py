@@ -89,7 +89,7 @@ QUICK = ("mse",)
 @pytest.mark.parametrize(
     "rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in nvfp4.RULES]
 )
-@pytest.mark.parametrize("stochastic", (False, True))
+@pytest.mark.parametrize("stochastic", (False, pytest.param(True, marks=pytest.mark.slow)))
 def test_bits_are_the_oracles(rule, stochastic):
     for name, x in arrays().items():
         print(name)

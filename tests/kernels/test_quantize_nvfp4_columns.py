@@ -1,7 +1,6 @@
 """The quantiser of columns: the oracle's bits in interpret mode, and its lowering for Hopper."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +62,10 @@ def check(x, amax, rule, transform, stochastic):
     compare(result, oracle(x, amax, rule, transform, key if stochastic else None))
 
 
-@pytest.mark.parametrize(
-    "rule, transform, stochastic",
-    [
-        pytest.param(*case, marks=() if case == ("mse", True, True) else pytest.mark.slow)
-        for case in itertools.product(nvfp4.RULES, (False, True), (False, True))
-    ],
-)
+@pytest.mark.slow  # `test_operands_by_the_kernel` and `test_every_tile_gives_the_same` are not
+@pytest.mark.parametrize("stochastic", (False, True))
+@pytest.mark.parametrize("transform", (False, True))
+@pytest.mark.parametrize("rule", nvfp4.RULES)
 def test_bits_are_the_oracles(rule, transform, stochastic):
     for name, x in arrays().items():
         print(name)
