@@ -39,15 +39,11 @@ def supports(
 
 def _misfit(x, y, gate, scale, shift):
     """What of the arguments the kernel does not take; empty: nothing."""
-    if x.dtype != jnp.bfloat16 or y.dtype != jnp.bfloat16:
-        return f"x is {x.dtype}, the product {y.dtype}; both must be bfloat16: cast them"
+    for name, z in (("x", x), ("sums", y)):
+        if misfit := lib.misfit(name, z, MAX_COLUMNS):
+            return misfit
     if x.shape != y.shape:
         return f"x {x.shape} and the product {y.shape} must have one shape"
-    if x.shape[-1] % lib.SLICE or x.shape[-1] > MAX_COLUMNS or 0 in x.shape:
-        return (
-            f"x {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
-            f"{MAX_COLUMNS}"
-        )
     shapes = [z.shape for z in (gate, scale, shift) if z is not None]
     if any(len(shape) != x.ndim or shape[-1] != x.shape[-1] for shape in shapes) or not _runs(
         x.shape, shapes

@@ -30,15 +30,7 @@ def supports(x: Product) -> bool:
 
 
 def _misfit(x):
-    """What of the product the kernel does not take; empty: nothing."""
-    if x.dtype != jnp.bfloat16:
-        return f"sums are {x.dtype}; they must be bfloat16: cast them"
-    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_COLUMNS or 0 in x.shape:
-        return (
-            f"sums {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
-            f"{lib.MAX_COLUMNS}"
-        )
-    return ""
+    return lib.misfit("sums", x, lib.MAX_COLUMNS)
 
 
 def kernel(

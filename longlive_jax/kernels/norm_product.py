@@ -27,16 +27,9 @@ def supports(x: Product, weight: jax.Array) -> bool:
 
 def _misfit(x, weight):
     """What of the arguments the kernel does not take; empty: nothing."""
-    if x.dtype != jnp.bfloat16:
-        return f"sums are {x.dtype}; they must be bfloat16: cast them"
-    if x.shape[-1] % lib.SLICE or x.shape[-1] > lib.MAX_NORMED or 0 in x.shape:
-        return (
-            f"sums {x.shape} must hold rows of a multiple of {lib.SLICE} numbers, at most "
-            f"{lib.MAX_NORMED}"
-        )
-    if weight.shape != x.shape[-1:]:
-        return f"weight is {weight.shape}; it must be {x.shape[-1:]}"
-    return ""
+    if misfit := lib.misfit("sums", x, lib.MAX_NORMED):
+        return misfit
+    return "" if weight.shape == x.shape[-1:] else f"weight {weight.shape} must be {x.shape[-1:]}"
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))

@@ -63,15 +63,27 @@ def supports(x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | No
         is_hopper()
         and is_local(x)
         and x.dtype == jnp.bfloat16
-        and _divides(x.shape, scale is not None)
+        and fits(x.shape, _most(scale is not None))
         and (scale is None or runs(x.shape, scale.shape, shift.shape) > 0)
     )
 
 
-def _divides(shape, normed):
-    """Whether rows of x can be taken, and there are any."""
-    most = MAX_NORMED if normed else MAX_COLUMNS
+def _most(normed):
+    return MAX_NORMED if normed else MAX_COLUMNS
+
+
+def fits(shape: tuple[int, ...], most: int) -> bool:
+    """Whether rows of at most so many columns can be taken, and there are any."""
     return len(shape) > 0 and shape[-1] % SLICE == 0 and 0 < shape[-1] <= most and 0 not in shape
+
+
+def misfit(name: str, x, most: int) -> str:
+    """What of x, rows of at most so many columns, a kernel does not take; empty: nothing."""
+    if x.dtype != jnp.bfloat16:
+        return f"{name}: {x.dtype}, which must be bfloat16: cast it"
+    if not fits(x.shape, most):
+        return f"{name}: {x.shape}, which must hold rows of a multiple of {SLICE}, at most {most}"
+    return ""
 
 
 def runs(shape, scale, shift):
@@ -158,7 +170,7 @@ def _validate(x, scale, shift, activation):
         raise InputError(f"fp8 kernel: input is {x.dtype}; it must be bfloat16: cast it")
     if (scale is None) != (shift is None) or (scale is not None and activation):
         raise InputError("fp8 kernel: give scale and shift, or an activation, or neither")
-    if not _divides(x.shape, scale is not None):
+    if not fits(x.shape, _most(scale is not None)):
         raise InputError(
             f"fp8 kernel: shape {x.shape} must hold rows of a multiple of {SLICE} numbers, at most "
             f"{MAX_COLUMNS}, normalised {MAX_NORMED}; use formats.quantize_fp8"

@@ -76,7 +76,7 @@ class Parallel:
         """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the linear layer there."""
         if self._takes_rows(path):
             return add_layer_norm_quantize_rows(x, y, gate, scale, shift)
-        x = self.made_once(residual.add(x, y, gate))
+        x = residual.add(x, y, gate)
         return x, layer_norm(x, scale, shift)
 
     def gelu(self, path: str, x: jax.Array | Product) -> jax.Array | FP8Tensor:
@@ -88,9 +88,8 @@ class Parallel:
         return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def made_once(self, x: jax.Array) -> jax.Array:
-        """Hidden states of a sampler that quantises: XLA would add them up anew for each reader."""
-        quantised = self.recipe is not None and self.recipe.gradients is None
-        return jax.lax.optimization_barrier(x) if quantised else x
+        """Hidden states that a kernel reads: XLA would add them up once more for who else does."""
+        return jax.lax.optimization_barrier(x) if self._takes_rows("self_attn.qkv") else x
 
     def _takes_rows(self, path):
         """Whether what makes its x quantises it, by rows."""

@@ -73,25 +73,25 @@ def in_memory(q):
 def _quantize_fp8(x, fmt, lead, axes):
     if fmt.rows:
         return quantize_rows(x)
-    amax = _with_short_scale(_amax(x, tuple(range(lead, x.ndim)), axes), fmt.dtype)
+    amax = _with_power_of_two_scale(_amax(x, tuple(range(lead, x.ndim)), axes), fmt.dtype)
     one = functools.partial(quantize_fp8, dtype=jnp.dtype(fmt.dtype))
     for _ in range(lead):
         one = jax.vmap(one)
     return one(x, amax=amax)
 
 
-def _with_short_scale(amax, dtype):
-    """amax, or the next number above it whose FP8 scale has 4 significant bits.
+def _with_power_of_two_scale(amax, dtype):
+    """amax, or the next number above it whose FP8 scale is a power of two.
 
     A product of two such scales is exact in bfloat16, which `matmul.scaled` multiplies in. At most
-    an eighth of the format's range is given away, where a float has the same relative precision.
+    one binade of the format is given away; in all others a float has the same relative precision.
     """
     largest = float(jnp.finfo(dtype).max)
-    dropped = jnp.uint32((1 << 20) - 1)  # of a float32's 23 bits behind its leading one
+    mantissa = jnp.uint32((1 << 23) - 1)
     bits = jax.lax.bitcast_convert_type(exact.divide_by(amax, largest), jnp.uint32)
-    scale = jax.lax.bitcast_convert_type(bits + dropped & ~dropped, jnp.float32)
-    enlarged = scale * largest  # exact: 7 bits
-    return jnp.where(jnp.isfinite(enlarged), enlarged, amax)
+    scale = jax.lax.bitcast_convert_type(bits + mantissa & ~mantissa, jnp.float32)
+    enlarged = scale * largest  # exact
+    return jnp.where(jnp.isfinite(amax) & jnp.isfinite(enlarged), enlarged, amax)
 
 
 def _amax(x, over, axes):

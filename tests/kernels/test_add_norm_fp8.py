@@ -118,7 +118,7 @@ X, Y, GATE, SCALE, SHIFT = arguments((2, 1024), of=(2,))
 @pytest.mark.parametrize(
     "wrong, message",
     (
-        ((X.astype(jnp.float32), Y, None, SCALE, SHIFT), "x is float32"),
+        ((X.astype(jnp.float32), Y, None, SCALE, SHIFT), "x: float32"),
         ((X[:1], Y, None, SCALE, SHIFT), "must have one shape"),
         (arguments((2, 1000), of=(2,)), "must hold rows of a multiple of 1024"),
         (arguments((1, 6144), of=(1,)), "at most 5120"),

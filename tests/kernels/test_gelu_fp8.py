@@ -80,7 +80,7 @@ def test_the_public_function(monkeypatch, by_kernel):
 @pytest.mark.parametrize(
     "x, message",
     (
-        (jax.tree.map(lambda y: y.astype(jnp.float32), product(4, 1024)), "sums are float32"),
+        (jax.tree.map(lambda y: y.astype(jnp.float32), product(4, 1024)), "sums: float32"),
         (product(4, 1000), "must hold rows of a multiple of 1024"),
         (product(1, 17408), "at most 16384"),
         (product(0, 1024), "must hold rows"),

@@ -108,8 +108,7 @@ def test_gradients_are_near_the_unquantised_ones(name):
     p, x, dy = layer(96, 64), tokens(2, 48, 96), tokens(2, 48, 64, seed=8)
     y, dp, dx = step(recipe(name), p, x, dy, jax.random.key(3))
     want, want_dp, want_dx = step(None, p, x, dy)
-    # FP8: E5M2 rounds by 0.052, E4M3 by 0.026, over all places in a binade; numbers lie in some.
-    y_bound, dx_bound, dw_bound = (0.04, 0.065, 0.065) if "fp8" in name else (0.15, 0.19, 0.22)
+    y_bound, dx_bound, dw_bound = (0.04, 0.06, 0.06) if "fp8" in name else (0.15, 0.19, 0.22)
     no_bias = p["bias"].astype(jnp.float32).reshape(1, 1, -1)
     assert error(y.astype(jnp.float32) - no_bias, want.astype(jnp.float32) - no_bias) < y_bound
     assert error(dx, want_dx) < dx_bound
@@ -185,7 +184,8 @@ def test_a_product_of_two_tensors_scales_is_exact_in_bfloat16(dtype):
     q = operands.quantize(x, FP8(dtype), 1)
     top = float(jnp.finfo(dtype).max)
     filled = np.abs(np.asarray(q.values, np.float32)).max(axis=1) / top
-    assert filled.min() > 0.75 and filled.max() == 1
+    assert filled.min() >= 0.5 and filled.max() <= 1
+    np.testing.assert_array_equal(np.frexp(q.scale)[0], 0.5)  # powers of two
     # None saturates, but for a quotient's rounding.
     assert (np.abs(x).max(axis=1) <= np.asarray(q.scale, np.float64) * top * (1 + 2**-23)).all()
     products = np.multiply.outer(q.scale, q.scale)
