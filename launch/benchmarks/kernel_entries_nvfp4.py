@@ -16,10 +16,11 @@ from launch.benchmarks.kernel_entry import (
 )
 from longlive_jax import config as config_lib
 from longlive_jax import formats
-from longlive_jax.formats import exact
+from longlive_jax.formats import exact, nvfp4
 from longlive_jax.kernels import dequantize_nvfp4 as dequantize_nvfp4_lib
 from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.kernels import quantize_nvfp4_columns as quantize_nvfp4_columns_lib
+from longlive_jax.kernels import threefry
 from longlive_jax.quant import kv, operands
 from longlive_jax.quant import matmul as matmul_lib
 
@@ -65,28 +66,28 @@ def _quantize_nvfp4(shape, rule):
 def _quantize_nvfp4_stochastic(cfg, rule):
     """A gradient of a chunk, as dgrad's operand."""
     lib = quantize_nvfp4_lib
-    x, key, noise = _gradient(cfg)
+    x, key = _gradient(cfg)
     kernel = functools.partial(lib.kernel, rule=rule, interpret=interpret())
 
-    def oracle(x, key, _):
+    def oracle(x, key):
         tensor = formats.quantize_nvfp4(x, rule, key=key)
         return tensor.packed(), tensor.scales
 
-    def call(x, key, _):
-        noise = lib.random_bits(key, x.shape)
-        return kernel(x, exact.largest_magnitude(x), noise=noise)
+    def given_amax(x, key):
+        return kernel(x, jnp.float32(4), seeds=threefry.seeds(key))
 
     return Entry(
         name=f"quantize_nvfp4 {rule}, stochastic, {x.shape[0]}x{x.shape[1]}",
-        arguments=(x, key, noise),
-        call=call,
-        baseline=lambda x, key, _: formats.quantize_nvfp4(x, rule, key=key),
+        arguments=(x, key),
+        call=lambda x, key: kernel(x, exact.largest_magnitude(x), seeds=threefry.seeds(key)),
+        baseline=lambda x, key: formats.quantize_nvfp4(x, rule, key=key),
         oracle=oracle,
         details={
-            "noise": lambda x, key, _: lib.random_bits(key, x.shape),
-            "kernel, given noise": lambda x, _, noise: kernel(x, jnp.float32(4), noise=noise),
+            "kernel": given_amax,
+            "kernel, to nearest": lambda x, _: kernel(x, jnp.float32(4)),
+            "noise by XLA": lambda x, key: nvfp4.random_bits(key, x.shape),
         },
-        bytes=x.size * 2 + x.size * 9 // 16,  # noise might be made where it is used
+        bytes=x.size * 2 + x.size * 9 // 16,
     )
 
 
@@ -97,54 +98,47 @@ def quantize_nvfp4_columns(cfg: config_lib.Config) -> list[Entry]:
 
 def _quantize_nvfp4_columns(cfg, rule, stochastic):
     lib = quantize_nvfp4_columns_lib
-    x, key, noise = _gradient(cfg)
+    x, key = _gradient(cfg)
     tiles = lib.TILES[:1] if on_cpu() else lib.TILES
     kernel = functools.partial(lib.kernel, rule=rule, transform=True, interpret=interpret())
     largest = functools.partial(lib.largest_magnitude, interpret=interpret())
 
-    def by_xla(x, key, _):
+    def by_xla(x, key):
         columns = formats.random_hadamard(jnp.swapaxes(x, 0, 1))
         return formats.quantize_nvfp4(columns, rule, key=key if stochastic else None)
 
-    def oracle(*arguments):
-        tensor = by_xla(*arguments)
+    def oracle(x, key):
+        tensor = by_xla(x, key)
         return tensor.packed(), tensor.scales
 
-    def bits(x, key, _):
-        return jnp.swapaxes(quantize_nvfp4_lib.random_bits(key, x.shape[::-1]), 0, 1)
+    def call(x, key, amax=None, **how):
+        seeds = threefry.seeds(key) if stochastic else None
+        return kernel(x, largest(x) if amax is None else amax, seeds=seeds, **how)
 
-    def call(x, key, _):
-        return kernel(x, largest(x), noise=bits(x, key, _) if stochastic else None)
+    def given_amax(tile):
+        return functools.partial(call, amax=jnp.float32(4), tile=tile)
 
-    def given(tile):
-        def run(x, _, noise):
-            noise = noise if stochastic else None
-            return kernel(x, jnp.float32(4), noise=noise, tile=tile)
-
-        return run
-
-    details = {"largest magnitude": lambda x, *_: largest(x)}
-    if stochastic:
-        details["noise"] = bits
     rounding = "stochastic, " if stochastic else ""
     return Entry(
         name=f"quantize_nvfp4_columns {rule}, Hadamard, {rounding}{x.shape[0]}x{x.shape[1]}",
-        arguments=(x, key, noise),
+        arguments=(x, key),
         call=call,
         baseline=by_xla,
         oracle=oracle,
-        details=details | {f"kernel, tile {tile}": given(tile) for tile in tiles},
+        details={
+            "largest magnitude": lambda x, _: largest(x),
+            **{f"kernel, tile {tile}": given_amax(tile) for tile in tiles},
+        },
         bytes=x.size * 2 + x.size * 9 // 16,
     )
 
 
 def _gradient(cfg):
-    """A chunk's numbers [token, dim], a key, and noise for as many numbers."""
+    """A chunk's numbers [token, dim], and a key."""
     rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
     shape = (64, 128) if on_cpu() else (rows, cfg.model.dim)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], shape, jnp.bfloat16)
-    return x, keys[1], quantize_nvfp4_lib.random_bits(keys[2], shape)
+    keys = jax.random.split(jax.random.key(0), 2)
+    return jax.random.normal(keys[0], shape, jnp.bfloat16), keys[1]
 
 
 def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:

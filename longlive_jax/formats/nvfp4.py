@@ -13,12 +13,14 @@ Every step is rounded as the original's float32 arithmetic rounds it, on every b
 """
 
 import functools
+import math
 import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.extend.random import threefry_2x32
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
@@ -27,6 +29,7 @@ from longlive_jax.formats.tensor import Quantized
 
 BLOCK = 16
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
+CALLS = 4  # of a generator of 64 bits, for 16 of them a number of a block
 # Largest code and largest scale that a rule uses. An adaptive rule's scale grows by 1.5 where it
 # picks 4, and 448, the largest E4M3 number, would leave no room for that.
 RULES = {
@@ -135,13 +138,26 @@ def quantize_nvfp4(
     return _quantize(x, amax, key, rule, tuple(block))
 
 
+def seed(key: jax.Array) -> jax.Array:
+    """uint32 [2]: what `random_bits` draws by, of a key of any kind."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """uint16 of a tensor's shape: what `quantize_nvfp4` rounds it by, in blocks of one row.
 
     The bits of b round by (b + 1/2) / 2^16. They depend on a number's place in row-major order
-    alone.
+    alone: in block b of 16, the call 4 b + i of Threefry-2x32 is for the numbers i, i + 4, i + 8
+    and i + 12. (`jax.random.bits` makes a call for each number. Kernels make theirs themselves.)
     """
-    return jax.random.bits(key, shape, jnp.uint16)
+    call = jax.lax.iota(jnp.uint32, math.prod(shape) // (BLOCK // CALLS))
+    words = threefry_2x32(tuple(seed(key)), jnp.concatenate([jnp.zeros_like(call), call]))
+    return halves(*words.reshape(2, -1, CALLS)).reshape(shape).astype(jnp.uint16)
+
+
+def halves(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Both words of blocks' calls, uint32 [block, CALLS] each -> 16 bits a number, [block, 16]."""
+    return jnp.concatenate([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1)
 
 
 def from_packed(

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import formats
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact, nvfp4
-from longlive_jax.kernels import mosaic
+from longlive_jax.kernels import mosaic, threefry
 from longlive_jax.kernels.chip import is_hopper, is_local
 
 ROWS = 128  # blocks that a warpgroup of 128 threads quantises at a time, one a thread
@@ -82,15 +82,15 @@ def quantize_nvfp4(
     if amax is None:
         amax = exact.largest_magnitude(x)
     amax = jnp.asarray(amax, jnp.float32)
-    values, scales = _by_kernel(x, amax, rule, random_bits(key, x.shape))
+    values, scales = _by_kernel(x, amax, rule, None if key is None else threefry.seeds(key))
     return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
 
 
-def _by_kernel(x, amax, rule, bits):
-    """Values and scales. bits: noise, or None."""
+def _by_kernel(x, amax, rule, seeds):
+    """Values and scales. seeds: `threefry.seeds`, or None."""
     sharding = jax.typeof(x).sharding
     if is_local(x):
-        codes, scales = kernel(x, amax, rule, noise=bits)
+        codes, scales = kernel(x, amax, rule, seeds=seeds)
     else:
         specs = {"in_specs": (sharding.spec, jax.P()), "out_specs": (sharding.spec,) * 2}
         run = functools.partial(kernel, rule=rule)
@@ -110,11 +110,11 @@ def quantize_each(
     keys: [n, group, ..], to round stochastically: for tensors, and for groups that x's next axes
       count; None: to nearest.
     """
-    if supports(x[0], rule, block) and (keys is None or is_local(x)):
-        keys = [None] * len(x) if keys is None else keys
-        each = zip(x, amax, keys)  # the kernel is for one
-        each = [_by_kernel(y, a, rule, random_bits(k, y.shape)) for y, a, k in each]
-        values, scales = zip(*each)
+    drawn = keys is None or (is_local(x) and _divides(x.shape[keys.ndim :]))
+    if supports(x[0], rule, block) and drawn:
+        seeds = [None] * len(x) if keys is None else [threefry.seeds(k) for k in keys]
+        each = zip(x, amax, seeds)  # the kernel is for one
+        values, scales = zip(*(_by_kernel(y, a, rule, s) for y, a, s in each))
         return jnp.stack(values), jnp.stack(scales)
 
     def one(x, amax, key=None):
@@ -124,19 +124,6 @@ def quantize_each(
     for _ in range(0 if keys is None else keys.ndim - 1):
         one = jax.vmap(one, (0, None, 0))
     return jax.vmap(one)(x, amax, keys)
-
-
-def random_bits(keys: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """`nvfp4.random_bits` of a key for each index of the leading axes: uint16 of this shape.
-
-    keys: one, or an array; None: there is none.
-    """
-    if keys is None:
-        return None
-    draw = functools.partial(nvfp4.random_bits, shape=shape[keys.ndim :])
-    for _ in range(keys.ndim):
-        draw = jax.vmap(draw)
-    return draw(keys)
 
 
 def supports(
@@ -171,7 +158,7 @@ def kernel(
     rule: str,
     tiling: tuple[int, int] = TILINGS[0],
     interpret: plgpu.InterpretGPUParams | None = None,
-    noise: jax.Array | None = None,
+    seeds: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel itself, on one device's array (on a mesh: in a manual `jax.shard_map`).
 
@@ -183,57 +170,76 @@ def kernel(
       rule: a key of `nvfp4.RULES`.
       tiling: one of `TILINGS`, or another.
       interpret: run on the CPU, by JAX's interpreter.
-      noise: uint16 of x's shape, as `nvfp4.random_bits`, to round stochastically; None: to nearest.
+      seeds: uint32 [group, 2], `threefry.seeds`, to round the equal parts that x's first axes
+        count stochastically; each must have a multiple of 2048 numbers. None: round to nearest.
 
     Returns:
       codes uint8 [..., n / 2] as in `NVFP4Tensor.packed`, scales float8_e4m3fn [..., n / 16].
 
     Raises:
       InputError: another dtype, a shape that blocks and threads do not divide, an unknown rule,
-        noise of another dtype or shape.
+        seeds of another dtype or shape.
     """
-    validate(x, rule, noise)
-    if not _divides(x.shape):
+    groups = validate(x, rule, seeds)
+    if not _divides(x.shape, groups):
         raise InputError(
             f"nvfp4 kernel: shape {x.shape} must end in a multiple of {nvfp4.BLOCK} and hold a "
-            f"multiple of {ROWS * nvfp4.BLOCK} numbers; use formats.quantize_nvfp4"
+            f"multiple of {ROWS * nvfp4.BLOCK} numbers for each of {groups} groups; use "
+            "formats.quantize_nvfp4"
         )
     blocks = x.size // nvfp4.BLOCK
     at_most, in_flight = tiling
-    steps = max(n for n in range(1, at_most + 1) if blocks // ROWS % n == 0)
-    numbers = [y.reshape(blocks, nvfp4.BLOCK) for y in (x, noise) if y is not None]
+    tiles = blocks // (ROWS * groups)
+    steps = max(n for n in range(1, at_most + 1) if tiles % n == 0)
+    body = functools.partial(
+        _kernel, rule=rule, steps=steps, in_flight=min(in_flight, steps), tiles=tiles
+    )
     codes, scales = plgpu.kernel(
-        functools.partial(_kernel, rule=rule, steps=steps, in_flight=min(in_flight, steps)),
+        body,
         out_type=(
             jax.ShapeDtypeStruct((blocks, nvfp4.BLOCK // 2), jnp.uint8),
             jax.ShapeDtypeStruct((blocks, 1), jnp.uint8),
         ),
         grid=(blocks // (ROWS * steps),),
         grid_names=("program",),
-        kernel_name="quantize_nvfp4" if noise is None else "quantize_nvfp4_stochastic",
+        kernel_name="quantize_nvfp4" if seeds is None else "quantize_nvfp4_stochastic",
         interpret=interpret,
-    )(constants(amax, rule, interpret), *numbers)
+    )(*constants_and(seeds, amax, rule, interpret), x.reshape(blocks, nvfp4.BLOCK))
     scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
     rows, n = x.shape[:-1], x.shape[-1]
     return codes.reshape(*rows, n // 2), scales.reshape(*rows, n // nvfp4.BLOCK)
 
 
-def validate(x: jax.Array, rule: str, noise: jax.Array | None) -> None:
-    """Raises InputError for x of another dtype, an unknown rule, or noise that is not x's."""
+def validate(x: jax.Array, rule: str, seeds: jax.Array | None) -> int:
+    """The number of groups that x has: of seeds, or one.
+
+    Raises:
+      InputError: x of another dtype, an unknown rule, seeds that are none.
+    """
     if x.dtype != jnp.bfloat16:
         raise InputError(f"nvfp4 kernel: input is {x.dtype}; it must be bfloat16: cast it")
     if rule not in nvfp4.RULES:
         raise InputError(f"nvfp4: unknown rule {rule!r}; rules: {', '.join(nvfp4.RULES)}")
-    if noise is not None and (noise.dtype, noise.shape) != (jnp.uint16, x.shape):
+    if seeds is None:
+        return 1
+    if seeds.dtype != jnp.uint32 or seeds.ndim != 2 or seeds.shape[1] != 2 or len(seeds) == 0:
         raise InputError(
-            f"nvfp4 kernel: noise is {noise.dtype} {noise.shape}; it must be uint16 {x.shape}, a "
-            "number for each of the input's"
+            f"nvfp4 kernel: seeds are {seeds.dtype} {seeds.shape}; they must be uint32 [group, 2]: "
+            "threefry.seeds of a key for each group"
         )
+    return len(seeds)
 
 
-def _divides(shape):
-    blocks = np.prod(shape, dtype=int) // nvfp4.BLOCK
-    return len(shape) > 0 and shape[-1] % nvfp4.BLOCK == 0 and blocks > 0 and blocks % ROWS == 0
+def _divides(shape, groups=1):
+    """Whether threads divide the blocks of each group."""
+    numbers = np.prod(shape, dtype=int)
+    whole = numbers > 0 and numbers % (groups * ROWS * nvfp4.BLOCK) == 0
+    return len(shape) > 0 and shape[-1] % nvfp4.BLOCK == 0 and whole
+
+
+def constants_and(seeds, amax, rule, interpret):
+    """What a kernel takes besides x: `constants`, and seeds if there are any."""
+    return [constants(amax, rule, interpret), *([] if seeds is None else [seeds])]
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "interpret"))
@@ -279,28 +285,39 @@ def _constants_body(amax_ref, out_ref, *, denominator):
         mosaic.store(out_ref.at[i], value)
 
 
-def _kernel(constants_ref, *refs, rule, steps, in_flight):
-    *numbers_refs, codes_ref, scales_ref = refs
-    first = lax.axis_index("program") * steps
+def _kernel(constants_ref, *refs, rule, steps, in_flight, tiles):
+    *seeds_ref, x_ref, codes_ref, scales_ref = refs
+    program = lax.axis_index("program")
+    first = program * steps
 
-    def step(index, *numbers_smem):
-        numbers = []
-        for ref in numbers_smem:
-            # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
-            y = plgpu.load(ref, layout=mosaic.a_row_a_thread(8), optimized=False)
-            wide = jnp.float32 if y.dtype == jnp.bfloat16 else jnp.uint32
-            numbers.append(plgpu.layout_cast(y.astype(wide), mosaic.a_row_a_thread(1)))
-        codes, scales = quantize_blocks(*numbers, constants_ref=constants_ref, rule=rule)
-        rows = pl.ds((first + index[0]) * ROWS, ROWS)
+    def step(index, x_smem):
+        # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
+        x = plgpu.load(x_smem, layout=mosaic.a_row_a_thread(8), optimized=False)
+        x = plgpu.layout_cast(x.astype(jnp.float32), mosaic.a_row_a_thread(1))
+        tile = first + index[0]
+        noise = None
+        if seeds_ref:
+            group = lax.div(program, jnp.int32(tiles // steps))
+            block = thread() + ((tile - group * tiles) * ROWS).astype(jnp.uint32)
+            noise = threefry.random_bits(*seeds_ref, group, block)
+        codes, scales = quantize_blocks(x, noise, constants_ref=constants_ref, rule=rule)
+        rows = pl.ds(tile * ROWS, ROWS)
         mosaic.store(codes_ref.at[rows, :], codes)
         mosaic.store(scales_ref.at[rows, :], scales)
 
-    spec = plgpu.BlockSpec((ROWS, nvfp4.BLOCK), lambda i: (first + i, 0))
-    in_specs = [spec] * len(numbers_refs)
     run = plgpu.emit_pipeline(
-        step, grid=(steps,), in_specs=in_specs, max_concurrent_steps=in_flight
+        step,
+        grid=(steps,),
+        in_specs=[plgpu.BlockSpec((ROWS, nvfp4.BLOCK), lambda i: (first + i, 0))],
+        max_concurrent_steps=in_flight,
     )
-    run(*numbers_refs)
+    run(x_ref)
+
+
+def thread() -> jax.Array:
+    """uint32 [ROWS, 1]: the number of each thread of a warpgroup, in its row."""
+    layout = mosaic.a_row_a_thread(1)
+    return plgpu.broadcasted_iota(jnp.uint32, (ROWS, 1), 0, layout=layout)
 
 
 def quantize_blocks(

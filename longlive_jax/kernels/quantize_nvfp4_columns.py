@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import hadamard, nvfp4
-from longlive_jax.kernels import mosaic
+from longlive_jax.kernels import mosaic, threefry
 from longlive_jax.kernels import quantize_nvfp4 as blocks
 from longlive_jax.kernels.chip import is_hopper, is_local
 
@@ -66,7 +66,7 @@ def kernel(
     amax: jax.Array,
     rule: str,
     transform: bool = False,
-    noise: jax.Array | None = None,
+    seeds: jax.Array | None = None,
     tile: int = TILES[0],
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -78,8 +78,8 @@ def kernel(
         the whole of which it is a part.
       rule: a key of `nvfp4.RULES`.
       transform: quantise `formats.random_hadamard` of the columns.
-      noise: uint16 [token, n]: `nvfp4.random_bits` of the columns, each beside its number; None:
-        round to nearest.
+      seeds: uint32 [group, 2], `threefry.seeds`, to round equal groups of tokens stochastically,
+        each as a [n, token] of its own, tokens a multiple of `tile`; None: round to nearest.
       tile: one of `TILES`.
       interpret: run on the CPU, by JAX's interpreter.
 
@@ -87,32 +87,32 @@ def kernel(
       codes uint8 [n, token / 2] as in `NVFP4Tensor.packed`, scales float8_e4m3fn [n, token / 16].
 
     Raises:
-      InputError: another dtype, a shape that tiles do not divide, an unknown rule, noise of another
+      InputError: another dtype, a shape that tiles do not divide, an unknown rule, seeds of another
         dtype or shape.
     """
-    blocks.validate(x, rule, noise)
-    _validate(x, tile)
+    groups = blocks.validate(x, rule, seeds)
+    _validate(x, tile, groups)
     (tokens, n), of_tile = x.shape, tile // nvfp4.BLOCK
-    numbers = [y for y in (x, noise) if y is not None]
+    tiles = tokens // (tile * groups)
     codes, scales = plgpu.kernel(
-        functools.partial(_kernel, rule=rule, transform=transform),
+        functools.partial(_kernel, rule=rule, transform=transform, tiles=tiles),
         out_type=(
             jax.ShapeDtypeStruct((n, tokens // 2), jnp.uint8),
             jax.ShapeDtypeStruct((n, tokens // nvfp4.BLOCK), jnp.uint8),
         ),
         grid=(tokens // tile, n // CHANNELS),  # neighbours in memory together
         grid_names=("tile", "channels"),
-        kernel_name="quantize_nvfp4_columns" + ("" if noise is None else "_stochastic"),
+        kernel_name="quantize_nvfp4_columns" + ("" if seeds is None else "_stochastic"),
         scratch_types={
-            "tiles": [plgpu.SMEM((tile, CHANNELS), y.dtype) for y in numbers],
+            "tile": plgpu.SMEM((tile, CHANNELS), x.dtype),
             # A block's after the other's: in either threads write to neighbouring places.
             "codes": plgpu.SMEM((of_tile, CHANNELS, nvfp4.BLOCK // 2), jnp.uint8),
             "scales": plgpu.SMEM((of_tile, CHANNELS, 1), jnp.uint8),
-            "here": plgpu.Barrier(num_arrivals=len(numbers)),
+            "here": plgpu.Barrier(),
         },
         compiler_params=_COMPILER,
         interpret=interpret,
-    )(blocks.constants(amax, rule, interpret), *numbers)
+    )(*blocks.constants_and(seeds, amax, rule, interpret), x)
     return codes, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
 
 
@@ -148,32 +148,44 @@ def largest_magnitude(
     return lax.reduce_precision(largest, info.nexp, info.nmant)
 
 
-def _validate(x, tile):
-    if x.ndim != 2 or not _divides(x.shape, tile):
+def _validate(x, tile, groups=1):
+    if x.ndim != 2 or not _divides(x.shape, tile * groups):
         raise InputError(
-            f"nvfp4 columns: shape {x.shape} must be [token, n], tokens a multiple of {tile}, n of "
-            f"{CHANNELS}; use formats.quantize_nvfp4 of the transposed array"
+            f"nvfp4 columns: shape {x.shape} must be [token, n], tokens a multiple of {tile} in "
+            f"each of {groups} groups, n of {CHANNELS}; use formats.quantize_nvfp4 of the "
+            "transposed array"
         )
 
 
-def _kernel(constants_ref, *refs, tiles, codes, scales, here, rule, transform):
-    *numbers, codes_ref, scales_ref = refs
-    _fetch(numbers, tiles, here)
+def _kernel(constants_ref, *refs, tile, codes, scales, here, rule, transform, tiles):
+    *seeds_ref, x, codes_ref, scales_ref = refs
+    _fetch(x, tile, here)
+    of_tile = len(codes)
 
     def step(i, _):
-        x, *noise = (_block(tile, i) for tile in tiles)
+        y = _block(tile, i)
         if transform:
-            x = _transform(x).astype(jnp.bfloat16).astype(jnp.float32)
+            y = _transform(y).astype(jnp.bfloat16).astype(jnp.float32)
+        noise = _noise(*seeds_ref, tiles, of_tile, i) if seeds_ref else None
         block_codes, block_scales = blocks.quantize_blocks(
-            x, *noise, constants_ref=constants_ref, rule=rule
+            y, noise, constants_ref=constants_ref, rule=rule
         )
         mosaic.store(codes.at[i], block_codes)
         mosaic.store(scales.at[i], block_scales)
 
-    lax.fori_loop(0, len(codes), step, None)
-    _, channels = _place(tiles[0])
+    lax.fori_loop(0, of_tile, step, None)
+    _, channels = _place(tile)
     for whole, of_blocks in ((codes_ref, codes), (scales_ref, scales)):
         _write(whole, of_blocks, channels)
+
+
+def _noise(seeds_ref, tiles, of_tile, i):
+    """Of the tile's block i in each channel; a group has so many tiles, which have `of_tile`."""
+    group = lax.div(lax.axis_index("tile"), jnp.int32(tiles))
+    within = (lax.axis_index("tile") - group * tiles) * of_tile + i
+    channel = blocks.thread() + (lax.axis_index("channels") * CHANNELS).astype(jnp.uint32)
+    block = channel * np.uint32(tiles * of_tile) + within.astype(jnp.uint32)
+    return threefry.random_bits(seeds_ref, group, block)
 
 
 def _write(ref, of_blocks, channels):
@@ -188,7 +200,7 @@ def _write(ref, of_blocks, channels):
 
 
 def _largest_body(x, out, *, tile, largest, here):
-    _fetch([x], [tile], here)
+    _fetch(x, tile, here)
     layout = mosaic.a_row_a_thread(1)
     mosaic.store(largest, plgpu.layout_cast(jnp.zeros(largest.shape, jnp.uint32), layout))
 
@@ -210,17 +222,16 @@ def _place(tile):
     return tuple(pl.ds(lax.axis_index(name) * size, size) for name, size in places)
 
 
-def _fetch(arrays, tiles, here):
-    for array, tile in zip(arrays, tiles):
-        plgpu.copy_gmem_to_smem(array.at[_place(tile)], tile, here)
+def _fetch(x, tile, here):
+    plgpu.copy_gmem_to_smem(x.at[_place(tile)], tile, here)
     plgpu.barrier_wait(here)
 
 
 def _block(tile, i):
-    """16 tokens of a channel a thread: float32 of bfloat16, uint32 of uint16, [channels, 16]."""
+    """16 tokens of a channel a thread: float32 [channels, 16]."""
     columns = tile.at[pl.ds(i * nvfp4.BLOCK, nvfp4.BLOCK), :].transpose((1, 0))
     x = plgpu.load(columns, layout=mosaic.a_row_a_thread(1), optimized=False)
-    return x.astype(jnp.float32 if x.dtype == jnp.bfloat16 else jnp.uint32)
+    return x.astype(jnp.float32)
 
 
 def _transform(x):

@@ -21,8 +21,8 @@ from longlive_jax.formats import (
     quantize_fp8,
     random_hadamard,
 )
-from longlive_jax.kernels import quantize_nvfp4_columns
-from longlive_jax.kernels.quantize_nvfp4 import quantize_each, random_bits
+from longlive_jax.kernels import quantize_nvfp4_columns, threefry
+from longlive_jax.kernels.quantize_nvfp4 import quantize_each
 from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant.recipe import FP8, NVFP4, Format
 
@@ -125,15 +125,9 @@ def _columns_by_kernel(y, fmt, lead, axes, keys):
     else:
         amax = _amax(y, tuple(range(lead, y.ndim)), axes)
     keys = _by_tensor(keys, fmt, lead)
-
-    def noise(keys):
-        """Of the columns of each group, laid beside their numbers."""
-        bits = random_bits(keys, (group, n, row))
-        return None if bits is None else jnp.swapaxes(bits, 1, 2).reshape(group * row, n)
-
-    keys = [None] * len(tensors) if keys is None else keys
-    each = zip(tensors, amax.reshape(-1), keys)  # the kernel is for one
-    each = [lib.kernel(x, a, fmt.rule, fmt.hadamard, noise(k)) for x, a, k in each]
+    seeds = [None] * len(tensors) if keys is None else [threefry.seeds(k) for k in keys]
+    each = zip(tensors, amax.reshape(-1), seeds)  # the kernel is for one
+    each = [lib.kernel(x, a, fmt.rule, fmt.hadamard, s) for x, a, s in each]
     codes, scales = (jnp.stack(part).reshape(*y.shape[:lead], n, -1) for part in zip(*each))
     return from_packed(codes, scales, amax, fmt.rule, fmt.block, y.dtype)
 

@@ -269,6 +269,27 @@ def test_stochastic_rounding_is_unbiased(block):
     assert np.any(codes(other) != codes(t))
 
 
+def test_random_bits_are_uniform_and_independent():
+    """At each of a block's 16 places, which share four calls of the generator."""
+    bits = np.asarray(nvfp4.random_bits(jax.random.key(0), (1 << 16, 16)))
+    assert bits.dtype == np.uint16
+    for byte in (bits >> 8, bits & 255):
+        counts = np.apply_along_axis(np.bincount, 0, byte, minlength=256)
+        chi2 = np.sum((counts - 256) ** 2 / 256, axis=0)  # 255 degrees of freedom, deviation 22.6
+        assert (abs(chi2 - 255) < 5 * 22.6).all()
+    correlation = np.corrcoef(bits.T.astype(np.float64)) - np.eye(16)
+    assert abs(correlation).max() < 5 / 2**8  # of 2^16 draws: a deviation of 2^-8
+
+
+def test_random_bits_depend_on_the_place_alone():
+    key = jax.random.key(3)
+    bits = nvfp4.random_bits(key, (4, 8, 32))
+    np.testing.assert_array_equal(nvfp4.random_bits(key, (1024,)), np.ravel(bits))
+    np.testing.assert_array_equal(nvfp4.random_bits(key, (2, 8, 32)), bits[:2])
+    assert (np.asarray(nvfp4.random_bits(jax.random.key(4), (4, 8, 32))) != bits).mean() > 0.99
+    assert nvfp4.random_bits(jax.random.key(0, impl="rbg"), (3, 16)).shape == (3, 16)
+
+
 def test_stochastic_rounding_of_an_adaptive_rule_judges_the_drawn_codes():
     x = normal(3)
     draws = [formats.quantize_nvfp4(x, key=jax.random.key(i)) for i in range(32)]

@@ -14,7 +14,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.formats import exact, nvfp4
-from longlive_jax.kernels import dequantize_nvfp4
+from longlive_jax.kernels import dequantize_nvfp4, threefry
 from longlive_jax.kernels import quantize_nvfp4 as lib
 from longlive_jax.kernels import quantize_nvfp4_columns as columns_lib
 from longlive_jax.quant import linear, matmul, operands
@@ -94,8 +94,8 @@ def test_quantize_nvfp4_columns(rule, transform, stochastic):
 
     @jax.jit
     def run(x, amax):
-        bits = lib.random_bits(key, x.T.shape).T if stochastic else None
-        return columns_lib.kernel(x, amax, rule, transform, bits)
+        seeds = threefry.seeds(key) if stochastic else None
+        return columns_lib.kernel(x, amax, rule, transform, seeds)
 
     large = jax.random.normal(jax.random.key(0), (7040, 3072), jnp.bfloat16)
     for name, x in {"large": large, **columns.arrays()}.items():

@@ -14,6 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import quantize_nvfp4 as lib
+from longlive_jax.kernels import threefry
 from tests.kernels.checks import check_quotients, pretend_hopper
 
 SHAPE = (32, 256)  # 512 blocks: four to a thread
@@ -50,8 +51,8 @@ def kernel(rule, stochastic):
     interpret = plgpu.InterpretGPUParams()
 
     def run(x, amax, key):
-        bits = lib.random_bits(key, x.shape) if stochastic else None
-        return lib.kernel(x, amax, rule, (2, 2), interpret, bits)
+        seeds = threefry.seeds(key) if stochastic else None
+        return lib.kernel(x, amax, rule, (2, 2), interpret, seeds)
 
     return jax.jit(run)
 
@@ -125,6 +126,18 @@ def test_each_tensor_by_its_keys(monkeypatch, groups):
     equal(run(), expected)
 
 
+def test_groups_of_several_steps():
+    """Two of two tiles each, which a program makes both, or one."""
+    x, keys = arrays()["normal"], jax.random.split(jax.random.key(1), 2)
+    parts = x.reshape(2, 16, 256)
+    one = functools.partial(oracle, amax=jnp.float32(4), rule=RULE)
+    expected = [y.reshape(32, -1) for y in jax.vmap(lambda x, key: one(x, key=key))(parts, keys)]
+    for steps in (1, 2):
+        interpret = plgpu.InterpretGPUParams()
+        seeds = threefry.seeds(keys)
+        compare(lib.kernel(x, jnp.float32(4), RULE, (steps, 2), interpret, seeds), expected)
+
+
 def test_what_is_supported(monkeypatch):
     key, x = jax.random.key(0), jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
     assert not lib.supports(x, key=key)
@@ -145,10 +158,10 @@ def test_a_sixth_is_rounded_once():
 @pytest.mark.parametrize("rule", ("static_4", "mse"))
 def test_it_lowers_for_hopper(rule, stochastic):
     x = jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
-    noise = jax.ShapeDtypeStruct(x.shape, jnp.uint16) if stochastic else None
+    seeds = jax.ShapeDtypeStruct((2, 2), jnp.uint32) if stochastic else None
     amax = jax.ShapeDtypeStruct((), jnp.float32)
-    run = jax.jit(lambda x, amax, noise: lib.kernel(x, amax, rule, noise=noise))
-    traced = run.trace(x, amax, noise)
+    run = jax.jit(lambda x, amax, seeds: lib.kernel(x, amax, rule, seeds=seeds))
+    traced = run.trace(x, amax, seeds)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -206,8 +219,18 @@ def test_what_the_kernel_refuses(shape, dtype, rule, message):
         lib.kernel(jnp.zeros(shape, dtype), jnp.float32(1), rule)
 
 
-def test_noise_that_is_not_the_inputs():
-    x = jnp.zeros((128, 16), jnp.bfloat16)
-    for noise in (jnp.zeros(x.shape, jnp.uint32), jnp.zeros((16, 128), jnp.uint16)):
-        with pytest.raises(InputError, match=r"must be uint16 \(128, 16\)"):
-            lib.kernel(x, jnp.float32(1), RULE, noise=noise)
+@pytest.mark.parametrize(
+    "seeds, message",
+    (
+        (
+            jnp.zeros((1, 2), jnp.int32),
+            r"seeds are int32 \(1, 2\); they must be uint32 \[group, 2\]",
+        ),
+        (jnp.zeros((2,), jnp.uint32), r"seeds are uint32 \(2,\)"),
+        (jnp.zeros((0, 2), jnp.uint32), r"seeds are uint32 \(0, 2\)"),
+        (jnp.zeros((2, 2), jnp.uint32), "multiple of 2048 numbers for each of 2 groups"),
+    ),
+)
+def test_seeds_that_are_not_the_inputs(seeds, message):
+    with pytest.raises(InputError, match=message):
+        lib.kernel(jnp.zeros((128, 16), jnp.bfloat16), jnp.float32(1), RULE, seeds=seeds)

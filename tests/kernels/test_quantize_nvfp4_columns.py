@@ -13,8 +13,8 @@ from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact, nvfp4
-from longlive_jax.kernels import quantize_nvfp4 as rows
 from longlive_jax.kernels import quantize_nvfp4_columns as lib
+from longlive_jax.kernels import threefry
 from longlive_jax.quant import operands
 from longlive_jax.quant.recipe import NVFP4
 from tests.kernels.checks import pretend_hopper
@@ -38,8 +38,8 @@ def kernel(rule, transform, stochastic):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
 
     def run(x, amax, key):
-        bits = rows.random_bits(key, x.T.shape).T if stochastic else None
-        return lib.kernel(x, amax, rule, transform, bits, interpret=interpret)
+        seeds = threefry.seeds(key) if stochastic else None
+        return lib.kernel(x, amax, rule, transform, seeds, interpret=interpret)
 
     return jax.jit(run)
 
@@ -104,7 +104,7 @@ def run_columns(y, fmt, lead, keys):
 def test_operands_by_the_kernel(monkeypatch, transform, stochastic):
     """[part, sample, group, row, n]: tensors are parts' samples, each with an amax of its own."""
     fmt = NVFP4(RULE, hadamard=transform, stochastic=stochastic)
-    y = jax.random.normal(jax.random.key(0), (2, 1, 2, 64, 128), jnp.bfloat16)
+    y = jax.random.normal(jax.random.key(0), (2, 1, 2, 128, 128), jnp.bfloat16)
     y = y.at[1].multiply(3)
     keys = jax.random.split(jax.random.key(1), (2, 1, 2))
     expected = run_columns(y, fmt, 2, keys)
@@ -112,7 +112,7 @@ def test_operands_by_the_kernel(monkeypatch, transform, stochastic):
     called = []
     monkeypatch.setattr(lib, "kernel", lambda *x, f=lib.kernel: called.append(x) or f(*x))
     result = run_columns(y, fmt, 2, keys)
-    assert len(called) == 2 and result.shape == (2, 1, 128, 128) and result.amax.shape == (2, 1)
+    assert len(called) == 2 and result.shape == (2, 1, 128, 256) and result.amax.shape == (2, 1)
     equal(result, expected)
 
 
@@ -121,12 +121,12 @@ CHUNK = jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
 
 @pytest.mark.parametrize("stochastic", (False, True))
 def test_it_lowers_for_hopper(stochastic):
-    noise = jax.ShapeDtypeStruct(CHUNK.shape, jnp.uint16) if stochastic else None
+    seeds = jax.ShapeDtypeStruct((2, 2), jnp.uint32) if stochastic else None
 
-    def run(x, noise):
-        return lib.kernel(x, lib.largest_magnitude(x), "mse", True, noise)
+    def run(x, seeds):
+        return lib.kernel(x, lib.largest_magnitude(x), "mse", True, seeds)
 
-    text = jax.jit(run).trace(CHUNK, noise).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(run).trace(CHUNK, seeds).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("quantize_nvfp4_columns", "quantize_nvfp4_columns_largest"):
         assert name in text
 
@@ -182,21 +182,21 @@ def test_what_is_supported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, rule, noise, message",
+    "shape, dtype, rule, seeds, message",
     (
         ((64, 128), jnp.float32, "mse", None, "must be bfloat16"),
         ((96, 128), jnp.bfloat16, "mse", None, "tokens a multiple of 64"),
         ((64, 64), jnp.bfloat16, "mse", None, "n of 128"),
         ((2, 64, 128), jnp.bfloat16, "mse", None, r"must be \[token, n\]"),
         ((64, 128), jnp.bfloat16, "best", None, "unknown rule 'best'"),
-        ((64, 128), jnp.bfloat16, "mse", ((64, 128), jnp.int16), "noise is int16"),
-        ((64, 128), jnp.bfloat16, "mse", ((128, 64), jnp.uint16), "must be uint16"),
+        ((64, 128), jnp.bfloat16, "mse", ((1, 2), jnp.int32), "seeds are int32"),
+        ((64, 128), jnp.bfloat16, "mse", ((2, 2), jnp.uint32), "in each of 2 groups"),
     ),
 )
-def test_what_the_kernel_refuses(shape, dtype, rule, noise, message):
-    noise = None if noise is None else jnp.zeros(*noise)
+def test_what_the_kernel_refuses(shape, dtype, rule, seeds, message):
+    seeds = None if seeds is None else jnp.zeros(*seeds)
     with pytest.raises(InputError, match=message):
-        lib.kernel(jnp.zeros(shape, dtype), jnp.float32(1), rule, noise=noise)
+        lib.kernel(jnp.zeros(shape, dtype), jnp.float32(1), rule, seeds=seeds)
 
 
 def test_what_has_no_largest_magnitude():
