@@ -1,6 +1,7 @@
 """NVFP4 to bfloat16 in one pass, on Hopper: the bits of `NVFP4Tensor.dequantize`, or without amax.
 
-`kernel` is for a layer of a cache; `expand`, without amax, for an operand of a product.
+`kernel` is for a layer of a cache, `dequantize` for a whole tensor; `expand`, without amax, for an
+operand of a product.
 
 XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
 expands a block of 16 numbers, and the copy engine stores a program's. Programs are short, and many
@@ -34,6 +35,12 @@ _WORDS = 2  # of 8 codes each: a block's
 # Exponents, biased, under which a small float's bits make its number, divided by 4 and by 256.
 _E2M1, _E4M3 = 124, 112
 _NAN = 0x7F  # E4M3's
+
+
+def dequantize(q: NVFP4Tensor, dtype: jnp.dtype) -> jax.Array:
+    """`q.dequantize(dtype)`, by the kernel where `supports` says so."""
+    table = jax.tree.map(lambda leaf: leaf[None], q)  # of one layer
+    return kernel(table, jnp.int32(0)) if supports(table, dtype) else q.dequantize(dtype)
 
 
 def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:

@@ -62,9 +62,7 @@ def store(x: Stored, name: str, axis: str | None = None) -> Stored:
 def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     """The numbers [..., token, head, head_dim] that were stored, rounded to `dtype`."""
     if isinstance(stored, NVFP4Tensor):
-        table = jax.tree.map(lambda leaf: leaf[None], stored)  # of one layer, as the kernel's are
-        if dequantize_nvfp4.supports(table, dtype):
-            return dequantize_nvfp4.kernel(table, jnp.int32(0))
+        return dequantize_nvfp4.dequantize(stored, dtype)
     if isinstance(stored, Quantized):
         return stored.dequantize(dtype)
     return stored.astype(dtype)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor, NVFP4Tensor, Product, Quantized, exact
+from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
@@ -213,7 +214,8 @@ def _product_bwd(recipe, axes, residuals, dy):
     elif gradients.activation is None:
         x_columns = operands.merge(operands.swap(saved))
     else:
-        x_columns = operands.columns(saved.dequantize(dy.dtype), gradients.activation, 1, axes)
+        x = dequantize_nvfp4.dequantize(saved, dy.dtype)
+        x_columns = operands.columns(x, gradients.activation, 1, axes)
     samples = range(dy.shape[1])
     if gradients.wgrad is None:
         columns = [operands.merge(operands.swap(rows)) for rows in dy_rows]

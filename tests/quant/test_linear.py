@@ -16,7 +16,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.config import Mesh
 from longlive_jax.errors import InputError
 from longlive_jax.formats import Product
-from longlive_jax.kernels import quantize_nvfp4, quantize_nvfp4_columns
+from longlive_jax.kernels import dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_columns
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import matmul as matmul_lib
@@ -195,19 +195,22 @@ def test_a_product_of_two_tensors_scales_is_exact_in_bfloat16(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["ffn.0", "self_attn.qkv"])
 def test_a_gradient_by_kernels_is_the_same(monkeypatch, path):
-    """A training step whose operands are quantised by the kernels, interpreted."""
+    """A training step whose operands are quantised and dequantised by the kernels, interpreted."""
     outputs = 128 * recipe_lib.LINEARS[path]
     p, x, dy = layer(128, outputs), tokens(2, 64, 128), tokens(2, 64, outputs, seed=8)
     r, key = recipe("nvfp4_ar", path), jax.random.key(3)
     want = step(r, p, x, dy, key)
     called = []
+    monkeypatch.setattr(dequantize_nvfp4, "supports", lambda *_: True)
     for lib in (quantize_nvfp4, quantize_nvfp4_columns):
         monkeypatch.setattr(lib, "supports", lambda x, rule, block, *_: tuple(block) == (1, 16))
+    for lib in (dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_columns):
         one = lib.kernel
         monkeypatch.setattr(lib, "kernel", lambda *x, f=one, **k: called.append(f) or f(*x, **k))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = traced_anew(step)(r, p, x, dy, key)
-    assert len(called) == 2 * (2 + 2 * recipe_lib.LINEARS[path])  # samples of each operand
+    # Samples of each operand, and what was saved of the activation.
+    assert len(called) == 2 * (2 + 2 * recipe_lib.LINEARS[path]) + 1
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
