@@ -144,7 +144,7 @@ def seed(key: jax.Array) -> jax.Array:
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint16 of a tensor's shape: what `quantize_nvfp4` rounds it by, in blocks of one row.
+    """uint16 of a tensor's shape, of whole blocks: what `quantize_nvfp4` rounds it by, by rows.
 
     The bits of b round by (b + 1/2) / 2^16. They depend on a number's place in row-major order
     alone: in block b of 16, the call 4 b + i of Threefry-2x32 is for the numbers i, i + 4, i + 8

@@ -112,8 +112,7 @@ def quantize_each(
     """
     drawn = keys is None or (is_local(x) and _divides(x.shape[keys.ndim :]))
     if supports(x[0], rule, block) and drawn:
-        seeds = [None] * len(x) if keys is None else [threefry.seeds(k) for k in keys]
-        each = zip(x, amax, seeds)  # the kernel is for one
+        each = zip(x, amax, threefry.seeds_of_each(keys, len(x)))  # the kernel is for one
         values, scales = zip(*(_by_kernel(y, a, rule, s) for y, a, s in each))
         return jnp.stack(values), jnp.stack(scales)
 

@@ -22,6 +22,11 @@ def seeds(keys: jax.Array) -> jax.Array:
     return jax.vmap(nvfp4.seed)(keys.reshape(-1))
 
 
+def seeds_of_each(keys: jax.Array | None, tensors: int) -> list[jax.Array | None]:
+    """`seeds` for each of so many tensors, by keys [tensor, group, ..]; None of no keys."""
+    return [None] * tensors if keys is None else [seeds(k) for k in keys]
+
+
 def random_bits(seeds_ref, group: jax.Array, block: jax.Array) -> jax.Array:
     """uint32 [rows, 16], of 16 bits each: for blocks of 16 numbers, one a row and thread.
 

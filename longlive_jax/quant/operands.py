@@ -124,8 +124,7 @@ def _columns_by_kernel(y, fmt, lead, axes, keys):
         amax = _over(amax, axes)
     else:
         amax = _amax(y, tuple(range(lead, y.ndim)), axes)
-    keys = _by_tensor(keys, fmt, lead)
-    seeds = [None] * len(tensors) if keys is None else [threefry.seeds(k) for k in keys]
+    seeds = threefry.seeds_of_each(_by_tensor(keys, fmt, lead), len(tensors))
     each = zip(tensors, amax.reshape(-1), seeds)  # the kernel is for one
     each = [lib.kernel(x, a, fmt.rule, fmt.hadamard, s) for x, a, s in each]
     codes, scales = (jnp.stack(part).reshape(*y.shape[:lead], n, -1) for part in zip(*each))

@@ -27,3 +27,6 @@ def test_seeds_of_any_keys():
     for i, key in enumerate(keys.reshape(-1)):
         np.testing.assert_array_equal(np.asarray(seeds[i]), np.asarray(nvfp4.seed(key)))
     assert threefry.seeds(jax.random.key(3, impl="rbg")).shape == (1, 2)
+    each = threefry.seeds_of_each(keys, 2)
+    np.testing.assert_array_equal(np.concatenate(each), np.asarray(seeds))
+    assert threefry.seeds_of_each(None, 2) == [None, None]
