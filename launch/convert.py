@@ -20,7 +20,15 @@ import tqdm
 from absl import flags
 
 from launch import command
-from longlive_jax.checkpoints import files, from_torch, layout, quantized, store, to_torch, workdir
+from longlive_jax.checkpoints import (
+    from_torch,
+    layout,
+    quantized,
+    sources,
+    store,
+    to_torch,
+    workdir,
+)
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
@@ -42,25 +50,25 @@ flags.DEFINE_string("checkpoint", None, "The checkpoint to export, or to quantis
 
 
 def main() -> None:
-    sources = {p: FLAGS[p].value for p in parts_lib.PARTS if FLAGS[p].value}
+    given = {p: FLAGS[p].value for p in parts_lib.PARTS if FLAGS[p].value}
     if FLAGS.to_safetensors:
-        if sources or FLAGS.tokenizer or FLAGS.lora or FLAGS.output or FLAGS.recipe:
+        if given or FLAGS.tokenizer or FLAGS.lora or FLAGS.output or FLAGS.recipe:
             raise InputError("--to_safetensors takes --checkpoint only; run conversions one by one")
         _export()
     elif FLAGS.checkpoint:
-        if sources or FLAGS.tokenizer or FLAGS.lora:
+        if given or FLAGS.tokenizer or FLAGS.lora:
             raise InputError("--checkpoint is another source; run conversions one by one")
         _quantize()
     else:
-        _import(sources)
+        _import(given)
 
 
-def _import(sources: dict[str, str]) -> None:
-    if not sources and not FLAGS.tokenizer:
+def _import(given: dict[str, str]) -> None:
+    if not given and not FLAGS.tokenizer:
         raise InputError("nothing to convert; give at least one of --dit --vae --umt5 --tokenizer")
     if not FLAGS.output:
         raise InputError("--output is missing; give the checkpoint's directory")
-    if "dit" not in sources:
+    if "dit" not in given:
         for name in ("lora", "lora_alpha", "use_ema", "recipe"):
             if FLAGS[name].value:
                 raise InputError(f"--{name} needs --dit, the weights it is about")
@@ -74,10 +82,10 @@ def _import(sources: dict[str, str]) -> None:
         recipe=FLAGS.recipe,
     )
     # All are validated before the first is written.
-    tokenizer = files.locate(FLAGS.tokenizer, "tokenizer") if FLAGS.tokenizer else None
+    tokenizer = sources.locate(FLAGS.tokenizer, "tokenizer") if FLAGS.tokenizer else None
     opened = {
         part: from_torch.open_part(part, source, config, **(options if part == "dit" else {}))
-        for part, source in sources.items()
+        for part, source in given.items()
     }
     for part, source in opened.items():
         start = time.monotonic()

@@ -9,7 +9,7 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import files, four_over_six, layout, lora, names, quantized
+from longlive_jax.checkpoints import four_over_six, layout, lora, names, quantized, sources
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
@@ -97,7 +97,7 @@ def open_part(
 
     Args:
       part: "dit", "vae" or "umt5".
-      source: file, folder or hf:// address; see `files.locate`.
+      source: file, folder or hf:// address; see `sources.locate`.
       use_ema: of a training checkpoint, take the moving average of the weights.
       lora_source: a LoRA to merge, in the same kinds of places.
       lora_alpha: its scale's numerator; default the file's, else its rank.
@@ -111,8 +111,8 @@ def open_part(
     """
     network = parts_lib.PARTS[part]
     section = network.config(config)
-    path = files.locate(source, part)
-    saved = files.read(path)
+    path = sources.locate(source, part)
+    saved = sources.read(path)
     tensors = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
         tensors = four_over_six.collect(tensors, path)
@@ -132,8 +132,8 @@ def open_part(
     quantized.spec(spec, own)  # refuses sides that the blocks do not divide
     used = (path,)
     if lora_source is not None:
-        lora_path = files.locate(lora_source, "lora")
-        tensors = lora.merge(tensors, files.read(lora_path), lora_alpha, lora_path)
+        lora_path = sources.locate(lora_source, "lora")
+        tensors = lora.merge(tensors, sources.read(lora_path), lora_alpha, lora_path)
         used += (lora_path,)
     return Source(network, spec, section, tensors, used, own, config.compute_dtype)
 

@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.checkpoints import pickle_reader, safetensors
@@ -82,7 +81,8 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
     """All tensors of a folder: those of its index file, else of all its safetensors files."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise InputError(f"{folder}: has several index files, {_names(indices)}; give one's folder")
+        names = ", ".join(p.name for p in indices)
+        raise InputError(f"{folder}: has several index files, {names}; give one's folder")
     if indices:
         index = versioned.read_json(indices[0])
         where = index.get("weight_map") if isinstance(index, dict) else None
@@ -107,10 +107,6 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
                 )
             tensors[key] = t
     return tensors
-
-
-def _names(paths: Sequence[pathlib.Path]) -> str:
-    return ", ".join(p.name for p in paths)
 
 
 def _download(source: str, part: str) -> str:
