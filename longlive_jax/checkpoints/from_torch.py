@@ -26,7 +26,7 @@ class Source:
     part: parts_lib.Part
     spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
-    tensors: Mapping[str, Tensor | four_over_six.Packed]  # by the original's keys
+    tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
     files: tuple[str, ...]
     recipe: Recipe | None  # that quantises the linear layers' weights, or has done so in the file
     dtype: np.dtype  # that weights are cast to before they are quantised
@@ -113,7 +113,7 @@ def open_part(
     section = network.config(config)
     path = sources.locate(source, part)
     saved = sources.read(path)
-    tensors = names.state_dict(saved, part, use_ema, path)
+    tensors: dict[str, Any] = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
         tensors = four_over_six.collect(tensors, path)
     spec = network.spec(section)
