@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from longlive_jax.errors import InputError
+from longlive_jax.recipes import KV_FORMATS, PAYLOADS, RECIPES
 
 SPATIAL_COMPRESSION = 16  # pixels a latent covers, each way
 TEMPORAL_COMPRESSION = 4  # frames a latent covers, after the first, which covers one
@@ -20,13 +21,6 @@ FRAMES_PER_SECOND = 24
 PATCH = 2  # latents a token covers, each way
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
-KV_FORMATS = ("bf16", "fp8", "nvfp4")  # what `quant.kv` knows
-PAYLOADS = ("bf16", "nvfp4")  # what `quant.all_to_all` knows
-# Those of `quant.recipe`, and whether they say how gradients are computed.
-RECIPES = {
-    "bf16": True, "fp8": False, "fp8_train": True, "nvfp4_ar": True, "nvfp4_dmd": True,
-    "nvfp4_te": True, "nvfp4_w4a4": False,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +117,9 @@ class Sample:
 class Quant:
     """Number formats of less than 16 bits. "bf16": none, all is in the dtype of compute."""
 
-    recipe: str = "bf16"  # of the blocks' linear layers, one of RECIPES
-    kv: str = "bf16"  # of the sampler's cache, one of KV_FORMATS
-    all_to_all: str = "bf16"  # of what devices exchange in sampling, one of PAYLOADS
+    recipe: str = "bf16"  # of the blocks' linear layers, one of `recipes.RECIPES`
+    kv: str = "bf16"  # of the sampler's cache, one of `recipes.KV_FORMATS`
+    all_to_all: str = "bf16"  # of what devices exchange in sampling, of `recipes.PAYLOADS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,23 +323,26 @@ def _validate_quant(config):
         _refuse(f"quant.kv={kv!r}", f"must be one of {', '.join(KV_FORMATS)}")
     if payload not in PAYLOADS:
         _refuse(f"quant.all_to_all={payload!r}", f"must be one of {', '.join(PAYLOADS)}")
-    if kv == "fp8":
+    stored, sent = KV_FORMATS[kv], PAYLOADS[payload]
+    if stored is not None and stored.tokens > 1:
         s = config.sample
         patches = s.height * s.width // (SPATIAL_COMPRESSION * PATCH) ** 2
         _divides(
             f"model.chunk_frames x patches of {s.height} x {s.width} pixels",
             config.model.chunk_frames * patches,
-            "tokens that quant.kv='fp8' stores together",
-            16,
+            f"tokens that quant.kv={kv!r} stores together",
+            stored.tokens,
         )
-    if "nvfp4" in (kv, payload):
-        _divides("model.dim / model.num_heads", config.model.head_dim, "numbers a block", 16)
-    recipe, m = config.quant.recipe, config.model
-    if recipe not in RECIPES:
-        _refuse(f"quant.recipe={recipe!r}", f"must be one of {', '.join(RECIPES)}")
-    if recipe.startswith("nvfp4"):
-        _divides("model.dim", m.dim, "numbers a block * mesh.fsdp", 16 * config.mesh.fsdp)
-        _divides("model.ffn_dim", m.ffn_dim, "numbers a block", 16)
+    m, name = config.model, config.quant.recipe
+    for fmt in filter(None, (stored, sent)):
+        _divides("model.dim / model.num_heads", m.head_dim, "numbers a block", fmt.multiple)
+    if name not in RECIPES:
+        _refuse(f"quant.recipe={name!r}", f"must be one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if recipe is not None and recipe.multiple > 1:
+        block = recipe.multiple
+        _divides("model.dim", m.dim, "numbers a block * mesh.fsdp", block * config.mesh.fsdp)
+        _divides("model.ffn_dim", m.ffn_dim, "numbers a block", block)
 
 
 def validate_training(config: Config) -> None:
@@ -370,11 +367,12 @@ def validate_training(config: Config) -> None:
             _refuse(f"train.{name}={getattr(t, name)}", "must be at least 0 and below 1")
     if not 0 <= t.context_levels <= 1000:
         _refuse(f"train.context_levels={t.context_levels}", "must be 0 to 1000, the noise levels")
-    if not RECIPES[config.quant.recipe]:
+    recipe = RECIPES[config.quant.recipe]
+    if recipe is not None and recipe.gradients is None:
         _refuse(
             f"quant.recipe={config.quant.recipe!r}",
             "is for sampling; train in one of "
-            + ", ".join(name for name, gradients in RECIPES.items() if gradients),
+            + ", ".join(name for name, r in RECIPES.items() if r is None or r.gradients),
         )
     if t.remat not in REMAT:
         _refuse(f"train.remat={t.remat!r}", f"must be one of {', '.join(REMAT)}")

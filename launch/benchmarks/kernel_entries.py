@@ -105,7 +105,7 @@ def _by_rows(x):
 
 def _product(rows, n):
     keys = jax.random.split(jax.random.key(0), 4)
-    return formats.Product(
+    return formats.PendingMatmul(
         sums=128 * jax.random.normal(keys[0], (1, rows, n), jnp.bfloat16),
         row=jnp.exp(jax.random.normal(keys[1], (1, rows, 1)) / 4) / 128,
         column=jnp.exp(jax.random.normal(keys[2], (n,)) / 4),

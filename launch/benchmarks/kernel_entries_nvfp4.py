@@ -22,7 +22,6 @@ from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.kernels import quantize_nvfp4_columns as quantize_nvfp4_columns_lib
 from longlive_jax.kernels import threefry
 from longlive_jax.quant import kv, operands
-from longlive_jax.quant import matmul as matmul_lib
 
 
 def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
@@ -149,7 +148,7 @@ def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
         _, k, _, slots = window(cfg)
         shape = (2, 1, slots, *k.shape[1:])
     x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jax.jit(lambda x: kv.store(x.reshape(-1, *shape[3:]), "nvfp4"))(x)
+    q = jax.jit(lambda x: kv.store(formats.NVFP4("mse"), x.reshape(-1, *shape[3:])))(x)
     q = jax.tree.map(lambda leaf: leaf.reshape(*shape[:3], *leaf.shape[1:]), q)
     size = math.prod(shape[1:])
     return [
@@ -183,16 +182,16 @@ def expand_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     return [
         Entry(
             name=f"expand_nvfp4 and product {rows}x{depth}x{n}",
-            arguments=(x, w, jax.jit(matmul_lib.expand_by_xla)(w)),
+            arguments=(x, w, jax.jit(formats.NVFP4Tensor.operand)(w)),
             call=lambda x, w, _: product(x, expand(w)),
             # In memory, as a library wants it: the sampler has XLA make no products itself.
-            baseline=lambda x, w, _: product(x, operands.in_memory(matmul_lib.expand_by_xla(w))),
+            baseline=lambda x, w, _: product(x, operands.in_memory(w.operand())),
             error=relative_error,
             limit=2e-3,  # sums in another order, then rounded
             details={
                 "bfloat16 weights": lambda x, _, w: product(x, w),
                 "expansion": lambda _, w, __: expand(w),
-                "expansion by XLA": lambda _, w, __: matmul_lib.expand_by_xla(w),
+                "expansion by XLA": lambda _, w, __: w.operand(),
             },
             bytes=2 * (x.size + rows * n) + w.values.size * 9 // 16,
             flops=2 * rows * depth * n,

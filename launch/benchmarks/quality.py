@@ -21,9 +21,9 @@ from launch.benchmarks import measure
 from launch.benchmarks.stream import chunk_inputs
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 
 ROUNDED = "noise rounded"
@@ -93,7 +93,9 @@ def _outputs(cfg, mesh, params, rounded=False):
 
 def _hidden(cfg, sampler, params, state, inputs):
     recipe = recipe_lib.get(cfg.quant.recipe)
-    parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
+    parallel = dit.Parallel.sampling(
+        cfg.compute_dtype, recipe, recipe_lib.PAYLOADS[cfg.quant.all_to_all]
+    )
     model = cfg.model
 
     def states(params, state, inputs):

@@ -28,14 +28,14 @@ from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import directory as directory_lib
 from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer as tokenizer_lib
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights as weights_lib
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 _GROUP_BYTES = 256 << 20  # a group is in memory about three times while it is written
 

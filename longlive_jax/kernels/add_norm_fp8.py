@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.kernels.chip import is_hopper, is_local
@@ -30,7 +30,7 @@ AT_MOST, IN_FLIGHT = 18, 2
 
 
 def supports(
-    x: jax.Array, y: Product, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
+    x: jax.Array, y: PendingMatmul, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
 ) -> bool:
     """Whether the kernel takes these: bfloat16 rows of 1,024s, local, on a Hopper GPU."""
     local = all(map(is_local, jax.tree.leaves((x, y))))
@@ -67,7 +67,7 @@ def _runs(shape, shapes):
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
     x: jax.Array,
-    y: Product,
+    y: PendingMatmul,
     gate: jax.Array | None,
     scale: jax.Array,
     shift: jax.Array,

@@ -34,7 +34,7 @@ from longlive_jax.ops.rotated import norm_rotate
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
 from longlive_jax.quant.operands import AMAX
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 PATCH = config_lib.PATCH
 TIME_SLOTS = 6  # shift, scale, gate of self-attention, then of the FFN

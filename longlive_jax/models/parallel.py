@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.formats import FP8Tensor, Product
+from longlive_jax.formats import Format, PendingMatmul, Quantized
 from longlive_jax.ops import residual, ulysses
 from longlive_jax.ops.gelu import gelu, gelu_of_product
 from longlive_jax.ops.norm import layer_norm
@@ -19,7 +19,7 @@ from longlive_jax.ops.quantized import (
 )
 from longlive_jax.quant import kv
 from longlive_jax.quant import linear as quantized
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Parallel:
     rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
     dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
     recipe: Recipe | None = None  # of the blocks' linear layers; None: nothing is quantised
-    payload: str = "bf16"  # what the sampler's all-to-alls send, one of config.PAYLOADS
+    payload: Format | None = None  # what the sampler's all-to-alls send; None: x as it is
 
     @classmethod
     def sampling(
         cls,
         dtype: jnp.dtype | None = None,
         recipe: Recipe | None = None,
-        payload: str = "bf16",
+        payload: Format | None = None,
     ) -> "Parallel":
         return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()), dtype, recipe, payload)
 
@@ -49,10 +49,10 @@ class Parallel:
         return cls(mesh_lib.SEQ, tuple(mesh_lib.RULES.items()), dtype, recipe)
 
     def linear(self, block, path: str, x, key=None) -> jax.Array:
-        """The block's linear layer at this path, of `quant.recipe.LINEARS`; key: for rounding."""
+        """The block's linear layer at this path, of `recipes.LINEARS`; key: for rounding."""
         return self._multiply(quantized.linear, block, path, x, key)
 
-    def product(self, block, path: str, x, key=None) -> jax.Array | Product:
+    def product(self, block, path: str, x, key=None) -> jax.Array | PendingMatmul:
         """`linear`, for what can take a product before its scales and bias, where that pays."""
         return self._multiply(quantized.product, block, path, x, key)
 
@@ -64,27 +64,26 @@ class Parallel:
         axes = () if self.seq_axis is None else (self.seq_axis,)
         return by(p, x, recipe, key, axes)
 
-    def layer_norm(self, path: str, x, scale, shift) -> jax.Array | FP8Tensor:
+    def layer_norm(self, path: str, x, scale, shift) -> jax.Array | Quantized:
         """`ops.norm.layer_norm`, as the block's linear layer at this path is given it."""
         if self._takes_rows(path):
             return layer_norm_quantize_rows(x, scale, shift)
         return layer_norm(x, scale, shift)
 
     def add_layer_norm(
-        self, path: str, x, y: jax.Array | Product, gate, scale, shift
-    ) -> tuple[jax.Array, jax.Array | FP8Tensor]:
+        self, path: str, x, y: jax.Array | PendingMatmul, gate, scale, shift
+    ) -> tuple[jax.Array, jax.Array | Quantized]:
         """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the linear layer there."""
         if self._takes_rows(path):
             return add_layer_norm_quantize_rows(x, y, gate, scale, shift)
         x = residual.add(x, y, gate)
         return x, layer_norm(x, scale, shift)
 
-    def gelu(self, path: str, x: jax.Array | Product) -> jax.Array | FP8Tensor:
+    def gelu(self, path: str, x: jax.Array | PendingMatmul) -> jax.Array | Quantized:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path is given it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)
-        if isinstance(x, Product):
-            x = x.astype(x.dtype)
+        x = x.astype(x.dtype)  # a product that waits is due
         return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def made_once(self, x: jax.Array) -> jax.Array:
@@ -101,14 +100,14 @@ class Parallel:
         if self.seq_axis is None:
             return x
         send = functools.partial(ulysses.to_heads, mesh_axis=self.seq_axis, token_axis=1)
-        return kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+        return kv.exchange(kv.store(self.payload, x, self.seq_axis), send)
 
     def to_tokens(self, x: jax.Array) -> jax.Array:
         """[batch, token, head / n, head_dim] -> [batch, token / n, head, head_dim]."""
         if self.seq_axis is None:
             return x
         send = functools.partial(ulysses.to_tokens, mesh_axis=self.seq_axis, token_axis=1)
-        sent = kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+        sent = kv.exchange(kv.store(self.payload, x, self.seq_axis), send)
         return kv.load(sent, x.dtype)
 
     def gather(self, tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:

@@ -15,9 +15,10 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling.kv_cache import EMPTY, KVCache
@@ -296,7 +297,9 @@ class Sampler:
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
 
         def compile(fn, in_specs, out_specs):
-            parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
+            parallel = dit.Parallel.sampling(
+                cfg.compute_dtype, recipe, recipe_lib.PAYLOADS[cfg.quant.all_to_all]
+            )
             fn = functools.partial(fn, cfg=cfg, parallel=parallel)
             # Without differentiation there is nothing for varying-axes types to check.
             fn = jax.shard_map(
@@ -385,11 +388,16 @@ _FRAMES = _spec("batch", "frame", None, None, None)
 def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
     cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 16, cfg.model.num_heads))
-    packed = KVCache.PACKED_AXES if cache.format == "fp8" else KVCache.AXES
+
+    def specs(table, axes):  # an array of fewer axes has the first of them
+        axes = (*KVCache.AXES, *axes)
+        return jax.tree.map(lambda leaf: _spec(*axes[: leaf.ndim]), table)
+
+    k, v = map(specs, (cache.k, cache.v), kv.axes(cache.format))
     return StreamState(
         cache=cache.replace(
-            k=jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), cache.k),
-            v=jax.tree.map(lambda leaf: _spec(*packed[: leaf.ndim]), cache.v),
+            k=k,
+            v=v,
             chunk=_spec("batch", None),
         ),
         chunk=jax.P(),

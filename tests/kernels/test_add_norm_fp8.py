@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import add_norm_fp8 as lib
 from longlive_jax.ops import quantized, residual
 from tests.kernels.test_gelu_fp8 import product
@@ -102,7 +102,7 @@ def test_it_lowers_for_hopper(monkeypatch):
 
     x = of(*shape[:-1], dtype=jnp.bfloat16)
     row = jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)
-    y = Product(x, row, of(), of(dtype=jnp.bfloat16))
+    y = PendingMatmul(x, row, of(), of(dtype=jnp.bfloat16))
     frames, one = of(1, 1, 8, 1), of(1, 1, 1, 1, dtype=jnp.bfloat16)
     for gate, scale in ((frames, one), (None, frames)):
         traced = jax.jit(lambda *z: quantized.add_layer_norm_quantize_rows(*z)).trace(

@@ -20,7 +20,7 @@ N = 3072
 def product(rows, n=N):
     """Of sums in the hundreds and a scale and a bias for each column; numbers of about 3."""
     keys = jax.random.split(jax.random.key(0), 4)
-    return formats.Product(
+    return formats.PendingMatmul(
         sums=256 * jax.random.normal(keys[0], (rows, n), jnp.bfloat16),
         row=jnp.exp(jax.random.normal(keys[1], (rows, 1))) / 256,
         column=jnp.exp(jax.random.normal(keys[2], (n,))),
@@ -53,7 +53,7 @@ def test_rows_out_of_the_ordinary():
 def test_it_lowers_for_hopper(monkeypatch):
     monkeypatch.setattr(lib, "supports", lambda *_: True)
     shape = (1, 1, 8, 880, 14336)
-    x = formats.Product(
+    x = formats.PendingMatmul(
         sums=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
         row=jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32),
         column=jax.ShapeDtypeStruct(shape[-1:], jnp.float32),

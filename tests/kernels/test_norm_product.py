@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import norm_product as lib
 from longlive_jax.ops import norm
 from tests.kernels.test_gelu_fp8 import product
@@ -68,7 +68,7 @@ def test_of_an_array_it_is_the_norm():
 def test_it_lowers_for_hopper(monkeypatch):
     monkeypatch.setattr(lib, "supports", lambda *_: True)
     shape = (1, 1, 8, 880, 3072)
-    x = Product(
+    x = PendingMatmul(
         sums=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
         row=jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32),
         column=jax.ShapeDtypeStruct(shape[-1:], jnp.float32),

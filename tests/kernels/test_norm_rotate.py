@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import norm_rotate as lib
 from longlive_jax.ops import rope, rotated
 from longlive_jax.ops.norm import rms_norm
@@ -37,7 +37,7 @@ def product(shape, dim, weights=jnp.bfloat16):
     """As `arguments`, with a product of about their numbers for qkv."""
     sums, *rest = arguments(shape, dim, weights)
     keys = jax.random.split(jax.random.key(1), 3)
-    scaled = Product(
+    scaled = PendingMatmul(
         sums=128 * sums,
         row=jnp.exp(jax.random.normal(keys[0], (*shape, 1))) / 128,
         column=jnp.exp(jax.random.normal(keys[1], (3 * dim,))),
@@ -117,7 +117,7 @@ def test_of_a_product_out_of_the_ordinary():
     sums, *rest = extremes(1024)
     row = jnp.full((7, 1), 1000.0).at[3].set(jnp.nan)
     column, bias = jnp.full(3072, 0.001), jnp.zeros(3072, jnp.bfloat16)
-    x = Product(sums, row, column, bias), *rest
+    x = PendingMatmul(sums, row, column, bias), *rest
     result = interpreted()(*x)
     check(result, composed_of_product(*x), OTHERS)
     assert np.isnan(np.asarray(result[2], np.float32)[3]).all()
@@ -154,7 +154,7 @@ CHUNK = (
 )
 
 
-PRODUCT = Product(
+PRODUCT = PendingMatmul(
     sums=CHUNK[0],
     row=jax.ShapeDtypeStruct((*SHAPE, 1), jnp.float32),
     column=jax.ShapeDtypeStruct((9216,), jnp.float32),

@@ -12,11 +12,10 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
-from longlive_jax.formats import exact, nvfp4
+from longlive_jax.formats import NVFP4, exact, nvfp4
 from longlive_jax.kernels import quantize_nvfp4_columns as lib
 from longlive_jax.kernels import threefry
 from longlive_jax.quant import operands
-from longlive_jax.quant.recipe import NVFP4
 from tests.kernels.checks import pretend_hopper
 from tests.kernels.test_quantize_nvfp4 import arrays as of_rows
 from tests.kernels.test_quantize_nvfp4 import compare, equal
@@ -94,7 +93,7 @@ def test_every_tile_gives_the_same(tile):
 def run_columns(y, fmt, lead, keys):
     """`operands.columns`, traced anew, in interpret mode where a kernel is called."""
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return jax.jit(lambda y, keys: operands.columns(y, fmt, lead, (), keys))(y, keys)
+        return jax.jit(lambda y, keys: operands.columns(fmt, y, lead, (), keys))(y, keys)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_operands_lower_on_a_mesh(monkeypatch):
         y.dtype,
     )
     run = jax.shard_map(
-        lambda y, keys: operands.columns(y, fmt, 1, ("seq",), keys),
+        lambda y, keys: operands.columns(fmt, y, 1, ("seq",), keys),
         mesh=mesh,
         in_specs=(spec, spec),
         out_specs=out,
