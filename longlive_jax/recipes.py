@@ -81,20 +81,21 @@ class Recipe:
         return math.lcm(self.activation.multiple, self.weight.multiple)
 
 
-def _nvfp4(name: str, weight_rule: str) -> Recipe:
-    """The original's training: wgrad quantises the dequantised activation a second time.
+def _nvfp4(name: str, weight: str, rule: str = "mse", saved: str = "forward") -> Recipe:
+    """Training by a rule for weights and one for all else.
 
     Square blocks, so that a weight and its transpose are the same numbers. Gradients are rounded
     stochastically, and both operands of wgrad go through the Hadamard transform.
     """
     return Recipe(
         name,
-        activation=NVFP4("mse"),
-        weight=NVFP4(weight_rule, (16, 16)),
+        activation=NVFP4(rule),
+        weight=NVFP4(weight, (16, 16)),
         gradients=Gradients(
-            dgrad=NVFP4("mse", stochastic=True),
-            wgrad=NVFP4("mse", hadamard=True, stochastic=True),
-            activation=NVFP4("mse", hadamard=True),
+            dgrad=NVFP4(rule, stochastic=True),
+            wgrad=NVFP4(rule, hadamard=True, stochastic=True),
+            activation=NVFP4(rule, hadamard=True),
+            saved=saved,
         ),
     )
 
@@ -104,22 +105,13 @@ _TABLE = (
     Recipe("fp8", activation=FP8(rows=True), weight=FP8(rows=True)),
     # Range matters more than precision in gradients: E5M2.
     Recipe("fp8_train", FP8(), FP8(), Gradients(dgrad=FP8("float8_e5m2"))),
+    # The original's: wgrad quantises the dequantised activation a second time.
     _nvfp4("nvfp4_ar", "static_6"),
     _nvfp4("nvfp4_dmd", "mse"),
     # As the original exports: blocks of one row, whatever the training had.
     Recipe("nvfp4_w4a4", NVFP4("mse"), NVFP4("mse")),
     # Transformer Engine's defaults: both operands of wgrad are made of unquantised tensors.
-    Recipe(
-        "nvfp4_te",
-        activation=NVFP4("static_6"),
-        weight=NVFP4("static_6", (16, 16)),
-        gradients=Gradients(
-            dgrad=NVFP4("static_6", stochastic=True),
-            wgrad=NVFP4("static_6", hadamard=True, stochastic=True),
-            activation=NVFP4("static_6", hadamard=True),
-            saved="wgrad",
-        ),
-    ),
+    _nvfp4("nvfp4_te", "static_6", "static_6", saved="wgrad"),
 )
 # What `quant.recipe`, `quant.kv` and `quant.all_to_all` name; None: nothing is quantised.
 RECIPES: dict[str, Recipe | None] = {"bf16": None} | {recipe.name: recipe for recipe in _TABLE}

@@ -60,21 +60,20 @@ class FP8(Format):
     otherwise: ClassVar[str] = "by the compiler's own conversion"
 
     @property
-    def needs_amax(self) -> bool:
+    def per_tensor(self) -> bool:
         return not self.rows
-
-    per_tensor = needs_amax
 
     @property
     def fused(self) -> bool:
         return self == FP8(rows=True)
 
-    def quantize(self, x, amax=None, keys=None) -> FP8Tensor:
+    def quantize(self, x, lead=0, agree=lambda amax: amax, keys=None) -> FP8Tensor:
         """x in FP8, to nearest. A tensor's scale is rounded up to a power of two."""
         if self.rows:
             return quantize_fp8(x, self.dtype, axis=-1)
+        amax = agree(exact.largest_magnitude(x, tuple(range(lead, x.ndim))))
         one = functools.partial(quantize_fp8, dtype=jnp.dtype(self.dtype))
-        for _ in range(amax.ndim):
+        for _ in range(lead):
             one = jax.vmap(one)
         return one(x, amax=_with_power_of_two_scale(amax, self.dtype))
 

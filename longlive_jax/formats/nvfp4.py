@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -200,16 +199,15 @@ class NVFP4(Format):
     tensor: ClassVar[type[Quantized]] = NVFP4Tensor
     native: ClassVar[float] = 10.0
     multiple: ClassVar[int] = BLOCK
-    needs_amax: ClassVar[bool] = True
 
-    def transform(self, x: jax.Array) -> jax.Array:
-        return hadamard_lib.random_hadamard(x) if self.hadamard else x
-
-    def quantize(self, x, amax=None, keys=None, each: Callable = quantize_each) -> NVFP4Tensor:
+    def quantize(
+        self, x, lead=0, agree=lambda amax: amax, keys=None, each=quantize_each
+    ) -> NVFP4Tensor:
         """x in NVFP4. `each`: what quantises, such as `kernels.quantize_nvfp4.quantize_each`."""
-        lead = amax.ndim
-        keys = None if keys is None else keys.reshape(-1, *keys.shape[lead:])
-        tensors = x.reshape(-1, *x.shape[lead:])
+        if self.hadamard:
+            x = hadamard_lib.random_hadamard(x)
+        amax = agree(exact.largest_magnitude(x, tuple(range(lead, x.ndim))))
+        tensors, keys = x.reshape(-1, *x.shape[lead:]), self.keys_of_each(keys, lead)
         values, scales = each(tensors, amax.reshape(-1), self.rule, self.block, keys)
         return NVFP4Tensor(
             values=values.reshape(x.shape),
@@ -219,6 +217,11 @@ class NVFP4(Format):
             block=self.block,
             dtype=x.dtype,
         )
+
+    def keys_of_each(self, keys: jax.Array | None, lead: int) -> jax.Array | None:
+        """Keys [tensor, group] of [.., group]; None of none, and where nothing is drawn."""
+        draws = self.stochastic and keys is not None
+        return keys.reshape(-1, *keys.shape[lead:]) if draws else None
 
 
 def seed(key: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import jax
@@ -12,36 +13,32 @@ from longlive_jax.errors import InputError
 
 
 class Format:
-    """How arrays are quantised, as data: each format is a frozen dataclass.
-
-    `quant.operands` calls `transform`, then `quantize`, or a kernel in its place.
-    """
+    """How arrays are quantised, as data: each format is a frozen dataclass."""
 
     title: ClassVar[str]  # for people
     tensor: ClassVar[type["Quantized"]]  # what `quantize` makes
-    # NVIDIA's compute capability from which on products take it as it is, and how they do elsewhere
-    native: ClassVar[float] = math.inf
-    otherwise: ClassVar[str] = "as bfloat16, which holds them exactly"
-    multiple: ClassVar[int] = 1  # of numbers, along the axis that is contracted, blocks are made
-    tokens: ClassVar[int] = 1  # that a KV cache stores together
+    native: ClassVar[float] = math.inf  # least compute capability of GPUs that multiply its codes
+    otherwise: ClassVar[str] = "as bfloat16, which holds them exactly"  # how others multiply them
+    multiple: ClassVar[int] = 1  # a row must have a multiple of so many numbers
+    tokens: ClassVar[int] = 1  # a KV cache's chunk must have a multiple of so many tokens
     stochastic: bool = False  # whether rounding takes a key
-    needs_amax: bool = False  # whether scales depend on the tensor's largest magnitude
-    per_tensor: bool = False  # whether a tensor has one scale, a power of two
+    per_tensor: bool = False  # whether a tensor has one scale
     fused: bool = False  # whether `ops.quantized` makes it, in one pass with what computes x
 
-    def transform(self, x: jax.Array) -> jax.Array:
-        """What is quantised in x's place, [..., n]."""
-        return x
-
     def quantize(
-        self, x: jax.Array, amax: jax.Array | None = None, keys: jax.Array | None = None
+        self,
+        x: jax.Array,
+        lead: int = 0,
+        agree: Callable[[jax.Array], jax.Array] = lambda amax: amax,
+        keys: jax.Array | None = None,
     ) -> "Quantized":
         """x [.., n], bfloat16 or float32, with scales along the last axis.
 
         Args:
-          amax: float32 [..], the largest magnitudes of tensors that x's leading axes count; None
-            unless the format `needs_amax`.
-          keys: [.., group], for tensors and for groups that x's next axes count; None: to nearest.
+          lead: how many first axes of x count tensors.
+          agree: of tensors' largest magnitudes [..], what devices that share them agree on.
+          keys: [.., group], for tensors and for groups that x's next axes count, if `stochastic`;
+            None: to nearest.
         """
         raise NotImplementedError
 

@@ -1,6 +1,5 @@
 """What kernels and libraries do with FP8. Registered here for the functions of `quant`."""
 
-import jax
 import jax.numpy as jnp
 
 from longlive_jax.formats import FP8, FP8Pair, FP8Tensor
@@ -10,9 +9,11 @@ from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant import kv, matmul, operands
 
 
-@operands.make.register
-def _(fmt: FP8, x, amax, keys):
-    return operands.in_memory(quantize_rows(x) if fmt.fused else fmt.quantize(x, amax, keys))
+@operands.quantize.register
+def _(fmt: FP8, x, lead, axes=(), keys=None):
+    del keys
+    made = quantize_rows(x) if fmt.fused else fmt.quantize(x, lead, operands.agreed(axes))
+    return operands.in_memory(made)
 
 
 @matmul.scaled.register
@@ -48,6 +49,6 @@ def _(fmt: FP8Pair):
 
 
 @kv.attend.register
-def _(fmt: FP8Pair, q: jax.Array, k, v, past, layer, filled):
-    fresh = kv.store_pair(fmt, k, v)
-    return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
+def _(fmt: FP8Pair, q, own, past, layer, filled):
+    own = kv.store_pair(fmt, *own)
+    return attention_fp8.attention(q, *own, *past, layer, filled, attention)

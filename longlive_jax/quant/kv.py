@@ -70,23 +70,23 @@ def axes(fmt: Format | None) -> tuple[tuple[str | None, ...], tuple[str | None, 
 
 @functools.singledispatch
 def attend(
-    fmt: Format | None, q: jax.Array, k: Stored, v: Stored, past: Pair, layer: int | jax.Array,
-    filled: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """Attention of q [row, token, head, head_dim] over a chunk's own k and v and the cache's.
+    fmt: Format | None, q: jax.Array, own: Pair, past: Pair, layer: jax.Array, filled: jax.Array
+) -> jax.Array:
+    """Attention of q [row, token, head, head_dim] over a chunk's own keys and values and the past.
 
     Args:
-      k, v: of q's shape.
-      past: what `store_pair` made of keys and of values, [layer, row, slot, ...].
-      filled: int32 [row], slots that are.
+      own: keys and values of the chunk, of q's shape.
+      past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
+      layer: int32 [], the one to attend to.
+      filled: int32 [row], how many slots hold a chunk.
     """
-    k, v = (load(x, x.dtype) for x in (k, v))
+    own = [load(x, x.dtype) for x in own]
     if fmt is not None:
         # Not before q is there: the compiler would expand all layers at once, and hold them.
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
         past = tuple(load_layer(table, layer, q.dtype) for table in past)
         layer = 0
-    return attention_bf16.attention(q, k, v, *past, layer, filled, attention)
+    return attention_bf16.attention(q, *own, *past, layer, filled, attention)
 
 
 @functools.singledispatch

@@ -22,7 +22,7 @@ from longlive_jax.formats import PendingMatmul, Quantized, exact
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
-from longlive_jax.quant.matmul import column_scales, is_native, matmul, row_scales, scaled, unscaled
+from longlive_jax.quant.matmul import is_native, matmul, scaled, scales_of_rows, unscaled
 from longlive_jax.recipes import Recipe
 
 SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
@@ -93,8 +93,8 @@ def product(
     sums = unscaled(operands.in_memory(x), weight, x.dtype)
     return PendingMatmul(
         sums=sums.reshape(*x.shape[:-1], -1),
-        row=row_scales(x),
-        column=column_scales(weight).reshape(-1),
+        row=scales_of_rows(x),
+        column=scales_of_rows(weight).reshape(-1),
         bias=params["bias"].astype(x.dtype),
     )
 

@@ -26,7 +26,7 @@ def matmul(
         # One number, which XLA's GemmRewriter gives to the library that makes the sums in float32.
         scales = [scale.reshape((1,) * y.ndim) for scale in scales]
     else:
-        scales[1] = column_scales(weight).reshape((1,) * len(lead) + (-1,))
+        scales[1] = scales_of_rows(weight).reshape((1,) * len(lead) + (-1,))
     return (y * (scales[0] * scales[1])).astype(dtype)
 
 
@@ -52,12 +52,9 @@ def operand(q: Quantized) -> jax.Array:
     return q.operand()
 
 
-def row_scales(x: Quantized) -> jax.Array:
-    """float32 [..., 1]: of the rows of a product by x [..., in]."""
-    return jnp.broadcast_to(x.factor(), (*x.shape[:-1], 1))
-
-
-column_scales = row_scales  # float32 [part, out, 1]: of its columns, by weight [part, out, in]
+def scales_of_rows(q: Quantized) -> jax.Array:
+    """float32 [..., 1] of q [..., in]: of a weight's rows, which are a product's columns, too."""
+    return jnp.broadcast_to(q.factor(), (*q.shape[:-1], 1))
 
 
 def backend(recipe: Recipe | None) -> str:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import NVFP4, NVFP4Tensor, from_packed
+from longlive_jax.formats import NVFP4, NVFP4Tensor, exact, from_packed
 from longlive_jax.kernels import dequantize_nvfp4, threefry
 from longlive_jax.kernels import quantize_nvfp4_columns as columns_lib
 from longlive_jax.kernels.quantize_nvfp4 import quantize_each
@@ -12,9 +12,9 @@ from longlive_jax.quant import kv, matmul, operands
 operands.dequantize.register(NVFP4Tensor, dequantize_nvfp4.dequantize)
 
 
-@operands.make.register
-def _(fmt: NVFP4, x, amax, keys):
-    return fmt.quantize(x, amax, keys, quantize_each)
+@operands.quantize.register
+def _(fmt: NVFP4, x, lead, axes=(), keys=None):
+    return fmt.quantize(x, lead, operands.agreed(axes), keys, quantize_each)
 
 
 @operands.columns.register
@@ -27,10 +27,10 @@ def _(fmt: NVFP4, y, lead, axes, keys=None):
     tensors = y.reshape(-1, group * row, n)
     if fmt.hadamard:
         amax = jnp.stack([columns_lib.largest_magnitude(x) for x in tensors])
-        amax = operands.agreed(amax.reshape(y.shape[:lead]), axes)
+        amax = amax.reshape(y.shape[:lead])
     else:
-        amax = operands.largest_magnitude(y, lead, axes)
-    keys = keys.reshape(-1, *keys.shape[lead:]) if fmt.stochastic and keys is not None else None
+        amax = exact.largest_magnitude(y, tuple(range(lead, y.ndim)))
+    amax, keys = operands.agreed(axes)(amax), fmt.keys_of_each(keys, lead)
     each = zip(tensors, amax.reshape(-1), threefry.seeds_of_each(keys, len(tensors)))
     each = [columns_lib.kernel(x, a, fmt.rule, fmt.hadamard, s) for x, a, s in each]
     codes, scales = (jnp.stack(part).reshape(*y.shape[:lead], n, -1) for part in zip(*each))

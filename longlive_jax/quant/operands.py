@@ -5,19 +5,20 @@ the devices that hold the rest of a sample it is a maximum.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlive_jax.formats import Format, Quantized, exact
+from longlive_jax.formats import Format, Quantized
 
 # Name, for `jax.checkpoint`, of largest magnitudes: a few bytes, without which a tensor that is
 # made and quantised again is read once more.
 AMAX = "amax"
 
 
+@functools.singledispatch
 def quantize(
     fmt: Format, x: jax.Array, lead: int, axes: Sequence[str] = (), keys: jax.Array | None = None
 ) -> Quantized:
@@ -27,15 +28,7 @@ def quantize(
       axes: mesh axes, inside a manual `jax.shard_map`, over which a tensor is spread.
       keys: [.., group], for tensors and for groups within them; taken if the format is stochastic.
     """
-    x = fmt.transform(x)
-    amax = largest_magnitude(x, lead, axes) if fmt.needs_amax else None
-    return make(fmt, x, amax, keys if fmt.stochastic else None)
-
-
-@functools.singledispatch
-def make(fmt: Format, x: jax.Array, amax: jax.Array | None, keys: jax.Array | None) -> Quantized:
-    """`fmt.quantize(x, amax, keys)`."""
-    return fmt.quantize(x, amax, keys)
+    return fmt.quantize(x, lead, agreed(axes), keys)
 
 
 @functools.singledispatch
@@ -58,14 +51,9 @@ def columns_by_xla(
 columns = functools.singledispatch(columns_by_xla)
 
 
-def largest_magnitude(x: jax.Array, lead: int, axes: Sequence[str]) -> jax.Array:
-    """Of each tensor of x [.., ...], float32 [..]; `lead` and `axes` as in `quantize`."""
-    return agreed(exact.largest_magnitude(x, tuple(range(lead, x.ndim))), axes)
-
-
-def agreed(amax: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Largest magnitudes of tensors that are spread over these mesh axes."""
-    return checkpoint_name(jax.lax.pmax(amax, tuple(axes)) if axes else amax, AMAX)
+def agreed(axes: Sequence[str]) -> Callable[[jax.Array], jax.Array]:
+    """`agree` of `Format.quantize`, for tensors that are spread over these mesh axes."""
+    return lambda amax: checkpoint_name(jax.lax.pmax(amax, tuple(axes)) if axes else amax, AMAX)
 
 
 def in_memory(x):

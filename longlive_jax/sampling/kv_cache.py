@@ -47,7 +47,7 @@ class KVCache:
         q, branches = kv.load(q, q.dtype), self.k.shape[1]
         filled = jnp.tile(jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32), branches)
         past = jax.tree.map(_merge_rows, (self.k, self.v))
-        return kv.attend(self.format, q, k, v, past, layer, filled)
+        return kv.attend(self.format, q, (k, v), past, layer, filled)
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None

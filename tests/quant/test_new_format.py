@@ -47,7 +47,7 @@ class Int8(Format):
     title: ClassVar[str] = "INT8"
     tensor: ClassVar[type[Quantized]] = Int8Tensor
 
-    def quantize(self, x, amax=None, keys=None) -> Int8Tensor:
+    def quantize(self, x, *how) -> Int8Tensor:
         scale = jnp.maximum(exact.largest_magnitude(x, -1, keepdims=True) / 127, exact.TINY)
         values = jnp.round(exact.round_input(x) / scale).astype(jnp.int8)
         return Int8Tensor(values=values, scale=scale, dtype=x.dtype)
