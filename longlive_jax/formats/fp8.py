@@ -82,7 +82,6 @@ class FP8(Format):
 class FP8Pair(Format):
     """Keys and values in E4M3, one scale a head, packed as `kernels.attention_fp8` takes them."""
 
-    title: ClassVar[str] = "FP8"
     tensor: ClassVar[type[Quantized]] = FP8Tensor
     tokens: ClassVar[int] = 16
 

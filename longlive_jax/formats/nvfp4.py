@@ -220,8 +220,9 @@ class NVFP4(Format):
 
     def keys_of_each(self, keys: jax.Array | None, lead: int) -> jax.Array | None:
         """Keys [tensor, group] of [.., group]; None of none, and where nothing is drawn."""
-        draws = self.stochastic and keys is not None
-        return keys.reshape(-1, *keys.shape[lead:]) if draws else None
+        if keys is None or not self.stochastic:
+            return None
+        return keys.reshape(-1, *keys.shape[lead:])
 
 
 def seed(key: jax.Array) -> jax.Array:

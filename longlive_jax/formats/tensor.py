@@ -15,7 +15,7 @@ from longlive_jax.errors import InputError
 class Format:
     """How arrays are quantised, as data: each format is a frozen dataclass."""
 
-    title: ClassVar[str]  # for people
+    title: ClassVar[str]  # in messages
     tensor: ClassVar[type["Quantized"]]  # what `quantize` makes
     native: ClassVar[float] = math.inf  # least compute capability of GPUs that multiply its codes
     otherwise: ClassVar[str] = "as bfloat16, which holds them exactly"  # how others multiply them

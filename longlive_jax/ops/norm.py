@@ -80,7 +80,7 @@ rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 @functools.singledispatch
-def rms_norm_of(x: jax.Array | PendingMatmul, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
+def rms_norm_of(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
     """`rms_norm`. Of a product scales and bias are part of what is computed, rounded once.
 
     On a Hopper GPU `kernels.norm_product` takes a product, where its `supports` says so.

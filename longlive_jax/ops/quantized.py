@@ -32,7 +32,7 @@ def quantize_rows(x: jax.Array) -> formats.FP8Tensor:
 
 
 @functools.singledispatch
-def gelu_quantize_rows(x: jax.Array | formats.PendingMatmul) -> formats.FP8Tensor:
+def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     """`quantize_rows` of `gelu(x)`, which is computed in float32 and rounded to x's dtype once.
 
     A product's scales and bias are part of that computation: nothing is rounded in between.

@@ -50,5 +50,5 @@ def _(fmt: FP8Pair):
 
 @kv.attend.register
 def _(fmt: FP8Pair, q, own, past, layer, filled):
-    own = kv.store_pair(fmt, *own)
-    return attention_fp8.attention(q, *own, *past, layer, filled, attention)
+    k, v = kv.store_pair(fmt, *own)
+    return attention_fp8.attention(q, k, v, *past, layer, filled, attention)

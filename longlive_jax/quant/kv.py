@@ -70,23 +70,29 @@ def axes(fmt: Format | None) -> tuple[tuple[str | None, ...], tuple[str | None, 
 
 @functools.singledispatch
 def attend(
-    fmt: Format | None, q: jax.Array, own: Pair, past: Pair, layer: jax.Array, filled: jax.Array
+    fmt: Format | None,
+    q: jax.Array,
+    own: Pair,
+    past: Pair,
+    layer: int | jax.Array,
+    filled: jax.Array,
 ) -> jax.Array:
     """Attention of q [row, token, head, head_dim] over a chunk's own keys and values and the past.
 
     Args:
       own: keys and values of the chunk, of q's shape.
       past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
-      layer: int32 [], the one to attend to.
+      layer: the one whose past it is.
       filled: int32 [row], how many slots hold a chunk.
     """
-    own = [load(x, x.dtype) for x in own]
+    k, v = (load(x, x.dtype) for x in own)
+    past_k, past_v = past
     if fmt is not None:
         # Not before q is there: the compiler would expand all layers at once, and hold them.
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
-        past = tuple(load_layer(table, layer, q.dtype) for table in past)
+        past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)
         layer = 0
-    return attention_bf16.attention(q, *own, *past, layer, filled, attention)
+    return attention_bf16.attention(q, k, v, past_k, past_v, layer, filled, attention)
 
 
 @functools.singledispatch

@@ -4,13 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from longlive_jax.formats import Format, Quantized
 from longlive_jax.recipes import Recipe
 
 
 def matmul(
-    x: Quantized, weight: Quantized, dtype: jnp.dtype, sums: jnp.dtype | None = None
+    x: Quantized, weight: Quantized, dtype: DTypeLike, sums: DTypeLike | None = None
 ) -> jax.Array:
     """x [..., in] times weight [part, out, in] -> [..., part * out], scaled in float32.
 
@@ -31,13 +32,13 @@ def matmul(
 
 
 @functools.singledispatch
-def scaled(x: Quantized, weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+def scaled(x: Quantized, weight: Quantized, dtype: DTypeLike) -> jax.Array:
     """`matmul` for what is rounded to dtype next: in float32, or by a library in dtype."""
     del dtype
     return matmul(x, weight, jnp.float32)
 
 
-def unscaled_by_dot(x: Quantized, weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+def unscaled_by_dot(x: Quantized, weight: Quantized, dtype: DTypeLike) -> jax.Array:
     """The operands' products, [row, part * out], added up in float32 and left in this dtype."""
     a, b = (operand(q).reshape(-1, q.shape[-1]) for q in (x, weight))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

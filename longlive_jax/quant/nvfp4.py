@@ -19,10 +19,10 @@ def _(fmt: NVFP4, x, lead, axes=(), keys=None):
 
 @operands.columns.register
 def _(fmt: NVFP4, y, lead, axes, keys=None):
-    """The kernel reads y as it lies; XLA transposes first. In memory groups lie one after another,
-    so that groups that its tiles divide are one to it."""
+    # The kernel reads y as it lies; XLA transposes first.
     if not columns_lib.supports(y, fmt.rule, fmt.block):
         return operands.columns_by_xla(fmt, y, lead, axes, keys)
+    # In memory groups that its tiles divide lie one after the other.
     *_, group, row, n = y.shape
     tensors = y.reshape(-1, group * row, n)
     if fmt.hadamard:
@@ -46,8 +46,8 @@ def _(q: NVFP4Tensor):
 def _(x: NVFP4Tensor, weight, dtype):
     if not matmul.is_native(NVFP4):
         return matmul.unscaled_by_dot(x, weight, dtype)
-    operands = (x.values, weight.values, x.scales, weight.scales)
-    return jax.nn.scaled_matmul(*(y.reshape(1, -1, y.shape[-1]) for y in operands))[0]
+    arrays = (x.values, weight.values, x.scales, weight.scales)
+    return jax.nn.scaled_matmul(*(y.reshape(1, -1, y.shape[-1]) for y in arrays))[0]
 
 
 # ---------------------------------------------------------------------------------------------
