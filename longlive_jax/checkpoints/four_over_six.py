@@ -6,7 +6,7 @@
     ...quantized_weight_metadata        int32 (4,): N, K, N', K'
 
 N is out and K in, N' and K' their next multiples of 128 and 64. q, k and v are apart. The file says
-by which scale rule its weights were quantised, which nothing else tells.
+by which scale rule its weights were quantised; no tensor shows it.
 """
 
 import dataclasses
@@ -224,7 +224,7 @@ def entries(w: layout.Weight) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         them.
     """
     field = w.path[-1]
-    # The amax does not tell the weight's shape, and nothing of it depends on that.
+    # An amax has no shape of the weight, and its tensor needs none.
     rows, columns = w.shape[1:] or (1, 1)
     buffers = _entries((rows, columns * (2 if field == "values" else nvfp4.BLOCK)))
     weight = layout.Weight(w.path[:-1], w.layer, w.shape)

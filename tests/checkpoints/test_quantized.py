@@ -106,7 +106,7 @@ def convert(directory, file, config=CONFIG, **kwargs):
 
 def load(directory, name, mesh=None, **kwargs):
     return store.load(
-        directory, "dit", SPEC, mesh, "bfloat16", mesh_lib.SAMPLING_RULES, CONFIG.model,
+        directory, "dit", SPEC, mesh, "bfloat16", mesh_lib.SAMPLING_RULES, config=CONFIG.model,
         recipe=recipe_lib.get(name), **kwargs,
     )  # fmt: skip
 
