@@ -15,8 +15,7 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
-from longlive_jax.formats import FP8Tensor, Product
-from longlive_jax.models.precision import Precision
+from longlive_jax.models.precision import Operand, Precision, Result
 from longlive_jax.models.sharding import Sharding
 from longlive_jax.ops import residual
 
@@ -36,14 +35,14 @@ class Hidden:
     """
 
     x: jax.Array
-    y: jax.Array | Product | None = None
+    y: Result | None = None
     gate: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.x.shape
 
-    def add(self, y: jax.Array | Product, gate: jax.Array | None = None) -> "Hidden":
+    def add(self, y: Result, gate: jax.Array | None = None) -> "Hidden":
         """These hidden states + gate * y."""
         return Hidden(self.array(), y, gate)
 
@@ -106,7 +105,7 @@ def insert(branches: tuple[Branch, ...], new: Branch, *, before: str) -> tuple[B
 class Layer:
     """What a branch may ask of the layer that it is applied in.
 
-    given: what the layer is conditioned on.
+    given: what the layer is conditioned on; its `inserted` is for inserted branches.
     attend: (name of a branch, q, k, v) -> out: that branch's `attention`.
     key: keys [batch, chunk] of this layer, for recipes that round gradients stochastically.
     modulation: of this layer; set by the block.
@@ -120,7 +119,7 @@ class Layer:
     key: jax.Array | None = None
     modulation: "BlockModulation | None" = None
 
-    def norm(self, path: str, x: Hidden, scale, shift) -> tuple[Hidden, jax.Array | FP8Tensor]:
+    def norm(self, path: str, x: Hidden, scale, shift) -> tuple[Hidden, Operand]:
         """x, with what waited added; and norm(x) * scale + shift, for the linear layer there."""
         if x.y is None:
             return x, self.precision.layer_norm(path, x.x, scale, shift)
@@ -129,15 +128,13 @@ class Layer:
         )
         return Hidden(total), h
 
-    def linear(self, block: params_lib.Tree, path: str, x: jax.Array | FP8Tensor) -> jax.Array:
+    def linear(self, block: params_lib.Tree, path: str, x: Operand) -> jax.Array:
         """The block's linear layer at this path, a key of `quant.recipe.LINEARS`."""
-        return self.precision.linear(block, path, x, key=self.key, axes=self._axes)
+        return self.precision.linear(block, path, x, self.key, self._axes)
 
-    def product(
-        self, block: params_lib.Tree, path: str, x: jax.Array | FP8Tensor
-    ) -> jax.Array | Product:
+    def product(self, block: params_lib.Tree, path: str, x: Operand) -> Result:
         """`linear`, whose scales and bias may be left to what takes the result."""
-        return self.precision.product(block, path, x, key=self.key, axes=self._axes)
+        return self.precision.product(block, path, x, self.key, self._axes)
 
     @property
     def _axes(self):

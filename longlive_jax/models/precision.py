@@ -1,7 +1,6 @@
 """The number formats that a transformer block computes in, and what they allow to be fused."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,9 @@ from longlive_jax.ops.quantized import (
 from longlive_jax.quant import linear as quantized
 from longlive_jax.quant.recipe import Recipe
 
+Operand = jax.Array | FP8Tensor  # of a linear layer: an array, or its FP8 rows
+Result = jax.Array | Product  # of a linear layer: an array, or a product that waits for its scales
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -32,46 +34,30 @@ class Precision:
     recipe: Recipe | None = None  # of the blocks' linear layers; None: nothing is quantised
     dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
 
-    def linear(
-        self,
-        block: params_lib.Tree,
-        path: str,
-        x: jax.Array | FP8Tensor,
-        *,
-        key: jax.Array | None = None,
-        axes: Sequence[str] = (),
-    ) -> jax.Array:
+    def linear(self, block: params_lib.Tree, path: str, x: Operand, key, axes) -> jax.Array:
         """The linear layer at this path of a block's parameters. key, axes: of `quant.linear`."""
         return quantized.linear(_at(block, path), x, self._recipe(path), key, axes)
 
-    def product(
-        self,
-        block: params_lib.Tree,
-        path: str,
-        x: jax.Array | FP8Tensor,
-        *,
-        key: jax.Array | None = None,
-        axes: Sequence[str] = (),
-    ) -> jax.Array | Product:
+    def product(self, block: params_lib.Tree, path: str, x: Operand, key, axes) -> Result:
         """`linear`, for what can take a product before its scales and bias, where that pays."""
         return quantized.product(_at(block, path), x, self._recipe(path), key, axes)
 
-    def layer_norm(self, path: str, x: jax.Array, scale, shift) -> jax.Array | FP8Tensor:
+    def layer_norm(self, path: str, x: jax.Array, scale, shift) -> Operand:
         """`ops.norm.layer_norm`, as the linear layer at this path takes it."""
         if self._takes_rows(path):
             return layer_norm_quantize_rows(x, scale, shift)
         return layer_norm(x, scale, shift)
 
     def add_layer_norm(
-        self, path: str, x: jax.Array, y: jax.Array | Product, *, gate, scale, shift
-    ) -> tuple[jax.Array, jax.Array | FP8Tensor]:
+        self, path: str, x: jax.Array, y: Result, *, gate, scale, shift
+    ) -> tuple[jax.Array, Operand]:
         """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the linear layer there."""
         if self._takes_rows(path):
             return add_layer_norm_quantize_rows(x, y, gate, scale, shift)
         x = residual.add(x, y, gate)
         return x, layer_norm(x, scale, shift)
 
-    def gelu(self, path: str, x: jax.Array | Product) -> jax.Array | FP8Tensor:
+    def gelu(self, path: str, x: Result) -> Operand:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path takes it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)

@@ -21,25 +21,7 @@ from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 
 __all__ = [
-    "BRANCHES",
-    "PATCH",
-    "SELF_ATTENTION",
-    "Attention",
-    "Branch",
-    "Hidden",
-    "Layer",
-    "Precision",
-    "Sharding",
-    "block_causal",
-    "branches_of",
-    "commit",
-    "denoise",
-    "hidden_states",
-    "insert",
-    "layers",
-    "over_chunks",
-    "sampling_spec",
-    "spec",
-    "teacher_forcing",
-    "text_keys_values",
-]
+    "BRANCHES", "PATCH", "SELF_ATTENTION", "Attention", "Branch", "Hidden", "Layer", "Precision",
+    "Sharding", "block_causal", "branches_of", "commit", "denoise", "hidden_states", "insert",
+    "layers", "over_chunks", "sampling_spec", "spec", "teacher_forcing", "text_keys_values",
+]  # fmt: skip

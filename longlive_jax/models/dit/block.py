@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models.branch import Attention, Branch, Hidden, Layer
 from longlive_jax.models.dit.conditioning import BlockModulation, block_modulation
@@ -128,44 +127,35 @@ def _over_frames(q, k, v, sharding, past):
 
 
 def _self_attention_spec(cfg):
-    d = cfg.dim
-    modulation = params_lib.normal(d**-0.5)
+    shape, init = (BlockModulation.ROWS, cfg.dim), params_lib.normal(cfg.dim**-0.5)
     return {
-        "modulation": ParamSpec((BlockModulation.ROWS, d), (None, None), modulation),
-        "self_attn": {
-            "qkv": params_lib.linear(d, 3 * d, ("embed", None), params_lib.xavier(d, d)),
-            "o": params_lib.linear(d, d, ("embed", None)),
-            "norm_q": _norm_spec(cfg),
-            "norm_k": _norm_spec(cfg),
-        },
+        "modulation": ParamSpec(shape, (None, None), init),
+        "self_attn": {"qkv": _square(cfg, 3), "o": _square(cfg)} | _norms(cfg, "norm_q", "norm_k"),
     }
 
 
 def _cross_attention_spec(cfg):
-    d = cfg.dim
+    products = {"q": _square(cfg), "kv": _square(cfg, 2), "o": _square(cfg)}
+    norm = _norms(cfg, "norm3")["norm3"]
     return {
-        "norm3": _norm_spec(cfg) | {"bias": ParamSpec((d,), (None,))},
-        "cross_attn": {
-            "q": params_lib.linear(d, d, ("embed", None)),
-            "kv": params_lib.linear(d, 2 * d, ("embed", None), params_lib.xavier(d, d)),
-            "o": params_lib.linear(d, d, ("embed", None)),
-            "norm_q": _norm_spec(cfg),
-            "norm_k": _norm_spec(cfg),
-        },
+        "norm3": norm | {"bias": ParamSpec((cfg.dim,), (None,))},
+        "cross_attn": products | _norms(cfg, "norm_q", "norm_k"),
     }
 
 
 def _ffn_spec(cfg):
-    return {
-        "ffn": {
-            "0": params_lib.linear(cfg.dim, cfg.ffn_dim, ("embed", None)),
-            "2": params_lib.linear(cfg.ffn_dim, cfg.dim, (None, "embed")),
-        }
-    }
+    wide = params_lib.linear(cfg.dim, cfg.ffn_dim, ("embed", None))
+    return {"ffn": {"0": wide, "2": params_lib.linear(cfg.ffn_dim, cfg.dim, (None, "embed"))}}
 
 
-def _norm_spec(cfg: config_lib.Model) -> params_lib.Tree:
-    return {"weight": ParamSpec((cfg.dim,), (None,), params_lib.ones)}
+def _square(cfg, fused=1):
+    """So many square matrices side by side, each with its own bounds of initial values."""
+    d = cfg.dim
+    return params_lib.linear(d, fused * d, ("embed", None), params_lib.xavier(d, d))
+
+
+def _norms(cfg, *names):
+    return {name: {"weight": ParamSpec((cfg.dim,), (None,), params_lib.ones)} for name in names}
 
 
 SELF_ATTENTION = Branch(

@@ -74,35 +74,15 @@ def _modulation_rows(learned, time):
     return [table[..., i : i + 1, :] for i in range(table.shape[-2])]
 
 
-def condition(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    timesteps: jax.Array,
-    positions: jax.Array,
-    *,
-    grid: tuple[int, int],
-    dtype: jnp.dtype,
-    inserted: Mapping[str, Any] | None = None,
-) -> tuple[jax.Array, Conditioning]:
-    """Time vectors for the head, and what the layers are conditioned on, without the text.
-
-    Args:
-      timesteps: float32 [.., frame], in [0, 1000].
-      positions: int32 [.., frame], temporal indices.
-      grid: a frame's tokens by rows and columns.
-      dtype: the compute dtype.
-      inserted: of `Conditioning`.
-
-    Returns:
-      [.., frame, 1, dim], and a Conditioning.
-    """
+def time_vectors(
+    params: params_lib.Tree, cfg: config_lib.Model, timesteps: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Of timesteps float32 [.., frame]: the head's [.., frame, 1, dim], and `Conditioning.time`."""
     wave = sinusoid(timesteps, cfg.freq_dim).astype(dtype)
     p = params["time_embedding"]
     e = linear(p["2"], jax.nn.silu(linear(p["0"], wave)))
     time = linear(params["time_projection"]["1"], jax.nn.silu(e))
-    time = time.reshape(*e.shape[:-1], BlockModulation.ROWS, cfg.dim)
-    angle = rope.angles(positions, *grid, cfg.head_dim)
-    return e[..., None, :], Conditioning(time=time, angle=angle, inserted=inserted)
+    return e[..., None, :], time.reshape(*e.shape[:-1], BlockModulation.ROWS, cfg.dim)
 
 
 def sinusoid(timesteps: jax.Array, freq_dim: int) -> jax.Array:

@@ -1,18 +1,38 @@
 """The transformer's two ends: latents to tokens, tokens to velocity."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import PATCH
-from longlive_jax.models.dit.conditioning import head_modulation
+from longlive_jax.models.dit.conditioning import Conditioning, head_modulation, time_vectors
+from longlive_jax.ops import rope
 from longlive_jax.ops.linear import linear
 from longlive_jax.ops.norm import layer_norm
 
 
-def embed(params: params_lib.Tree, latents: jax.Array) -> jax.Array:
-    """[.., frame, h, w, channel] -> tokens [.., frame, patch, dim]."""
-    return linear(params["patch_embedding"], _patchify(latents))
+def embed(
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
+    positions: jax.Array, inserted: Mapping[str, Any] | None,
+) -> tuple[jax.Array, jax.Array, Conditioning]:  # fmt: skip
+    """Tokens, time vectors for `head`, and what layers are conditioned on but for the text.
+
+    Args:
+      latents: [.., frame, h, w, channel], with leading axes [batch, chunk, (copy,)].
+      timesteps: float32 [.., frame], in [0, 1000].
+      positions: int32 [.., frame], temporal indices; leading axes may be 1.
+      inserted: of `Conditioning`.
+
+    Returns:
+      [.., frame, patch, dim], [.., frame, 1, dim] and a Conditioning.
+    """
+    x = linear(params["patch_embedding"], _patchify(latents))
+    e, time = time_vectors(params, cfg, timesteps, x.dtype)
+    angle = rope.angles(positions, *grid(latents), cfg.head_dim)
+    return x, e, Conditioning(time=time, angle=angle, inserted=inserted)
 
 
 def _patchify(latents):

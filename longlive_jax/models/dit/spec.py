@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import PATCH
+from longlive_jax.errors import InputError
 from longlive_jax.models.branch import Branch, Layer
 from longlive_jax.models.dit.block import BRANCHES
 from longlive_jax.models.dit.conditioning import BlockModulation
@@ -34,6 +35,9 @@ def spec(cfg: config_lib.Model, branches: Branches | None = None) -> params_lib.
     blocks have is the same tree, in memory and in a checkpoint, whatever else is inserted.
 
     branches: of a block; None: those of the config.
+
+    Raises:
+      InputError: a branch is to be in more layers than there are.
     """
     d = cfg.dim
     patch = cfg.in_dim * PATCH * PATCH
@@ -42,7 +46,13 @@ def spec(cfg: config_lib.Model, branches: Branches | None = None) -> params_lib.
     square = linear(d, d, ("embed", None), small)
     blocks = {}
     for branch in branches or branches_of(cfg):
-        blocks |= params_lib.stack(branch.spec(cfg), branch.layers or cfg.num_layers)
+        number = branch.layers or cfg.num_layers
+        if number > cfg.num_layers:
+            raise InputError(
+                f"branch {branch.name!r} is in the first {number} layers, more than "
+                f"model.num_layers={cfg.num_layers}"
+            )
+        blocks |= params_lib.stack(branch.spec(cfg), number)
     return {
         "patch_embedding": linear(patch, d, (None, None)),
         "text_embedding": {"0": linear(cfg.text_dim, d, (None, "embed"), small), "2": square},
@@ -107,9 +117,9 @@ class Network:
     """The transformer as this device computes it: static, an argument of `jax.jit` by its value."""
 
     cfg: config_lib.Model
-    branches: Branches
     sharding: Sharding
     precision: Precision
+    branches: Branches
 
     def layer(self, given=None, attend=None, key=None) -> Layer:
         """What branches may ask of a layer."""
@@ -144,10 +154,3 @@ class Network:
     def _gather(self, tree, specs, names):
         tree, specs = ({name: x[name] for name in names} for x in (tree, specs))
         return self.sharding.gather(tree, specs, self.precision.dtype)
-
-
-def network(
-    cfg: config_lib.Model, branches: Branches | None, sharding: Sharding, precision: Precision
-) -> Network:
-    """A Network; branches None: those of the config."""
-    return Network(cfg, branches or branches_of(cfg), sharding, precision)

@@ -16,8 +16,8 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models.dit import block as block_lib
 from longlive_jax.models.dit import patches
-from longlive_jax.models.dit.conditioning import condition, embed_text
-from longlive_jax.models.dit.spec import Branches, network
+from longlive_jax.models.dit.conditioning import embed_text
+from longlive_jax.models.dit.spec import Branches, Network, branches_of
 from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 
@@ -42,19 +42,11 @@ Caches = Cache | Mapping[str, Cache]
 
 
 def denoise(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    latents: jax.Array,
-    timesteps: jax.Array,
-    positions: jax.Array,
-    *,
-    text: Text,
-    cache: Caches,
-    inserted: Mapping[str, Any] | None = None,
-    branches: Branches | None = None,
-    sharding: Sharding = Sharding(),
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
+    positions: jax.Array, *, text: Text, cache: Caches, inserted: Mapping[str, Any] | None = None,
+    branches: Branches | None = None, sharding: Sharding = Sharding(),
     precision: Precision = Precision(),
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Velocity of one chunk, given the cached past. Reads the cache, writes nothing.
 
     Args:
@@ -62,53 +54,37 @@ def denoise(
       timesteps: float32 [batch, frame], in [0, 1000].
       positions: int32 [batch, frame], temporal indices.
       text: `text_keys_values` of the chunk's prompt.
-      cache: the visible past, [batch, token, head, head_dim] of this device's heads.
+      cache: the visible past.
       inserted: by name, what inserted branches are conditioned on.
       branches: of a block; None: those of the config.
 
     Returns:
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
     """
-    net = network(cfg, branches, sharding, precision)
+    net = Network(cfg, sharding, precision, branches or branches_of(cfg))
     params = net.gather_globals(params)
-    x, e, given = _embed(net, params, latents, timesteps, positions, inserted)
+    x, e, given = _embed(params, cfg, latents, timesteps, positions, inserted)
     *_, x = _each_layer(net, params, x, given, text, cache)
     return patches.head(params["head"], cfg, x, e, patches.grid(latents))[:, 0]
 
 
 def hidden_states(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    latents: jax.Array,
-    timesteps: jax.Array,
-    positions: jax.Array,
-    *,
-    text: Text,
-    cache: Caches,
-    sharding: Sharding = Sharding(),
-    precision: Precision = Precision(),
-) -> jax.Array:
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
+    positions: jax.Array, *, text: Text, cache: Caches, sharding: Sharding, precision: Precision,
+) -> jax.Array:  # fmt: skip
     """What each layer of `denoise` leaves: [layer, batch, 1, frame, patch, dim]. Args: the same."""
-    net = network(cfg, None, sharding, precision)
+    net = Network(cfg, sharding, precision, branches_of(cfg))
     params = net.gather_globals(params)
-    x, _, given = _embed(net, params, latents, timesteps, positions, None)
+    x, _, given = _embed(params, cfg, latents, timesteps, positions, None)
     return jnp.stack(list(_each_layer(net, params, x, given, text, cache)))
 
 
 def commit(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    latents: jax.Array,
-    positions: jax.Array,
-    *,
-    text: Text,
-    cache: Caches,
-    slot: jax.Array,
-    inserted: Mapping[str, Any] | None = None,
-    branches: Branches | None = None,
-    sharding: Sharding = Sharding(),
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, positions: jax.Array, *,
+    text: Text, cache: Caches, slot: jax.Array, inserted: Mapping[str, Any] | None = None,
+    branches: Branches | None = None, sharding: Sharding = Sharding(),
     precision: Precision = Precision(),
-) -> Caches:
+) -> Caches:  # fmt: skip
     """The clean pass (t = 0): stores the chunk's keys and values, and computes nothing else.
 
     Args: as `denoise`.
@@ -117,22 +93,20 @@ def commit(
     Returns:
       The cache.
     """
-    net = network(cfg, branches, sharding, precision)
+    net = Network(cfg, sharding, precision, branches or branches_of(cfg))
     params = net.gather_globals(params)
     zero = jnp.zeros(positions.shape, jnp.float32)
-    x, _, given = _embed(net, params, latents, zero, positions, inserted)
-    caches = _by_branch(cache)
-    last = cfg.num_layers - 1
-    others_have_caches = any(
-        branch.attention and branch.name != _SELF for branch in net.branches_at(last)
-    )
-    for i in range(last + others_have_caches):
+    x, _, given = _embed(params, cfg, latents, zero, positions, inserted)
+    caches, last = _by_branch(cache), cfg.num_layers - 1
+    # Nothing reads the last layer's output: unless a later branch has a cache too, only the keys
+    # and values of self-attention are left to compute there.
+    whole = last + any(b.attention and b.name != _SELF for b in net.branches_at(last))
+    for i in range(whole):
         p, given = params["blocks"][i], given.replace(text=text[i])
         x, caches = _committing_layer(
             p, x, given, caches, np.int32(i), slot, net, net.branches_at(i)
         )
-    if not others_have_caches:
-        # Nothing reads the last layer's output: only its keys and values are left to compute.
+    if whole == last:
         p = net.gather_block(params["blocks"][last])
         k, v = block_lib.keys_values(p, x, net.layer(given))
         k, v = (sharding.to_heads(y[:, 0]) for y in (k, v))
@@ -142,13 +116,9 @@ def commit(
 
 
 def text_keys_values(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    text: jax.Array,
-    *,
-    sharding: Sharding = Sharding(),
-    precision: Precision = Precision(),
-) -> Text:
+    params: params_lib.Tree, cfg: config_lib.Model, text: jax.Array, *,
+    sharding: Sharding = Sharding(), precision: Precision = Precision(),
+) -> Text:  # fmt: skip
     """Cross-attention keys and values of every layer: once a prompt, not once a step.
 
     Args:
@@ -157,20 +127,16 @@ def text_keys_values(
     Returns:
       For each layer k, v: [batch, 1, text_len, head, head_dim].
     """
-    net = network(cfg, None, sharding, precision)
+    net = Network(cfg, sharding, precision, branches_of(cfg))
     params = net.gather_globals(params)
     text = embed_text(params, text[:, None])
     return tuple(_text_layer(p, text, net) for p in params["blocks"])
 
 
-def _embed(net, params, latents, timesteps, positions, inserted):
-    """Tokens, time vectors and conditioning of one chunk, with a chunk axis of size 1."""
-    x = patches.embed(params, latents[:, None])
-    e, given = condition(
-        params, net.cfg, timesteps[:, None], positions[:, None],
-        grid=patches.grid(latents), dtype=x.dtype, inserted=inserted,
-    )  # fmt: skip
-    return x, e, given
+def _embed(params, cfg, latents, timesteps, positions, inserted):
+    """`patches.embed` of one chunk, with a chunk axis of size 1."""
+    one = (x[:, None] for x in (latents, timesteps, positions))
+    return patches.embed(params, cfg, *one, inserted)
 
 
 def _each_layer(net, params, x, given, text, cache):

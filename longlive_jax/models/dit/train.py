@@ -6,8 +6,6 @@ device's share of the chunks.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models.dit import patches
 from longlive_jax.models.dit.block import block, text_keys_values
-from longlive_jax.models.dit.conditioning import condition, embed_text
-from longlive_jax.models.dit.spec import Branches, network, rows, spec
+from longlive_jax.models.dit.conditioning import embed_text
+from longlive_jax.models.dit.spec import Network, branches_of, rows, spec
 from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 from longlive_jax.ops.teacher_forcing import LSE, OUT
@@ -28,58 +26,36 @@ KEPT = ((OUT, LSE, AMAX), ("output",), ("ffn",), ("qkv",))
 
 
 def teacher_forcing(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    clean: jax.Array,
-    noisy: jax.Array,
-    timesteps: jax.Array,
-    positions: jax.Array,
-    *,
-    text: jax.Array,
-    clean_timesteps: jax.Array | None = None,
-    inserted: Mapping[str, Any] | None = None,
-    branches: Branches | None = None,
-    sharding: Sharding = Sharding(),
-    precision: Precision = Precision(),
-    remat: str = "qkv",
-    key: jax.Array | None = None,
-) -> jax.Array:
+    params: params_lib.Tree, cfg: config_lib.Model, clean: jax.Array, noisy: jax.Array,
+    timesteps: jax.Array, positions: jax.Array, *, text: jax.Array,
+    clean_timesteps: jax.Array | None = None, **settings,
+) -> jax.Array:  # fmt: skip
     """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
 
     Args:
       clean, noisy: [batch, chunk, frame, h, w, channel], compute dtype.
       timesteps: float32 [batch, chunk, frame], of the noisy copy.
-      positions, text, inserted, branches, remat, key: as `block_causal`; both copies share them.
+      positions, text, settings: as `block_causal`; both copies share them.
       clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in noisy's dtype.
     """
-    net = network(cfg, branches, sharding, precision)
     if clean_timesteps is None:
         clean_timesteps = jnp.zeros_like(timesteps)
     latents = jnp.stack([clean, noisy], axis=2)
     timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
-    inputs = latents, timesteps, positions[:, :, None], text, inserted
-    x, e, p = _forward(net, params, inputs, "teacher_forcing", remat, key)
+    positions = positions[:, :, None]
+    x, e, p = _forward(
+        params, cfg, latents, timesteps, positions, text, mode="teacher_forcing", **settings
+    )
     return patches.head(p, cfg, x[:, :, 1], e[:, :, 1], patches.grid(noisy))
 
 
 def block_causal(
-    params: params_lib.Tree,
-    cfg: config_lib.Model,
-    latents: jax.Array,
-    timesteps: jax.Array,
-    positions: jax.Array,
-    *,
-    text: jax.Array,
-    inserted: Mapping[str, Any] | None = None,
-    branches: Branches | None = None,
-    sharding: Sharding = Sharding(),
-    precision: Precision = Precision(),
-    remat: str = "qkv",
-    key: jax.Array | None = None,
-) -> jax.Array:
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
+    positions: jax.Array, *, text: jax.Array, **settings,
+) -> jax.Array:  # fmt: skip
     """Velocity of every chunk; a chunk sees the chunks up to itself, all of them noisy.
 
     Args:
@@ -87,31 +63,32 @@ def block_causal(
       timesteps: float32 [batch, chunk, frame].
       positions: int32 [batch, chunk, frame], temporal indices.
       text: [batch, chunk, text_len, text_dim], one prompt embedding a chunk.
-      inserted: by name, what inserted branches are conditioned on.
-      branches: of a block; None: those of the config.
-      remat: of `config.REMAT`, what each block keeps for its gradient.
-      key: keys [batch, chunk], if the recipe rounds gradients stochastically.
+      settings:
+        sharding, precision: by default one device, and nothing quantised.
+        remat: of `config.REMAT`, what each block keeps for its gradient; by default "qkv".
+        key: keys [batch, chunk], if the recipe rounds gradients stochastically.
+        inserted: by name, what inserted branches are conditioned on.
+        branches: of a block; by default those of the config.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
     """
-    net = network(cfg, branches, sharding, precision)
-    inputs = latents, timesteps, positions, text, inserted
-    x, e, p = _forward(net, params, inputs, "block_causal", remat, key)
+    x, e, p = _forward(
+        params, cfg, latents, timesteps, positions, text, mode="block_causal", **settings
+    )
     return patches.head(p, cfg, x, e, patches.grid(latents))
 
 
-def _forward(net, params, inputs, mode, remat, key):
+def _forward(
+    params, cfg, latents, timesteps, positions, text, *, mode, inserted=None, branches=None,
+    sharding=Sharding(), precision=Precision(), remat="qkv", key=None,
+):  # fmt: skip
     """Tokens after the last block and time vectors, both of all copies; the head's parameters."""
-    latents, timesteps, positions, text, inserted = inputs
+    net = Network(cfg, sharding, precision, branches or branches_of(cfg))
     params = net.gather_globals(params)
-    x = patches.embed(params, latents)
-    e, given = condition(
-        params, net.cfg, timesteps, positions,
-        grid=patches.grid(latents), dtype=x.dtype, inserted=inserted,
-    )  # fmt: skip
+    x, e, given = patches.embed(params, cfg, latents, timesteps, positions, inserted)
     text = embed_text(params, text)
-    specs = spec(net.cfg, net.branches)["blocks"]
+    specs = spec(cfg, net.branches)["blocks"]
     names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
 
     def attend(name, q, k, v):
