@@ -77,7 +77,7 @@ def chunk_step(
     """
     state = _enter_shot(state, inputs.cut, cfg)
     text = _text(params, inputs, cfg, sharding, precision)
-    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.sample.shift)
+    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
     frames = _frames(state, inputs.noise.shape[1], sharding)
     held = _HeldFrame(state, inputs, sharding)
 
@@ -416,7 +416,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         context=text,
         cut=_spec("batch"),
         negative=text if guided(cfg) else None,
-        first_frame=_spec("batch", None, None, None, None) if cfg.sample.image_to_video else None,
+        first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
     )
 
 
