@@ -93,8 +93,9 @@ def _outputs(cfg, mesh, params, rounded=False):
 
 def _hidden(cfg, sampler, params, state, inputs):
     recipe = recipe_lib.get(cfg.quant.recipe)
-    parallel = dit.Parallel.sampling(
-        cfg.compute_dtype, recipe, recipe_lib.PAYLOADS[cfg.quant.all_to_all]
+    on = dict(
+        sharding=dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all]),
+        precision=dit.Precision(recipe, cfg.compute_dtype),
     )
     model = cfg.model
 
@@ -102,11 +103,12 @@ def _hidden(cfg, sampler, params, state, inputs):
         latents, text = (x.astype(cfg.compute_dtype) for x in (inputs.noise, inputs.context))
         local = latents.shape[1]
         first = state.chunk * model.chunk_frames + jax.lax.axis_index(mesh_lib.SEQ) * local
-        frames = jnp.broadcast_to(first + jnp.arange(local), latents.shape[:2]).astype(jnp.int32)
-        timesteps = jnp.full(frames.shape, TIMESTEP)
-        text = dit.text_keys_values(params, model, text, parallel)
+        positions = jnp.broadcast_to(first + jnp.arange(local), latents.shape[:2])
+        positions = positions.astype(jnp.int32)
+        timesteps = jnp.full(positions.shape, TIMESTEP)
+        text = dit.text_keys_values(params, model, text, **on)
         return dit.hidden_states(
-            params, model, latents, timesteps, frames, text, state.cache, parallel
+            params, model, latents, timesteps, positions, text=text, cache=state.cache, **on
         )
 
     specs = (
