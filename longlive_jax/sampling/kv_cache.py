@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_bf16, attention_fp8
-from longlive_jax.ops.attention import attention
+from longlive_jax.ops import cached_attention
 from longlive_jax.quant import kv
 
 EMPTY = -1
@@ -53,14 +52,14 @@ class KVCache:
 
         if self.format == "fp8":
             fresh = kv.store_pair(k, v, "fp8")
-            return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
+            return cached_attention.attend_fp8(q, fresh, past, layer, filled)
         fresh = [kv.load(x, x.dtype) for x in (k, v)]
         if self.format == "nvfp4":
             # Not before q is there: the compiler would expand all layers at once, and hold them.
             layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
             past = [kv.load_layer(table, layer, q.dtype) for table in past]
             layer = 0
-        return attention_bf16.attention(q, *fresh, *past, layer, filled, attention)
+        return cached_attention.attend(q, fresh, past, layer, filled)
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
