@@ -77,7 +77,7 @@ def tokens(cfg: config_lib.Config) -> int:
 
 
 def _patches(cfg):
-    return (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    return (cfg.video.height // 32) * (cfg.video.width // 32)
 
 
 def chunk(cfg: config_lib.Config) -> tuple[int, int]:
