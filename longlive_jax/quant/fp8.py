@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from longlive_jax.formats import FP8, FP8Pair, FP8Tensor
-from longlive_jax.kernels import attention_fp8, pack_fp8
-from longlive_jax.ops.attention import attention
+from longlive_jax.kernels import pack_fp8
+from longlive_jax.ops import cached_attention
 from longlive_jax.ops.quantized import quantize_rows
 from longlive_jax.quant import kv, matmul, operands
 
@@ -49,6 +49,6 @@ def _(fmt: FP8Pair):
 
 
 @kv.attend.register
-def _(fmt: FP8Pair, q, own, past, layer, filled):
-    k, v = kv.store_pair(fmt, *own)
-    return attention_fp8.attention(q, k, v, *past, layer, filled, attention)
+def _(fmt: FP8Pair, q, own, past, layer, visible):
+    own = kv.store_pair(fmt, *own)
+    return cached_attention.attend_fp8(q, own, past, layer, visible)

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.formats import Format, Quantized
-from longlive_jax.kernels import attention_bf16
-from longlive_jax.ops.attention import attention
+from longlive_jax.ops import cached_attention
 from longlive_jax.quant import operands
 
 Stored = jax.Array | Quantized
@@ -75,7 +74,7 @@ def attend(
     own: Pair,
     past: Pair,
     layer: int | jax.Array,
-    filled: jax.Array,
+    visible: jax.Array,
 ) -> jax.Array:
     """Attention of q [row, token, head, head_dim] over a chunk's own keys and values and the past.
 
@@ -83,7 +82,7 @@ def attend(
       own: keys and values of the chunk, of q's shape.
       past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
       layer: the one whose past it is.
-      filled: int32 [row], how many slots hold a chunk.
+      visible: the slots to read, as `ops.cached_attention` takes it: a count or a mask.
     """
     k, v = (load(x, x.dtype) for x in own)
     past_k, past_v = past
@@ -92,7 +91,7 @@ def attend(
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
         past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)
         layer = 0
-    return attention_bf16.attention(q, k, v, past_k, past_v, layer, filled, attention)
+    return cached_attention.attend(q, (k, v), (past_k, past_v), layer, visible)
 
 
 @functools.singledispatch
