@@ -20,6 +20,7 @@ import tqdm
 from absl import flags
 
 from launch import command
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import (
     from_torch,
     layout,
@@ -33,7 +34,6 @@ from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import tokenizer as tokenizer_lib
-from longlive_jax.quant import recipe as recipe_lib
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dit", None, "The transformer: .pt, .safetensors, a folder of them, or hf://.")

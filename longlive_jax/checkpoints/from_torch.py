@@ -9,12 +9,12 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import four_over_six, layout, lora, names, quantized, sources
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
-from longlive_jax.quant import recipe as recipe_lib
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 _ROWS_BYTES = 128 << 20  # tables larger than this are read in several goes
 

@@ -12,7 +12,7 @@ import numpy as np
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import four_over_six, layout, quantized, safetensors, store
 from longlive_jax.errors import InputError
-from longlive_jax.quant.recipe import NVFP4, Recipe
+from longlive_jax.recipes import Recipe
 
 
 def export_store(
@@ -44,7 +44,7 @@ def check(directory: str | os.PathLike, part: str) -> store.Stored:
       InputError: the checkpoint lacks the part, or its recipe is one of another format than NVFP4.
     """
     stored = store.Stored(directory, part)
-    if stored.recipe is not None and not isinstance(stored.recipe.weight, NVFP4):
+    if stored.recipe is not None and not four_over_six.holds(stored.recipe):
         raise InputError(
             f"{directory}: its {part} is quantised by recipe {stored.recipe.name!r}, and the "
             "original has no files of that; give the checkpoint that it was made of"

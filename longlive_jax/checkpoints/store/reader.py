@@ -14,14 +14,14 @@ from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.layout import Piece
 from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.errors import InputError
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights as weights_lib
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 
 def load(

@@ -25,7 +25,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.models import tokenizer as tokenizer_lib
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 _GROUP_BYTES = 256 << 20  # a group is in memory about three times while it is written
 _NAME = re.compile(r"[A-Za-z]\w*")
