@@ -1,5 +1,6 @@
 """The original's weight files to ours, one tensor at a time."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -185,12 +186,13 @@ def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
-    sizes = network.sizes(found)
-    flags = network.overrides(sizes, section)
-    if not flags:
+    settings = network.overrides(network.sizes(found), section)
+    if not settings:
         return f"Is it the right file for --{network.name}?"
-    other = network.spec(dataclasses.replace(section, **sizes))
-    other = {k: v for k, v in other.items() if k in spec}
-    if layout.torch_shapes(other) == found:
-        return f"The file fits with {flags}"
+    flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())
+    with contextlib.suppress(InputError):  # no network has these sizes
+        other = network.spec(dataclasses.replace(section, **settings))
+        other = {k: v for k, v in other.items() if k in spec}
+        if layout.torch_shapes(other) == found:
+            return f"The file fits with {flags}"
     return f"Its sizes are those of {flags}, but it does not fit them either; is it damaged?"
