@@ -21,9 +21,9 @@ from launch.benchmarks import measure
 from launch.benchmarks.stream import chunk_inputs
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 
 ROUNDED = "noise rounded"
@@ -94,7 +94,7 @@ def _outputs(cfg, mesh, params, rounded=False):
 def _hidden(cfg, sampler, params, state, inputs):
     recipe = recipe_lib.get(cfg.quant.recipe)
     on = dict(
-        sharding=dit.Sharding.sampling(cfg.quant.all_to_all),
+        sharding=dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all]),
         precision=dit.Precision(recipe, cfg.compute_dtype),
     )
     model = cfg.model

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax import params as params_lib
-from longlive_jax.formats import FP8Tensor, Product
+from longlive_jax.formats import PendingMatmul, Quantized
 from longlive_jax.ops import residual
 from longlive_jax.ops.gelu import gelu, gelu_of_product
 from longlive_jax.ops.norm import layer_norm
@@ -16,17 +16,19 @@ from longlive_jax.ops.quantized import (
     layer_norm_quantize_rows,
 )
 from longlive_jax.quant import linear as quantized
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
-Operand = jax.Array | FP8Tensor  # of a linear layer: an array, or its FP8 rows
-Result = jax.Array | Product  # of a linear layer: an array, or a product that waits for its scales
+Operand = jax.Array | Quantized  # of a linear layer: an array, or its FP8 rows
+Result = (
+    jax.Array | PendingMatmul
+)  # of a linear layer: an array, or a product that waits for its scales
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """A recipe, and the dtype of what it leaves alone.
 
-    Each operation is given a path of `quant.recipe.LINEARS`: of the linear layer that it is, or
+    Each operation is given a path of `recipes.LINEARS`: of the linear layer that it is, or
     that takes its result. If that layer quantises its input by rows, the operation before it
     writes FP8 rows.
     """
@@ -61,8 +63,7 @@ class Precision:
         """`ops.gelu.gelu` of a linear layer's result, as the one at this path takes it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)
-        if isinstance(x, Product):
-            x = x.astype(x.dtype)
+        x = x.astype(x.dtype)  # a product that waits is due
         return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def materialize(self, x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.formats import Format
 from longlive_jax.ops import ulysses
 from longlive_jax.quant import kv
 
@@ -20,10 +21,10 @@ class Sharding:
         None  # mesh axis over which chunks (training) or frames (sampling) are sharded
     )
     rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
-    payload: str = "bf16"  # what the sampler's all-to-alls send, one of config.PAYLOADS
+    payload: Format | None = None  # what the sampler's all-to-alls send; None: x as it is
 
     @classmethod
-    def sampling(cls, payload: str = "bf16") -> "Sharding":
+    def sampling(cls, payload: Format | None = None) -> "Sharding":
         return cls(mesh_lib.SEQ, tuple(mesh_lib.SAMPLING_RULES.items()), payload)
 
     @classmethod
@@ -35,14 +36,14 @@ class Sharding:
         if self.seq_axis is None:
             return x
         send = functools.partial(ulysses.to_heads, mesh_axis=self.seq_axis, token_axis=1)
-        return kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+        return kv.exchange(kv.store(self.payload, x, self.seq_axis), send)
 
     def to_tokens(self, x: jax.Array) -> jax.Array:
         """[batch, token, head / n, head_dim] -> [batch, token / n, head, head_dim]."""
         if self.seq_axis is None:
             return x
         send = functools.partial(ulysses.to_tokens, mesh_axis=self.seq_axis, token_axis=1)
-        sent = kv.exchange(send, kv.store(x, self.payload, self.seq_axis))
+        sent = kv.exchange(kv.store(self.payload, x, self.seq_axis), send)
         return kv.load(sent, x.dtype)
 
     def gather(

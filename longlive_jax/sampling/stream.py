@@ -15,9 +15,10 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling.kv_cache import EMPTY, KVCache
@@ -303,7 +304,7 @@ class Sampler:
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
 
         def compile(fn, in_specs, out_specs):
-            sharding = dit.Sharding.sampling(cfg.quant.all_to_all)
+            sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
             precision = dit.Precision(recipe, cfg.compute_dtype)
             fn = functools.partial(fn, cfg=cfg, sharding=sharding, precision=precision)
             # Without differentiation there is nothing for varying-axes types to check.
@@ -393,11 +394,16 @@ _FRAMES = _spec("batch", "frame", None, None, None)
 def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
     cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 16, cfg.model.num_heads))
-    packed = KVCache.PACKED_AXES if cache.format == "fp8" else KVCache.AXES
+
+    def specs(table, axes):  # an array of fewer axes has the first of them
+        axes = (*KVCache.AXES, *axes)
+        return jax.tree.map(lambda leaf: _spec(*axes[: leaf.ndim]), table)
+
+    k, v = map(specs, (cache.k, cache.v), kv.axes(cache.format))
     return StreamState(
         cache=cache.replace(
-            k=jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), cache.k),
-            v=jax.tree.map(lambda leaf: _spec(*packed[: leaf.ndim]), cache.v),
+            k=k,
+            v=v,
             chunk=_spec("batch", None),
         ),
         chunk=jax.P(),

@@ -15,9 +15,9 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import dit, umt5
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.training import draws as draws_lib
 from longlive_jax.training import error_recycling
 from longlive_jax.training import state as state_lib

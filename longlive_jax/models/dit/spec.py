@@ -17,7 +17,7 @@ from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant import weights as quantized_weights
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 Branches = tuple[Branch, ...]
 
