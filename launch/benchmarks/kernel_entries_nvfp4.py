@@ -16,7 +16,6 @@ from longlive_jax.kernels import quantize_nvfp4 as quantize_nvfp4_lib
 from longlive_jax.kernels import quantize_nvfp4_columns as quantize_nvfp4_columns_lib
 from longlive_jax.kernels import threefry
 from longlive_jax.quant import kv, operands
-from longlive_jax.quant import matmul as matmul_lib
 
 
 def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
@@ -134,7 +133,7 @@ def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     _, k, _, slots = entry.window(cfg)
     shape = (2, 1, 2, 128, 2, 16) if entry.on_cpu() else (2, 1, slots, *k.shape[1:])
     x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jax.jit(lambda x: kv.store(x.reshape(-1, *shape[3:]), "nvfp4"))(x)
+    q = jax.jit(lambda x: kv.store(formats.NVFP4("mse"), x.reshape(-1, *shape[3:])))(x)
     q = jax.tree.map(lambda leaf: leaf.reshape(*shape[:3], *leaf.shape[1:]), q)
     return [
         Entry(
@@ -166,16 +165,16 @@ def expand_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     return [
         Entry(
             name=f"expand_nvfp4 and product {rows}x{depth}x{n}",
-            arguments=(x, w, jax.jit(matmul_lib.expand_by_xla)(w)),
+            arguments=(x, w, jax.jit(formats.NVFP4Tensor.operand)(w)),
             call=lambda x, w, _: product(x, expand(w)),
             # In memory, as a library wants it: the sampler has XLA make no products itself.
-            baseline=lambda x, w, _: product(x, operands.in_memory(matmul_lib.expand_by_xla(w))),
+            baseline=lambda x, w, _: product(x, operands.in_memory(w.operand())),
             error=entry.relative_error,
             limit=2e-3,  # sums in another order, then rounded
             details={
                 "bfloat16 weights": lambda x, _, w: product(x, w),
                 "expansion": lambda _, w, __: expand(w),
-                "expansion by XLA": lambda _, w, __: matmul_lib.expand_by_xla(w),
+                "expansion by XLA": lambda _, w, __: w.operand(),
             },
             bytes=2 * (x.size + rows * n) + _codes(w.values),
             flops=2 * rows * depth * n,

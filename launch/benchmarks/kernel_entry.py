@@ -90,10 +90,10 @@ def width(columns: int, slices: int = 1) -> int:
     return slices * SLICE if on_cpu() else columns
 
 
-def product(*shape: int) -> formats.Product:
+def product(*shape: int) -> formats.PendingMatmul:
     keys = jax.random.split(jax.random.key(0), 4)
     n = shape[-1:]
-    return formats.Product(
+    return formats.PendingMatmul(
         sums=128 * jax.random.normal(keys[0], shape, jnp.bfloat16),
         row=jnp.exp(jax.random.normal(keys[1], (*shape[:-1], 1)) / 4) / 128,
         column=jnp.exp(jax.random.normal(keys[2], n) / 4),

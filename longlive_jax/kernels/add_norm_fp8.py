@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
@@ -29,7 +29,7 @@ AT_MOST, IN_FLIGHT = 18, 2
 
 
 def supports(
-    x: jax.Array, y: Product, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
+    x: jax.Array, y: PendingMatmul, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
 ) -> bool:
     """Whether the kernel takes these: bfloat16 rows of 1,024s, local, on a Hopper GPU."""
     return takes(x, y) and not _misfit(x, y, gate, scale, shift)
@@ -65,7 +65,7 @@ def _runs(shape, shapes):
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
     x: jax.Array,
-    y: Product,
+    y: PendingMatmul,
     gate: jax.Array | None,
     scale: jax.Array,
     shift: jax.Array,

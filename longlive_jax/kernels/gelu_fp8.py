@@ -15,14 +15,14 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
 
 AT_ONCE = 2  # slices that a thread works on at a time, if they divide a row's
 
 
-def supports(x: Product) -> bool:
+def supports(x: PendingMatmul) -> bool:
     """Whether the kernel takes such a product: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
     return takes(x) and not _misfit(x)
 
@@ -32,7 +32,7 @@ def _misfit(x):
 
 
 def kernel(
-    x: Product, interpret: plgpu.InterpretGPUParams | None = None
+    x: PendingMatmul, interpret: plgpu.InterpretGPUParams | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
 

@@ -13,13 +13,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
 
 
-def supports(x: Product, weight: jax.Array) -> bool:
+def supports(x: PendingMatmul, weight: jax.Array) -> bool:
     """Whether the kernel takes these: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
     return takes(x) and not _misfit(x, weight)
 
@@ -33,7 +33,7 @@ def _misfit(x, weight):
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
-    x: Product,
+    x: PendingMatmul,
     weight: jax.Array,
     eps: float = 1e-6,
     interpret: plgpu.InterpretGPUParams | None = None,

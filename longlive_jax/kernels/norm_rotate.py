@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
@@ -40,7 +40,7 @@ _ANGLES = plgpu.Layout.TILED(
 
 
 def supports(
-    qkv: jax.Array | Product, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array
+    qkv: jax.Array | PendingMatmul, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array
 ) -> bool:
     """Whether the kernel takes these: bfloat16, local, heads of 128, on a Hopper GPU."""
     return takes(qkv) and not _misfit(qkv, weight_q, weight_k, angle, angle)
@@ -68,7 +68,7 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
-    qkv: jax.Array | Product,
+    qkv: jax.Array | PendingMatmul,
     weight_q: jax.Array,
     weight_k: jax.Array,
     cos: jax.Array,
@@ -100,7 +100,7 @@ def kernel(
     tokens, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
     shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
     sums, scales = qkv, ()
-    if isinstance(qkv, Product):
+    if isinstance(qkv, PendingMatmul):
         columns = (y.reshape(3, words, _WORD) for y in (qkv.column, qkv.bias))
         sums, scales = qkv.sums, (qkv.row.reshape(-1), *columns)
     outs = plgpu.kernel(

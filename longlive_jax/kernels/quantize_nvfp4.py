@@ -67,24 +67,13 @@ def quantize_each(
     block: tuple[int, int] = (1, nvfp4.BLOCK),
     keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Values and scales of tensors [n, ...] by `quantize_nvfp4`, each with its own amax [n].
-
-    keys: [n, group, ..], to round stochastically: for tensors, and for groups that x's next axes
-      count; None: to nearest.
-    """
+    """`formats.nvfp4.quantize_each`, by the kernel where `supports` says that it runs."""
     drawn = keys is None or (is_local(x) and _divides(x.shape[keys.ndim :]))
     if supports(x[0], rule, block) and drawn:
         each = zip(x, amax, threefry.seeds_of_each(keys, len(x)))  # the kernel is for one
         values, scales = zip(*(_by_kernel(y, a, rule, s) for y, a, s in each))
         return jnp.stack(values), jnp.stack(scales)
-
-    def one(x, amax, key=None):
-        q = formats.quantize_nvfp4(x, rule, block, key=key, amax=amax)
-        return q.values, q.scales
-
-    for _ in range(0 if keys is None else keys.ndim - 1):
-        one = jax.vmap(one, (0, None, 0))
-    return jax.vmap(one)(x, amax, keys)
+    return nvfp4.quantize_each(x, amax, rule, block, keys)
 
 
 def supports(

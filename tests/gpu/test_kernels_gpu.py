@@ -13,12 +13,12 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.formats import exact, nvfp4
 from longlive_jax.kernels import dequantize_nvfp4, threefry
 from longlive_jax.kernels import quantize_nvfp4 as lib
 from longlive_jax.kernels import quantize_nvfp4_columns as columns_lib
 from longlive_jax.quant import linear, matmul, operands
-from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_dequantize_nvfp4 as dequantized
 from tests.kernels import test_quantize_nvfp4 as cpu
 from tests.kernels import test_quantize_nvfp4_columns as columns
@@ -120,7 +120,7 @@ def test_operands_of_a_weights_gradient(monkeypatch, use):
     keys = jax.random.split(jax.random.key(1), (3, 2, 2))
 
     def run():
-        return jax.jit(lambda y, keys: operands.columns(y, fmt, 2, (), keys))
+        return jax.jit(lambda y, keys: operands.columns(fmt, y, 2, (), keys))
 
     assert columns_lib.supports(y) and "mosaic_gpu" in run().lower(y, keys).as_text()
     result = run()(y, keys)
@@ -161,7 +161,7 @@ def test_dequantize_nvfp4_of_a_cache():
 def test_expand_nvfp4(name):
     q = dequantized.OPERANDS[name]()
     assert dequantize_nvfp4.expands(q)
-    dequantized.check(dequantize_nvfp4.expand(q), jax.jit(matmul.expand_by_xla)(q))
+    dequantized.check(dequantize_nvfp4.expand(q), jax.jit(formats.NVFP4Tensor.operand)(q))
 
 
 def test_products_of_nvfp4_are_the_same_by_either_expansion(monkeypatch):

@@ -20,7 +20,7 @@ OTHER_CODES = 1e-3  # the share that GELU and norm may have; each is one step aw
 def product(rows, n):
     """Of sums in the hundreds and a scale and a bias for each column; numbers of about 3."""
     keys = jax.random.split(jax.random.key(0), 4)
-    return formats.Product(
+    return formats.PendingMatmul(
         sums=256 * jax.random.normal(keys[0], (rows, n), jnp.bfloat16),
         row=jnp.exp(jax.random.normal(keys[1], (rows, 1))) / 256,
         column=jnp.exp(jax.random.normal(keys[2], (n,))),
@@ -31,7 +31,7 @@ def product(rows, n):
 def shaped_product(*shape, dtype=jnp.bfloat16):
     n = shape[-1]
     sums, bias = (shaped(*s, dtype=dtype) for s in (shape, (n,)))
-    return formats.Product(sums=sums, row=f32(*shape[:-1], 1), column=f32(n), bias=bias)
+    return formats.PendingMatmul(sums=sums, row=f32(*shape[:-1], 1), column=f32(n), bias=bias)
 
 
 def quantize(x):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from longlive_jax import recipes
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
 from longlive_jax.kernels import dequantize_nvfp4
-from longlive_jax.quant import kv, linear, operands, recipe
+from longlive_jax.quant import kv, linear
 from longlive_jax.quant import matmul as matmul_lib
 from tests.kernels.checks import RACES, Case, Chunk, kernel_tests, lowered, pretend_hopper, shaped
 
@@ -135,14 +136,14 @@ OPERANDS = {
     "one tensor": lambda: every_code_and_scale(1, (2048,)),
     "static rule": lambda: every_code_and_scale(1, (64, 512)).replace(rule="static_4"),
     "square blocks": square,
-    "transposed": lambda: jax.jit(operands.transpose)(square()),
-    "columns": lambda: jax.jit(operands.merge)(every_code_and_scale([1], (1, 8, 48, 80))),
+    "transposed": lambda: jax.jit(NVFP4Tensor.transposed)(square()),
+    "columns": lambda: jax.jit(NVFP4Tensor.merged)(every_code_and_scale([1], (1, 8, 48, 80))),
 }
 
 
 TestExpandNVFP4 = kernel_tests(
     dequantize_nvfp4,
-    matmul_lib.expand_by_xla,
+    NVFP4Tensor.operand,
     check,
     kernel=dequantize_nvfp4.expand,
     cases={name: Case(lambda make=make: (make(),)) for name, make in OPERANDS.items()},
@@ -162,7 +163,7 @@ def test_expanded_numbers_are_codes_times_scales():
 def test_expanding_maps():
     q = every_code_and_scale([1, 2], (2, 4, 1024))
     result = jax.vmap(lambda q: dequantize_nvfp4.expand(q, interpret=RACES))(q)
-    check(result, matmul_lib.expand_by_xla(q))
+    check(result, q.operand())
 
 
 def test_expand_refuses_what_programs_do_not_divide():
@@ -189,7 +190,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(matmul_lib, "_capability", lambda: 9.0)
 
 
-W4A4 = recipe.get("nvfp4_w4a4").at("ffn.0")
+W4A4 = recipes.get("nvfp4_w4a4").at("ffn.0")
 
 
 def layer(weight, x):

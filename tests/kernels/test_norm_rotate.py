@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import norm_rotate
 from longlive_jax.ops import rope, rotated
 from longlive_jax.ops.norm import rms_norm
@@ -33,7 +33,7 @@ def product(shape, dim, weights=jnp.bfloat16):
     """As `arguments`, with a product of about their numbers for qkv."""
     sums, *rest = arguments(shape, dim, weights)
     keys = jax.random.split(jax.random.key(1), 3)
-    scaled = Product(
+    scaled = PendingMatmul(
         sums=128 * sums,
         row=jnp.exp(jax.random.normal(keys[0], (*shape, 1))) / 128,
         column=jnp.exp(jax.random.normal(keys[1], (3 * dim,))),
@@ -65,7 +65,7 @@ def extreme_product():
     sums, *rest = extremes(1024)
     row = jnp.full((7, 1), 1000.0).at[3].set(jnp.nan)
     column, bias = jnp.full(3072, 0.001), jnp.zeros(3072, jnp.bfloat16)
-    return Product(sums, row, column, bias), *rest
+    return PendingMatmul(sums, row, column, bias), *rest
 
 
 def kernel(qkv, weight_q, weight_k, angle, **options):

@@ -12,10 +12,9 @@ from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
-from longlive_jax.formats import exact, nvfp4
+from longlive_jax.formats import NVFP4, exact, nvfp4
 from longlive_jax.kernels import quantize_nvfp4_columns, threefry
 from longlive_jax.quant import operands
-from longlive_jax.quant.recipe import NVFP4
 from tests.kernels.checks import (
     RACES,
     Case,
@@ -140,7 +139,7 @@ def test_what_has_no_largest_magnitude():
 def run_columns(y, fmt, lead, keys):
     """`operands.columns`, traced anew, in interpret mode where a kernel is called."""
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return jax.jit(lambda y, keys: operands.columns(y, fmt, lead, (), keys))(y, keys)
+        return jax.jit(lambda y, keys: operands.columns(fmt, y, lead, (), keys))(y, keys)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,7 @@ def test_operands_lower_on_a_mesh(monkeypatch):
     of_columns = jax.P("fsdp", None, "seq")
     out = formats.NVFP4Tensor(of_columns, of_columns, jax.P("fsdp"), RULE, (1, 16), y.dtype)
     run = jax.shard_map(
-        lambda y, keys: operands.columns(y, fmt, 1, ("seq",), keys),
+        lambda y, keys: operands.columns(fmt, y, 1, ("seq",), keys),
         mesh=mesh,
         in_specs=(spec, spec),
         out_specs=out,
