@@ -11,12 +11,14 @@ token, dim], rows past a prompt's length zero.
 import numpy as np
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
-from longlive_jax.sampling import script, shots
+from longlive_jax.pipeline import Pipeline
+from longlive_jax.prompts import script, shots
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -45,13 +47,14 @@ def main() -> None:
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
         chunks_per_shot=FLAGS.chunks_per_shot,
     )
-    scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-    text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, guided=True)
-    negative = text.negative[None].astype(np.float32)
+    scripts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
+    pipeline = Pipeline(FLAGS.checkpoint, cfg, mesh)
+    texts = pipeline.embed(script.distinct(scripts), guided=True)
+    negative = texts.negative[None].astype(np.float32)
     for i, one in enumerate(scripts):
-        context = text.rows[list(one.which)].astype(np.float32)
+        rows = texts(one.prompts).astype(np.float32)
         path = command.numbered(FLAGS.output, i, len(scripts))
-        save_npz(path, ctx=context, neg=negative, cut=np.asarray(one.cut))
+        save_npz(path, ctx=rows, neg=negative, cut=np.asarray(one.cut))
 
 
 def _embed_ids(cfg, mesh):
@@ -62,7 +65,7 @@ def _embed_ids(cfg, mesh):
             f"--prompts: ids {ids.dtype}{list(ids.shape)} and mask {list(mask.shape)} must both be "
             "integers [prompt, token]"
         )
-    params = parts.load(FLAGS.checkpoint, "umt5", cfg, mesh)
+    params = networks.load(FLAGS.checkpoint, "umt5", cfg, mesh)
     return umt5.encode_prompts(params, cfg.umt5, ids, mask, ids.shape[1], cfg.compute_dtype)
 
 

@@ -99,6 +99,25 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowSize:
+    """How many chunks are visible at a time; `sampling.window` says which."""
+
+    chunks: int  # in all, with the one being denoised
+    sinks: int  # first chunks of the video, which are always visible
+    shots: int  # 1: the newest shot's first chunk is always visible too; else 0
+
+    @property
+    def slots(self) -> int:
+        """Slots of the KV cache: the chunk being denoised needs none."""
+        return self.chunks - 1
+
+    @property
+    def least(self) -> int:
+        """The least `chunks`: all that stay, one recent chunk and the one being denoised."""
+        return self.sinks + self.shots + 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """How a video is streamed. Frames here are latent frames unless they say pixels."""
 
@@ -117,6 +136,17 @@ class Sample:
     recache: bool = False  # on a prompt change inside a shot, run the visible past again
     chunks: int = 16  # length of a plain-text prompt's video, in chunks
     vae_latents_per_call: int = 2  # latents decoded at once: speed against memory
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on (Ho and Salimans, arXiv 2207.12598)."""
+        return self.guidance_scale != 1.0
+
+    def window(self, model: Model) -> WindowSize:
+        """The window in chunks of `model`."""
+        sinks = self.sink_frames // model.chunk_frames
+        shots = int(self.multi_shot_sink and self.sink_frames > 0)
+        return WindowSize(self.window_frames // model.chunk_frames, sinks, shots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,14 +338,14 @@ def validate(config: Config) -> None:
     _divides("sample.window_frames", s.window_frames, "model.chunk_frames", m.chunk_frames)
     if s.sink_frames:
         _divides("sample.sink_frames", s.sink_frames, "model.chunk_frames", m.chunk_frames)
-    sinks = s.sink_frames // m.chunk_frames + (1 if s.multi_shot_sink and s.sink_frames else 0)
-    least = (sinks + 2) * m.chunk_frames
-    if s.sink_frames < 0 or s.window_frames < least:
+    size = s.window(m)
+    if s.sink_frames < 0 or size.chunks < size.least:
         _refuse(
             f"sample.window_frames={s.window_frames} with sample.sink_frames={s.sink_frames}"
             f" and sample.multi_shot_sink={s.multi_shot_sink}",
-            f"must be at least {least}: {sinks} sink chunk(s), one recent chunk and the one being "
-            f"denoised, of {m.chunk_frames} frames each",
+            f"must be at least {size.least * m.chunk_frames}: {size.sinks + size.shots} sink "
+            f"chunk(s), one recent chunk and the one being denoised, of {m.chunk_frames} frames "
+            "each",
         )
     _validate_quant(config)
     _divides("model.num_heads", m.num_heads, "mesh.seq", mesh.seq)

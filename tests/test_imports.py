@@ -10,7 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import those before it, and itself.
 ORDER = ["errors", "config", "mesh", "params", "formats", "kernels", "ops", "quant", "models", "nnx",
-         "diffusion", "data", "checkpoints", "sampling", "training"]  # fmt: skip
+         "diffusion", "data", "checkpoints", "prompts", "sampling", "pipeline",
+         "training"]  # fmt: skip
 FILES = sorted((ROOT / "longlive_jax").rglob("*.py"))
 
 

@@ -16,6 +16,7 @@ channels and halves the size three times; the decoder goes back.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ __all__ = [
     "encode_video",
     "init_decode_state",
     "init_encode_state",
+    "pieces",
     "spec",
     "to_uint8",
 ]
@@ -241,6 +243,16 @@ def encode_video(
     state = init_encode_state(cfg, frames.shape[0], *_latent_size(frames), frames.dtype)
     step = functools.partial(encode, params, cfg, axis=axis)
     return _whole_clip(step, state, frames, latents_per_call, FRAMES)
+
+
+def pieces(latents: int, per_call: int) -> Iterator[slice]:
+    """What one call takes of a video: its first latent alone, then groups of `per_call`.
+
+    A video's first latent must be alone; a chunk's is, so that its frames are there sooner.
+    """
+    yield slice(0, 1)
+    for start in range(1, latents, per_call):
+        yield slice(start, min(start + per_call, latents))
 
 
 def _whole_clip(step, state, x, latents_per_call, frames_per_latent):

@@ -4,12 +4,15 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.data.arrays import load_npz
+from longlive_jax.data.images import read_image
 from longlive_jax.errors import InputError
-from longlive_jax.sampling.script import Script, shorten
+from longlive_jax.prompts import pictures
+from longlive_jax.prompts.script import Script, shorten
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +63,17 @@ class Batch:
     def latent_frames(self, cfg: config_lib.Model) -> int:
         known = 0 if self.prefix is None else self.prefix.shape[1]
         return known + self.chunks * cfg.chunk_frames
+
+    def check_images(self) -> None:
+        """Refuses first frames that cannot be read."""
+        for image in dict.fromkeys(script.image for script in self.scripts if script.image):
+            read_image(image, *self.pixels)
+
+    def with_images(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh) -> "Batch":
+        """The same, the images of its scripts encoded by the VAE's `params` on `mesh`."""
+        images = [script.image for script in self.scripts]
+        first = pictures.first_frames(cfg, params, mesh, images, self.pixels)
+        return dataclasses.replace(self, first_frame=first)
 
     def continuing(self, prefix: np.ndarray) -> "Batch":
         """The same, each video going on from `prefix` [1, frame, h, w, channel]."""
@@ -168,8 +182,8 @@ def make(
 
 def _alike(cfg, a: Script, b: Script) -> bool:
     """Whether two videos can be in a batch, each as it would be alone."""
-    turns = not cfg.sample.recache or a.turn == b.turn
-    return a.chunks == b.chunks and bool(a.image) == bool(b.image) and turns
+    recached = not cfg.sample.recache or a.changed == b.changed
+    return a.chunks == b.chunks and bool(a.image) == bool(b.image) and recached
 
 
 def _check_images(cfg, scripts, noise):

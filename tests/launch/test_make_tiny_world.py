@@ -9,7 +9,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.data import tiny_world
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.video import probe, read_video
-from longlive_jax.sampling import shots as shots_lib
+from longlive_jax.prompts import shots as shots_lib
 from tests.launch.commands import run
 
 SMALL = ["--clips=3", "--seed=4", "--height=32", "--width=64"]

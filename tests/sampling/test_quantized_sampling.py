@@ -42,7 +42,8 @@ def run(cfg, chunks=3, batch=1):
     state = sampler.init_state(batch, *SIZE)
     inputs = test_stream.make_inputs(cfg, chunks, batch, cuts=(2,))
     return np.concatenate(
-        [np.asarray(latents) for _, latents in sampler.stream(params, state, inputs)], axis=1
+        [np.asarray(latents) for _, latents in test_stream.steps(sampler, params, state, inputs)],
+        axis=1,
     )
 
 
@@ -71,7 +72,7 @@ def test_products_before_their_scales(monkeypatch):
         given.append(make(*args))
         return given[-1]
 
-    with monkeypatch.context() as m:
+    with monkeypatch.text() as m:
         m.setattr(linear_lib, "is_hopper", lambda: True)
         m.setattr(linear_lib, "product", product)
         jax.clear_caches()  # a layer is traced once

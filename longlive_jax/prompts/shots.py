@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -43,7 +45,7 @@ class _Shot:
 
 
 def read(
-    path: str | pathlib.Path,
+    path: str | pathlib.Path | Sequence[Mapping[str, Any]],
     *,
     chunks: int,
     chunk_frames: int,
@@ -71,7 +73,7 @@ def read(
     of a `.txt` file that begins with it makes each chunk but the first a cut, as in the original.
 
     Args:
-      path: file or folder.
+      path: file or folder; or the list of such a `.json` file itself.
       chunks: length of a video whose source does not give it.
       chunk_frames: latent frames of a chunk, to convert seconds.
       scene_cut_prefix: of `config.Sample`.
@@ -86,6 +88,9 @@ def read(
     _in_range("chunks", chunks, 1)
     _in_range("chunk_frames", chunk_frames, 1)
     _in_range("chunks_per_shot", chunks_per_shot, 0)
+    if not isinstance(path, str | os.PathLike):
+        here = pathlib.Path("shots")
+        return [_shot_list(here, path, chunks, chunk_frames, scene_cut_prefix)]
     try:
         return _read(pathlib.Path(path), chunks, chunk_frames, scene_cut_prefix, chunks_per_shot)
     except OSError as error:
@@ -100,7 +105,7 @@ def _read(path, chunks, chunk_frames, prefix, per_shot) -> list[Video]:
     if path.is_dir():
         return _read_folder(path, chunks, per_shot, prefix)
     if path.suffix.lower() == ".json":
-        return [_read_shot_list(path, chunks, chunk_frames, prefix)]
+        return [_shot_list(path, _json(path), chunks, chunk_frames, prefix)]
     if path.suffix.lower() in (".txt", ""):
         return _read_lines(path, chunks, prefix)
     raise InputError(
@@ -175,8 +180,7 @@ def _read_images(images: pathlib.Path, prompts: pathlib.Path, chunks: int, prefi
     return videos
 
 
-def _read_shot_list(path: pathlib.Path, chunks: int, chunk_frames: int, prefix: str) -> Video:
-    entries = _json(path)
+def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, prefix: str) -> Video:
     if not isinstance(entries, list) or not entries:
         raise InputError(
             f'prompts: {path} must be a list of at least one shot, [{{"prompt": "..."}}, ...]; '

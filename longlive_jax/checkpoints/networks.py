@@ -1,4 +1,4 @@
-"""Parts of a checkpoint, on the devices and in the dtype that a command wants them.
+"""Networks of a checkpoint, on the devices and in the dtype that they are wanted.
 
 A training run's folder is a checkpoint too: of what it trains, and of the parts of the checkpoint
 that it was given.
@@ -6,26 +6,26 @@ that it was given.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.checkpoints import quantized, store, workdir
+from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import store, workdir
+from longlive_jax.checkpoints.parts import PARTS
 from longlive_jax.errors import InputError
-from longlive_jax.models import dit, tokenizer, umt5, vae
+from longlive_jax.models import tokenizer
 from longlive_jax.quant import recipe as recipe_lib
-from longlive_jax.sampling import stream
-from longlive_jax.sampling.script import Text
-
-MODELS = {"dit": dit, "vae": vae, "umt5": umt5}
 
 # What the two directions of the VAE need: a checkpoint may hold a decoder alone.
 ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")
 
 
-def check(checkpoint: str | None, part: str, cfg: config_lib.Config, only: Sequence[str] = ()):
+def check(
+    checkpoint: str | None, part: str, cfg: config_lib.Config, only: Sequence[str] = ()
+) -> None:
     """Refuses, without reading an array, what `load` of the same arguments would refuse."""
     section, tree = spec(part, cfg, only)
     trained = _trained(checkpoint, part)
@@ -43,9 +43,9 @@ def load(
     only: Sequence[str] = (),
     *,
     weights: str = "average",
-    dtype=None,
+    dtype: Any = None,
     rules: dict | None = None,
-):
+) -> params_lib.Tree:
     """Parameters of "dit", "vae" or "umt5", by default in compute dtype, sharded for sampling.
 
     `only`: top-level subtrees to read; default all. `weights`: which of a training run's, of
@@ -63,10 +63,9 @@ def load(
     return store.load(where, part, tree, mesh, dtype, rules, config=section)
 
 
-def check_transformer(checkpoint: str | None, cfg: config_lib.Config):
+def check_transformer(checkpoint: str | None, cfg: config_lib.Config) -> None:
     """Refuses, without reading an array, what `load_transformer` would refuse."""
-    recipe = _stored_recipe(checkpoint)
-    if recipe is None:
+    if _stored_recipe(checkpoint) is None:
         check(checkpoint, "dit", cfg)
     else:
         section, tree = spec("dit", cfg)
@@ -79,24 +78,19 @@ def load_transformer(
     cfg: config_lib.Config,
     mesh: jax.sharding.Mesh,
     weights: str = "average",
-):
-    """What `stream.Sampler(cfg, mesh)` takes: with quant.recipe, quantised weights.
-
-    They come from a checkpoint that the recipe quantised, or are quantised here.
+) -> params_lib.Tree:
+    """What `sampling.stream.Sampler.prepare` takes: quantised weights, if they are stored so.
 
     Raises:
-      InputError: a checkpoint that does not fit, or whose weights cannot be quantised.
+      InputError: a checkpoint that does not fit, or that another recipe quantised.
     """
     if _stored_recipe(checkpoint) is None:
-        params = load(checkpoint, "dit", cfg, mesh, weights=weights)
-    else:
-        section, tree = spec("dit", cfg)
-        params = store.load(
-            directory(checkpoint), "dit", tree, mesh, cfg.compute_dtype, mesh_lib.SAMPLING_RULES,
-            config=section, recipe=recipe_lib.get(cfg.quant.recipe),
-        )  # fmt: skip
-    params = stream.Sampler(cfg, mesh).prepare(params)
-    return quantized.check(params, f"--checkpoint={checkpoint}")
+        return load(checkpoint, "dit", cfg, mesh, weights=weights)
+    section, tree = spec("dit", cfg)
+    return store.load(
+        directory(checkpoint), "dit", tree, mesh, cfg.compute_dtype, mesh_lib.SAMPLING_RULES,
+        config=section, recipe=recipe_lib.get(cfg.quant.recipe),
+    )  # fmt: skip
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:
@@ -105,29 +99,6 @@ def parts(checkpoint: str) -> tuple[str, ...]:
         return store.parts(checkpoint)
     others = store.parts(directory(checkpoint)) if workdir.read(checkpoint)["checkpoint"] else ()
     return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
-
-
-def embed(
-    checkpoint: str | None,
-    cfg: config_lib.Config,
-    mesh: jax.sharding.Mesh,
-    prompts: Sequence[str],
-    guided: bool,
-    weights: str = "average",
-) -> Text:
-    """Embeddings of prompts and, if `guided`, of the config's negative prompt, in compute dtype.
-
-    The encoder's weights are there during the call only: they would take as much memory as the
-    transformer's.
-    """
-    read = read_tokenizer(checkpoint, cfg)
-    ids, mask = read(prompts, cfg.model.text_len)
-    if guided:
-        negative = read([cfg.sample.negative_prompt], cfg.model.text_len, allow_empty=True)
-        ids, mask = np.concatenate([ids, negative[0]]), np.concatenate([mask, negative[1]])
-    params = load(checkpoint, "umt5", cfg, mesh, weights=weights)
-    rows = umt5.encode_prompts(params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype)
-    return Text(rows[: len(prompts)], rows[-1] if guided else None)
 
 
 def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.Tokenizer:
@@ -141,19 +112,19 @@ def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.
     return tokenizer.Tokenizer.from_file(os.path.join(directory(checkpoint), tokenizer.FILE))
 
 
-def vae_mesh(
-    cfg: config_lib.Config, mesh: jax.sharding.Mesh, device: int | None
-) -> jax.sharding.Mesh:
-    """The sampler's mesh, or a mesh of `device` alone (`--vae_device`)."""
-    if device is None:
-        return mesh
-    devices = jax.devices()
-    if not 0 <= device < len(devices):
+def stored_config(checkpoint: str) -> dict[str, Any]:
+    """Settings of the networks of a checkpoint, by "section.key".
+
+    Raises:
+      InputError: it is a training run, which does not keep all of them, or lacks a network.
+    """
+    if workdir.is_run(checkpoint):
         raise InputError(
-            f"--vae_device={device}: must be 0 to {len(devices) - 1}, the devices there are; leave "
-            "it out to share the sampler's"
+            f"{checkpoint}: a training run does not keep all settings of its networks; give the "
+            "config of its training"
         )
-    return mesh_lib.make_mesh(config_lib.Mesh(), devices[device : device + 1])
+    sections = {p.section: store.Stored(checkpoint, p.name).info["config"] for p in PARTS.values()}
+    return {f"{s}.{key}": v for s, made in sections.items() for key, v in made[s].items()}
 
 
 def directory(checkpoint: str | None) -> str:
@@ -161,6 +132,15 @@ def directory(checkpoint: str | None) -> str:
     if not checkpoint:
         raise InputError("--checkpoint is missing; make one with python -m launch.convert")
     return workdir.parts(checkpoint) if workdir.is_run(checkpoint) else checkpoint
+
+
+def spec(
+    part: str, cfg: config_lib.Config, only: Sequence[str] = ()
+) -> tuple[Any, params_lib.Tree]:
+    """A part's section of the config, and its parameter specs."""
+    section = PARTS[part].config(cfg)
+    whole = PARTS[part].spec(section)
+    return section, {name: tree for name, tree in whole.items() if not only or name in only}
 
 
 def _trained(checkpoint, part):
@@ -176,10 +156,3 @@ def _stored_recipe(checkpoint):
     if _trained(checkpoint, "dit") is not None:
         return None
     return store.Stored(directory(checkpoint), "dit").recipe
-
-
-def spec(part: str, cfg: config_lib.Config, only: Sequence[str] = ()):
-    """A part's section of the config, and its parameter specs."""
-    section = getattr(cfg, {"dit": "model"}.get(part, part))
-    whole = MODELS[part].spec(section)
-    return section, {name: tree for name, tree in whole.items() if not only or name in only}

@@ -1,71 +1,73 @@
-"""What a video is made from, chunk by chunk: which prompt, and where the cuts are."""
+"""What a video is made from, chunk by chunk: its prompts, and where the cuts are."""
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
-from longlive_jax.sampling.shots import Video
-from longlive_jax.sampling.stream import guided
+from longlive_jax.prompts.shots import Video
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
     """One video to make.
 
-    which: the prompt of each chunk, as a row of `Text.rows`.
+    prompts: the prompt of each chunk, as the model reads it.
     cut: whether each chunk starts a new shot.
-    turn: whether each chunk's prompt differs from that of the chunk before it, inside a shot.
+    changed: whether each chunk's prompt differs from that of the chunk before it, inside a shot.
     image: the video's first frame, or None.
     """
 
     name: str
-    which: tuple[int, ...]
+    prompts: tuple[str, ...]
     cut: tuple[bool, ...]
-    turn: tuple[bool, ...]
+    changed: tuple[bool, ...]
     image: pathlib.Path | None = None
 
     @property
     def chunks(self) -> int:
-        return len(self.which)
+        return len(self.prompts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text:
-    """Prompt embeddings of all scripts of a run.
+class Embeddings:
+    """Embeddings of a run's prompts, all of them made before.
 
-    rows: [distinct prompt, text_len, text_dim]; negative: [text_len, text_dim], or None without
-    classifier-free guidance.
+    Args:
+      rows: [prompt, text_len, text_dim], those of `prompts`.
+      negative: [text_len, text_dim] of the negative prompt, or None without guidance.
     """
 
-    rows: np.ndarray
-    negative: np.ndarray | None = None
+    def __init__(self, prompts: Sequence[str], rows: np.ndarray, negative: np.ndarray | None):
+        self._rows, self.negative = dict(zip(prompts, rows, strict=True)), negative
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """[prompt, text_len, text_dim]."""
+        return np.stack([self._rows[prompt] for prompt in prompts])
 
 
-def from_videos(videos: Sequence[Video], scene_cut_prefix: str) -> tuple[list[Script], list[str]]:
-    """Scripts of videos read by `shots.read`, and the distinct prompts that their rows stand for.
-
-    Each prompt is there once, however many chunks of however many videos use it.
-    """
-    texts = list(dict.fromkeys(chunk.prompt for video in videos for chunk in video.chunks))
-    row = {text: i for i, text in enumerate(texts)}
+def from_videos(videos: Sequence[Video], scene_cut_prefix: str) -> list[Script]:
+    """Scripts of videos read by `shots.read`."""
 
     def script(video: Video) -> Script:
-        cut = tuple(chunk.cut for chunk in video.chunks)
-        plain = [chunk.prompt.removeprefix(scene_cut_prefix).strip() for chunk in video.chunks]
-        turn = tuple(i > 0 and not cut[i] and plain[i] != plain[i - 1] for i in range(len(cut)))
-        which = tuple(row[chunk.prompt] for chunk in video.chunks)
-        return Script(video.name, which, cut, turn, video.image)
+        prompts, cut = zip(*((chunk.prompt, chunk.cut) for chunk in video.chunks))
+        plain = [prompt.removeprefix(scene_cut_prefix).strip() for prompt in prompts]
+        changed = tuple(i > 0 and not cut[i] and plain[i] != plain[i - 1] for i in range(len(cut)))
+        return Script(video.name, prompts, cut, changed, video.image)
 
-    return [script(video) for video in videos], texts
+    return [script(video) for video in videos]
+
+
+def distinct(scripts: Iterable[Script]) -> list[str]:
+    """The prompts of scripts, each once, however many chunks use it."""
+    return list(dict.fromkeys(prompt for script in scripts for prompt in script.prompts))
 
 
 def from_embeddings(
     arrays: Mapping[str, np.ndarray], cfg: config_lib.Config, chunks: int | None
-) -> tuple[Script, Text]:
+) -> tuple[Script, Embeddings]:
     """A script from `ctx` [chunk, token, dim] and, if there, `cut` [chunk], `neg` [1, token, dim].
 
     Args:
@@ -89,13 +91,14 @@ def from_embeddings(
             f"{cfg.model.chunk_frames} latent frames; give one row a chunk, or shorter noise"
         )
     # The chunk after a cut drops the scene-cut prefix, so its embedding differs all the same.
-    turn = tuple(
+    changed = tuple(
         i > 0 and not cut[i] and not cut[i - 1] and not np.array_equal(rows[i], rows[i - 1])
         for i in range(chunks)
     )
-    script = Script("embeddings", tuple(range(chunks)), tuple(map(bool, cut[:chunks])), turn)
-    if not guided(cfg):
-        return script, Text(rows)
+    names = tuple(f"row {i} of ctx" for i in range(len(rows)))
+    script = Script("embeddings", names[:chunks], tuple(map(bool, cut[:chunks])), changed)
+    if not cfg.sample.guided:
+        return script, Embeddings(names, rows, None)
     if "neg" not in arrays:
         raise InputError(
             "prompt embeddings: neg is missing, which guidance needs with "
@@ -105,7 +108,7 @@ def from_embeddings(
     negative = _pad(arrays["neg"], cfg.model, "neg")
     if len(negative) != 1:
         raise InputError(f"prompt embeddings: neg has {len(negative)} rows, must have 1")
-    return script, Text(rows, negative[0])
+    return script, Embeddings(names, rows, negative[0])
 
 
 def shorten(script: Script, chunks: int) -> Script:
@@ -119,7 +122,7 @@ def shorten(script: Script, chunks: int) -> Script:
             f"prompts: video {script.name!r} has {script.chunks} chunks, the noise has {chunks}; "
             "give more prompts or shorter noise"
         )
-    fields = {name: getattr(script, name)[:chunks] for name in ("which", "cut", "turn")}
+    fields = {name: getattr(script, name)[:chunks] for name in ("prompts", "cut", "changed")}
     return dataclasses.replace(script, **fields)
 
 
