@@ -80,7 +80,7 @@ class Pipeline:
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the pictures."""
-        return self.cfg.sample.height, self.cfg.sample.width
+        return self.cfg.video.height, self.cfg.video.width
 
     def check(self, batches: Sequence[Batch] = (), text: bool = True, pictures: bool = False):
         """Refuses a checkpoint, or a mesh, that a run would stumble over later.
@@ -189,13 +189,13 @@ class Pipeline:
           image: its first frame.
           rows: how many streams are denoised together, with one prompt each.
         """
-        cfg, scale = self.cfg, config_lib.SPATIAL_COMPRESSION
+        cfg = self.cfg
         first = None
         if image is not None:
             vae = networks.load(self.checkpoint, "vae", cfg, self.vae_mesh, networks.ENCODER)
             images = [image] * rows
             first = pictures.first_frames(cfg, vae, self.vae_mesh, images, self.pixels)
-        height, width = (n // scale for n in self.pixels)
+        height, width = cfg.video.latent_size
         start = Start(
             height=height, width=width, seed=seed, samples=tuple(range(rows)), first_frame=first
         )

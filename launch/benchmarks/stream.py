@@ -21,7 +21,7 @@ def run(cfg: config_lib.Config) -> dict:
     sampler = stream.sampler(cfg, mesh)
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
     params = sampler.prepare(params)
-    size = _latent_size(cfg)
+    size = cfg.video.latent_size
     inputs = [sampler.place(chunk_inputs(cfg, chunk, size)) for chunk in range(2)]
 
     start = time.perf_counter()
@@ -76,7 +76,7 @@ def run(cfg: config_lib.Config) -> dict:
         "recipe": cfg.quant.recipe,
         "kv": cfg.quant.kv,
         "dtype": cfg.dtype,
-        "pixels": [cfg.sample.height, cfg.sample.width],
+        "pixels": [cfg.video.height, cfg.video.width],
         "mesh": list(mesh.shape.values()),
     }
     measure.show(delivered)
@@ -127,12 +127,12 @@ def _delivered(cfg, engine):
 
 def _session(cfg, engine, whole):
     """A stream of random embeddings for two prompts."""
-    rows, (height, width) = cfg.mesh.data * cfg.mesh.fsdp, _latent_size(cfg)
+    rows, (height, width) = cfg.mesh.data * cfg.mesh.fsdp, cfg.video.latent_size
     text = np.asarray(_text(cfg, 2))
     start = Start(
         height=height, width=width, samples=tuple(range(rows)), whole=whole,
         first_frame=np.zeros((rows, 1, height, width, cfg.model.in_dim), np.float32)
-        if cfg.sample.image_to_video
+        if cfg.video.image_to_video
         else None,
     )  # fmt: skip
     session = Session(engine, Embeddings(["one", "other"], text, text[0]), start)
@@ -154,11 +154,6 @@ def _text(cfg, rows):
     return jax.random.normal(key, (rows, cfg.model.text_len, cfg.model.text_dim), cfg.compute_dtype)
 
 
-def _latent_size(cfg):
-    scale = config_lib.SPATIAL_COMPRESSION
-    return cfg.sample.height // scale, cfg.sample.width // scale
-
-
 def chunk_inputs(cfg, chunk, size):
     batch = cfg.mesh.data * cfg.mesh.fsdp
     shape, text = (cfg.model.chunk_frames, *size, cfg.model.in_dim), _text(cfg, batch)
@@ -169,7 +164,7 @@ def chunk_inputs(cfg, chunk, size):
         cut=jnp.zeros((batch,), bool),
         negative=text if cfg.sample.guided else None,
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
-        if cfg.sample.image_to_video
+        if cfg.video.image_to_video
         else None,
     )
 

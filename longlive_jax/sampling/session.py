@@ -52,8 +52,8 @@ class Engine:
 
     def sampler(self, image_to_video: bool) -> stream.Sampler:
         """The programs for videos with, or without, a first frame."""
-        sample = dataclasses.replace(self.cfg.sample, image_to_video=image_to_video)
-        return stream.sampler(dataclasses.replace(self.cfg, sample=sample), self.mesh)
+        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
+        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -386,7 +386,7 @@ _FREE = ("chunks", "height", "image_to_video", "negative_prompt", "vae_latents_p
 
 def _settings(cfg: config_lib.Config) -> dict[str, Any]:
     """All that latents depend on but the weights, by the names of the flags."""
-    sections = {name: getattr(cfg, name) for name in ("model", "sample", "quant", "vae")}
+    sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
     made = {f"{s}.{k}": v for s, section in sections.items() for k, v in vars(section).items()}
     made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
     return json.loads(json.dumps(made | {"dtype": cfg.dtype}))

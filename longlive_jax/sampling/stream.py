@@ -145,7 +145,7 @@ def _enter_shot(state, inputs, cfg):
 
 def _denoise(transformer, state, inputs):
     cfg, parallel = transformer.cfg, transformer.parallel
-    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.sample.shift)
+    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
     positions = _positions(state.window.next_position(cfg), inputs.noise.shape[1], parallel)
     given = _GivenFrame(state, inputs, parallel)
 
@@ -421,7 +421,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         text=text,
         cut=_spec("batch"),
         negative=text if cfg.sample.guided else None,
-        first_frame=_spec("batch", None, None, None, None) if cfg.sample.image_to_video else None,
+        first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
     )
 
 

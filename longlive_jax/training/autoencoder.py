@@ -179,7 +179,7 @@ def make_gradients(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Callable:
     """
     t = cfg.train_vae
     rows = t.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    size = (cfg.sample.height // vae.PIXELS, cfg.sample.width // vae.PIXELS)
+    size = cfg.video.latent_size
     latents = (1 + (t.frames - 1) // vae.FRAMES, *size, cfg.vae.z_dim)
 
     def local(params, step, frames, windows):

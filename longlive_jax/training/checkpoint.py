@@ -23,7 +23,7 @@ from longlive_jax.training.state import TrainState
 _DATA = ("cached", "max_chunks_per_shot", "single_shot", "allow_padding", "min_chunks")
 _TRAIN = ("seed", "batch_size", "accumulation", "latent_frames", "teacher_forcing",
           "context_levels", "text_encoder")  # fmt: skip
-_SAMPLE = ("height", "width", "shift", "image_to_video")
+_VIDEO = ("height", "width", "shift", "image_to_video")
 _RINGS = ("buckets", "slots", "positions")
 _FULL = ("No space left", "ENOSPC", "Disk quota", "EDQUOT", "File too large", "EFBIG")
 
@@ -37,7 +37,7 @@ def settings(cfg: config_lib.Config, data: str) -> dict[str, Any]:
       data: what tells this training data from other.
     """
     t = cfg.train
-    names = {"data": _DATA, "train": _TRAIN, "sample": _SAMPLE, "model": vars(cfg.model)}
+    names = {"data": _DATA, "train": _TRAIN, "video": _VIDEO, "model": vars(cfg.model)}
     if t.text_encoder:
         names["umt5"] = vars(cfg.umt5)
     values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
@@ -92,6 +92,7 @@ def claimed(
 
 
 def _compare(root, had, has):
+    had = {config_lib.renamed(name): value for name, value in had.items()}
     for name in sorted({*had, *has}):
         if had.get(name) != has.get(name):
             raise InputError(

@@ -98,11 +98,7 @@ class Evaluator:
             here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
             local = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vae)
             self._batch = self._batch.with_images(cfg, local, here)
-        sample = dataclasses.replace(
-            cfg.sample,
-            steps=cfg.train.eval_steps,
-            image_to_video=self._batch.first_frame is not None,
-        )
+        sample = dataclasses.replace(cfg.sample, steps=cfg.train.eval_steps)
         self._cfg = dataclasses.replace(cfg, sample=sample)
         where = params_lib.shardings(dit.spec(cfg.model), mesh, mesh_lib.SAMPLING_RULES)
         self._cast = jax.jit(

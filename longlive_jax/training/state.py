@@ -77,7 +77,7 @@ def chunk_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
     """Of one chunk's latents: frame, h, w, channel."""
     scale = config_lib.SPATIAL_COMPRESSION
     return (
-        cfg.model.chunk_frames, cfg.sample.height // scale, cfg.sample.width // scale,
+        cfg.model.chunk_frames, cfg.video.height // scale, cfg.video.width // scale,
         cfg.model.in_dim,
     )  # fmt: skip
 

@@ -85,7 +85,7 @@ class Step:
         self.cfg, self.mesh = cfg, mesh
         self.specs = state_lib.specs(cfg)
         self.optimizer = state_lib.optimizer(cfg.train)
-        self.table = schedule.training_schedule(cfg.sample.shift)
+        self.table = schedule.training_schedule(cfg.video.shift)
         # Spelled out, or the state that comes back would be another entry in jit's cache.
         place = jax.tree.map(lambda x: x.sharding, state_lib.abstract(cfg, mesh))
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
@@ -119,7 +119,7 @@ class Step:
         cfg = self.cfg.train
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         frames = jnp.sum(batches.real, dtype=jnp.float32) * self.cfg.model.chunk_frames
-        if self.cfg.sample.image_to_video:
+        if self.cfg.video.image_to_video:
             frames -= cfg.accumulation * cfg.batch_size  # the given first frames
         count = jnp.maximum(frames, 1.0)
 
@@ -258,7 +258,7 @@ class Step:
         noisy = losses.add_noise(inputs.clean, inputs.noise, sigma)
         target = inputs.noise - inputs.data
         bears_loss = jnp.broadcast_to(batch.real[..., None], frames.shape)
-        if cfg.sample.image_to_video:
+        if cfg.video.image_to_video:
             given = frames == 0  # the image: clean in both copies, and nothing to learn
             sigma, timestep, context_timestep = (
                 jnp.where(given, 0.0, x) for x in (sigma, timestep, context_timestep)

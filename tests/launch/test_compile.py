@@ -18,7 +18,7 @@ from longlive_jax.sampling import programs
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, tiny_config, write
 
 # Of videos from a first frame.
-PICTURED = [*TINY, "--config.sample.image_to_video=True", "--config.sample.steps=1"]
+PICTURED = [*TINY, "--config.video.image_to_video=True", "--config.sample.steps=1"]
 PROGRAMS = {
     "chunk_step after a first frame", "denoise_chunk after a first frame",
     "commit_chunk after a first frame", "decode first", "decode 1", "encode first", "text 8x32",
@@ -115,16 +115,17 @@ ALWAYS = {"decode first", "encode first", "init_state", "noise"} | TEXT
             "decode 3,decode 1,encode 3,encode 2,encode 1",
         ),
         (
-            dict(image_to_video=True, recache=True, vae_latents_per_call=8),
+            dict(recache=True, vae_latents_per_call=8),
             "recache after a first frame,decode 7,decode 1",
         ),
     ],
 )
 def test_programs_of_the_5b(sample, more):
-    cfg = config_lib.Config(sample=config_lib.Sample(**sample))
+    video = config_lib.Video(image_to_video="recache" in more)
+    cfg = config_lib.Config(video=video, sample=config_lib.Sample(**sample))
     mesh = mesh_lib.make_mesh(cfg.mesh)
     after = {f"{name} after a first frame" for name in STEPS}
-    steps = after if "recache" in more else after | STEPS
+    steps = after if video.image_to_video else after | STEPS
     assert set(programs.programs(cfg, mesh, mesh, 1)) == ALWAYS | steps | set(more.split(","))
 
 

@@ -26,11 +26,12 @@ VAE = config_lib.VAE(dim=8, dec_dim=8, z_dim=4, latent_mean=(0.0,) * 4, latent_s
 SIZE = (4, 4)
 
 
-def make_config(mesh=config_lib.Mesh(), **sample) -> config_lib.Config:
+def make_config(mesh=config_lib.Mesh(), image_to_video=False, **sample) -> config_lib.Config:
     return config_lib.Config(
         model=MODEL,
         vae=VAE,
-        sample=config_lib.Sample(height=64, width=64, **({"steps": 2} | sample)),
+        video=config_lib.Video(height=64, width=64, image_to_video=image_to_video),
+        sample=config_lib.Sample(**({"steps": 2} | sample)),
         mesh=mesh,
         dtype="float32",
     )
@@ -102,7 +103,7 @@ def run(cfg, inputs):
 
 
 def with_first_frame(cfg, inputs):
-    if not cfg.sample.image_to_video:
+    if not cfg.video.image_to_video:
         return inputs
     shape = (len(inputs.cut), 1, *SIZE, cfg.model.in_dim)
     latent = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
@@ -364,7 +365,7 @@ def test_image_to_video_holds_the_first_frame():
     np.testing.assert_array_equal(latents[:, :1], image)
 
     # The loop as the original runs it: overwrite the frame before and after every step.
-    sigmas, timesteps = schedule.sampling_schedule(4, cfg.sample.shift)
+    sigmas, timesteps = schedule.sampling_schedule(4, cfg.video.shift)
     weights = unipc.weights(sigmas)
     text = text_keys_values(params, MODEL, inputs[0].text)
     frames = jnp.arange(8, dtype=jnp.int32)[None]

@@ -20,7 +20,7 @@ from longlive_jax.training import autoencoder, autoencoder_run
 Z = 4
 CFG = config_lib.Config(
     vae=config_lib.VAE(4, 8, Z, (0.0,) * Z, (1.0,) * Z),
-    sample=config_lib.Sample(height=32, width=32),
+    video=config_lib.Video(height=32, width=32),
     train_vae=config_lib.TrainVAE(
         steps=16, batch_size=2, frames=5, learning_rate=5e-3, warmup_steps=2, held_out=1,
         kl_weight=1e-4, save_every=8, log_every=1,

@@ -145,7 +145,7 @@ def test_a_folder_is_one_runs(tmp_path):
     with claim(root, **free):
         assert workdir.read(root)["checkpoint"].endswith("/ckpt")
     for name, value in (
-        ("train.accumulation", 1), ("train.latent_frames", 8), ("sample.height", 64),
+        ("train.accumulation", 1), ("train.latent_frames", 8), ("video.height", 64),
         ("model.num_layers", 3), ("dtype", "bfloat16"),
     ):  # fmt: skip
         overrides = {name.replace(".", "__"): value}
