@@ -71,9 +71,8 @@ class Pipeline:
           InputError: no checkpoint there, or one that does not fit the config, or no devices.
         """
         stored = {} if cfg is not None else networks.stored_config(os.fspath(checkpoint))
-        values = config_lib.to_config_dict(config_lib.Config() if cfg is None else cfg)
-        values.update_from_flattened_dict(stored | dict(overrides or {}))
-        pipeline = cls(checkpoint, config_lib.from_config_dict(values), **options)
+        cfg = config_lib.with_overrides(cfg or config_lib.Config(), stored | dict(overrides or {}))
+        pipeline = cls(checkpoint, cfg, **options)
         pipeline.check()
         return pipeline
 
@@ -91,7 +90,7 @@ class Pipeline:
         cfg = self.cfg
         if text:
             networks.read_tokenizer(self.checkpoint, cfg)
-        networks.check_transformer(self.checkpoint, cfg)
+        networks.check(self.checkpoint, "dit", cfg, quantized=True)
         needed = (networks.DECODER if self.decodes else ()) + (networks.ENCODER if pictures else ())
         if not needed:
             return
@@ -112,6 +111,9 @@ class Pipeline:
     @functools.cached_property
     def texts(self) -> PromptEncoder:
         """The text encoder, for prompts that are not known yet."""
+        return self._encoder()
+
+    def _encoder(self):
         tokenizer = networks.read_tokenizer(self.checkpoint, self.cfg)
         params = networks.load(self.checkpoint, "umt5", self.cfg, self.mesh, weights=self.weights)
         return PromptEncoder(self.cfg, params, tokenizer)
@@ -125,14 +127,16 @@ class Pipeline:
         Args:
           guided: also of the negative prompt; None: if the config has guidance.
         """
-        texts = vars(self).get("texts") or type(self).texts.func(self)
+        texts = vars(self).get("texts") or self._encoder()
         return texts.all(prompts, self.cfg.sample.guided if guided is None else guided)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """The transformer and the VAE's decoder."""
         cfg = self.cfg
-        params = networks.load_transformer(self.checkpoint, cfg, self.mesh, self.weights)
+        params = networks.load(
+            self.checkpoint, "dit", cfg, self.mesh, quantized=True, weights=self.weights
+        )
         params = stream.sampler(cfg, self.mesh).prepare(params)
         params = quantized.check(params, f"--checkpoint={self.checkpoint}")
         decoder = None

@@ -65,3 +65,15 @@ def test_benchmarks_import_nothing_of_files_data_or_tokens():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_front_door_opens_when_it_is_used():
+    code = (
+        "import sys, longlive_jax, longlive_jax.kernels; "
+        "bad = {'jax', 'flax', 'orbax'} & {m.split('.')[0] for m in sys.modules}; "
+        "assert not bad, bad; "
+        "assert {x.__name__ for x in map(longlive_jax.__getattr__, longlive_jax.__all__)} == "
+        "set(longlive_jax.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -24,15 +24,21 @@ ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")
 
 
 def check(
-    checkpoint: str | None, part: str, cfg: config_lib.Config, only: Sequence[str] = ()
+    checkpoint: str | None,
+    part: str,
+    cfg: config_lib.Config,
+    only: Sequence[str] = (),
+    *,
+    quantized: bool = False,
 ) -> None:
     """Refuses, without reading an array, what `load` of the same arguments would refuse."""
     section, tree = spec(part, cfg, only)
     trained = _trained(checkpoint, part)
     if trained is not None:
         trained.check(part, tree, section)
-    else:
-        store.Stored(directory(checkpoint), part).check(tree, section)
+        return
+    stored = store.Stored(directory(checkpoint), part)
+    stored.check(tree, section, _recipe(stored, cfg, quantized))
 
 
 def load(
@@ -42,14 +48,20 @@ def load(
     mesh: jax.sharding.Mesh,
     only: Sequence[str] = (),
     *,
+    quantized: bool = False,
     weights: str = "average",
     dtype: Any = None,
     rules: dict | None = None,
 ) -> params_lib.Tree:
     """Parameters of "dit", "vae" or "umt5", by default in compute dtype, sharded for sampling.
 
-    `only`: top-level subtrees to read; default all. `weights`: which of a training run's, of
-    `workdir.WEIGHTS`.
+    Args:
+      only: top-level subtrees to read; default all.
+      quantized: they may be stored quantised by the config's recipe, and are then read so.
+      weights: which of a training run's, of `workdir.WEIGHTS`.
+
+    Raises:
+      InputError: a checkpoint that does not fit, or that another recipe quantised.
     """
     section, tree = spec(part, cfg, only)
     dtype = cfg.compute_dtype if dtype is None else dtype
@@ -60,37 +72,8 @@ def load(
     if trained is not None:
         return trained.load(part, tree, mesh, dtype, rules, weights)
     where = directory(checkpoint)
-    return store.load(where, part, tree, mesh, dtype, rules, config=section)
-
-
-def check_transformer(checkpoint: str | None, cfg: config_lib.Config) -> None:
-    """Refuses, without reading an array, what `load_transformer` would refuse."""
-    if _stored_recipe(checkpoint) is None:
-        check(checkpoint, "dit", cfg)
-    else:
-        section, tree = spec("dit", cfg)
-        own = recipe_lib.get(cfg.quant.recipe)
-        store.Stored(directory(checkpoint), "dit").check(tree, section, own)
-
-
-def load_transformer(
-    checkpoint: str | None,
-    cfg: config_lib.Config,
-    mesh: jax.sharding.Mesh,
-    weights: str = "average",
-) -> params_lib.Tree:
-    """What `sampling.stream.Sampler.prepare` takes: quantised weights, if they are stored so.
-
-    Raises:
-      InputError: a checkpoint that does not fit, or that another recipe quantised.
-    """
-    if _stored_recipe(checkpoint) is None:
-        return load(checkpoint, "dit", cfg, mesh, weights=weights)
-    section, tree = spec("dit", cfg)
-    return store.load(
-        directory(checkpoint), "dit", tree, mesh, cfg.compute_dtype, mesh_lib.SAMPLING_RULES,
-        config=section, recipe=recipe_lib.get(cfg.quant.recipe),
-    )  # fmt: skip
+    recipe = _recipe(store.Stored(where, part), cfg, quantized)
+    return store.load(where, part, tree, mesh, dtype, rules, config=section, recipe=recipe)
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:
@@ -151,8 +134,6 @@ def _trained(checkpoint, part):
     return state if part in state.trained else None
 
 
-def _stored_recipe(checkpoint):
-    """The recipe that quantised the transformer of a checkpoint; None: it is not quantised."""
-    if _trained(checkpoint, "dit") is not None:
-        return None
-    return store.Stored(directory(checkpoint), "dit").recipe
+def _recipe(stored, cfg, quantized):
+    """The recipe that a part must be quantised by; None: it must not be quantised."""
+    return recipe_lib.get(cfg.quant.recipe) if quantized and stored.recipe is not None else None

@@ -199,18 +199,17 @@ class Session:
         state, decoding = carried.stream, carried.decoding
         if now.recache:
             state = sampler.recache(params, state, inputs)
-        if self.start.whole and past is None:
+        committed = self.start.whole and past is None
+        if committed:
             state, latents = sampler.step(params, state, inputs)
-        elif past is None:
-            latents = sampler.denoise(params, state, inputs)
         else:
-            latents = inputs.noise
+            latents = inputs.noise if past is not None else sampler.denoise(params, state, inputs)
         frames = []
         if self.engine.decoder is not None:
             for after, piece in self.engine.decoder(decoding, latents):
                 decoding = after
                 frames.append(piece)
-        if not self.start.whole or past is not None:
+        if not committed:
             state = sampler.commit(params, state, latents, inputs)
         self._carried = Carried(state, decoding)
         if any(now.cut) or now.recache or now.prompts != self._current():

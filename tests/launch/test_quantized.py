@@ -144,7 +144,7 @@ def test_a_runs_masters_are_quantised_at_load(a_run):
     root, params = a_run
     cfg = config("fp8", fsdp=2)
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    networks.check_transformer(str(root), cfg)
+    networks.check(str(root), "dit", cfg, quantized=True)
     found = Pipeline(root, cfg, mesh, decodes=False).engine.params
     recipe = recipe_lib.get("fp8")
     expected = weights_lib.quantize_params(

@@ -139,7 +139,7 @@ def test_on_the_host_and_back():
 @pytest.mark.parametrize("kv", ["bf16", "fp8", "nvfp4"])
 def test_a_saved_stream_goes_on(kv, tmp_path):
     cfg = dataclasses.replace(test_quantized_cache.make_config(kv), dtype="bfloat16")
-    session = begin(cfg, decodes=False, seed=3)
+    session = begin(cfg, decodes=False, seed=3, whole=True)  # one program is compiled, not two
     session.prompt("a boat")
     chunks = [session.step() for _ in range(2)]
     session.prompt("a cat", cut=True)
@@ -177,12 +177,12 @@ def test_a_stream_moves_to_another_mesh(tmp_path):
     one, many = (
         test_stream.make_config(config_lib.Mesh(seq=seq), vae_latents_per_call=8) for seq in (1, 4)
     )
-    session = begin(one)
+    session = begin(one, decodes=False)
     session.prompt("a boat")
     for _ in range(2):
         session.step()
     session.save(tmp_path / "s")
-    there = Session.restore(engine_of(many), None, tmp_path / "s")
+    there = Session.restore(engine_of(many, False), None, tmp_path / "s")
     test_stream.close(there.step().latents, session.step().latents)
 
 
