@@ -38,7 +38,7 @@ class Pipeline:
 
     def __init__(
         self,
-        checkpoint: str | os.PathLike,
+        checkpoint: str | os.PathLike | None,
         cfg: config_lib.Config,
         mesh: jax.sharding.Mesh | None = None,
         *,
@@ -46,7 +46,7 @@ class Pipeline:
         weights: str = "average",
         decodes: bool = True,
     ):
-        self.checkpoint = checkpoint and os.fspath(checkpoint)
+        self.checkpoint = os.fspath(checkpoint) if checkpoint else None
         self.cfg, self.weights, self.decodes = cfg, weights, decodes
         self.mesh = mesh_lib.make_mesh(cfg.mesh) if mesh is None else mesh
         self.vae_mesh = self.mesh if vae_mesh is None else vae_mesh

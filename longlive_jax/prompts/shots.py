@@ -45,7 +45,7 @@ class _Shot:
 
 
 def read(
-    path: str | pathlib.Path | Sequence[Mapping[str, Any]],
+    path: str | os.PathLike | Sequence[Mapping[str, Any]],
     *,
     chunks: int,
     chunk_frames: int,

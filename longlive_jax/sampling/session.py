@@ -27,15 +27,15 @@ from longlive_jax.sampling.decode import Decoder
 
 
 class Texts(Protocol):
-    """Prompts to embeddings: a `prompts.encoder.PromptEncoder`, or what it made before.
+    """Prompts to embeddings: a `prompts.encoder.PromptEncoder`, or what it made before."""
 
-    negative: [text_len, text_dim] of the negative prompt, or None without guidance.
-    """
-
-    negative: np.ndarray | None
+    @property
+    def negative(self) -> np.ndarray | None:
+        """[text_len, text_dim] of the negative prompt, or None without guidance."""
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """[prompt, text_len, text_dim]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ class Session:
         self._placed: tuple[tuple[str, ...], jax.Array, jax.Array | None] | None = None
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
-        self._carried: Carried | None = Carried(state)
+        self._carried = Carried(state)
         self._on_host = False
 
     @property
@@ -194,9 +194,7 @@ class Session:
         past = self._piece(self.start.past, self.index)
         noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
         inputs = self._inputs(now, noise)
-        # Donated: what goes wrong from here on leaves no stream.
-        carried, self._carried = self._carried, None
-        state, decoding = carried.stream, carried.decoding
+        state, decoding = self._carried.stream, self._carried.decoding  # donated
         if now.recache:
             state = sampler.recache(params, state, inputs)
         committed = self.start.whole and past is None
@@ -284,8 +282,9 @@ class Session:
         facts, arrays = saved.read(path)
         _check_settings(path, facts["settings"], _settings(engine.cfg))
         given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
-        start = {**facts["start"], "samples": tuple(facts["start"]["samples"])}
-        session = cls(engine, texts, Start(**start, **given))
+        start = Start(**facts["start"], **given)
+        start = dataclasses.replace(start, samples=tuple(start.samples))
+        session = cls(engine, texts, start)
         session.index = facts["index"]
         session.script = [_direction(fields) for fields in facts["script"]]
         session._next = facts["next"] and _direction(facts["next"])
