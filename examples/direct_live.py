@@ -20,12 +20,12 @@ DIRECTIONS = {
 }
 
 
-def main(folder: str, steps: int = 10, chunks: int = 3) -> None:
-    cfg = load_config("configs/train_ar_tiny_world.py", {"sample.steps": steps})
+def main(folder: str, **settings) -> None:
+    cfg = load_config("configs/train_ar_tiny_world.py", {"sample.steps": 10} | settings)
     pipeline = Pipeline.from_checkpoint("assets/tiny_world/checkpoint", cfg)
     session, latents = pipeline.session(seed=0), []
     with VideoWriter(pathlib.Path(folder, "live.mp4"), *pipeline.pixels) as video:
-        for index in range(chunks):
+        for index in range(3):
             if index in DIRECTIONS:
                 session.prompt(**DIRECTIONS[index])
             chunk = session.step()

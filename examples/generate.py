@@ -15,8 +15,8 @@ SHOTS = [
 ]
 
 
-def main(path: str, steps: int = 10) -> None:
-    cfg = load_config("configs/train_ar_tiny_world.py", {"sample.steps": steps})
+def main(path: str, **settings) -> None:
+    cfg = load_config("configs/train_ar_tiny_world.py", {"sample.steps": 10} | settings)
     pipeline = Pipeline.from_checkpoint("assets/tiny_world/checkpoint", cfg)
     with VideoWriter(path, *pipeline.pixels) as video:
         for chunk in pipeline.generate(SHOTS, seed=0):
