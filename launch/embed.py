@@ -18,7 +18,7 @@ from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
 from longlive_jax.pipeline import Pipeline
-from longlive_jax.prompts import script, shots
+from longlive_jax.prompts import embeddings, shots
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -47,14 +47,13 @@ def main() -> None:
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
         chunks_per_shot=FLAGS.chunks_per_shot,
     )
-    scripts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
     pipeline = Pipeline(FLAGS.checkpoint, cfg, mesh)
-    texts = pipeline.embed(script.distinct(scripts), guided=True)
+    texts = pipeline.embed(embeddings.distinct(videos), guided=True)
     negative = texts.negative[None].astype(np.float32)
-    for i, one in enumerate(scripts):
-        rows = texts(one.prompts).astype(np.float32)
-        path = command.numbered(FLAGS.output, i, len(scripts))
-        save_npz(path, ctx=rows, neg=negative, cut=np.asarray(one.cut))
+    for i, video in enumerate(videos):
+        rows = texts([chunk.prompt for chunk in video.chunks]).astype(np.float32)
+        path = command.numbered(FLAGS.output, i, len(videos))
+        save_npz(path, ctx=rows, neg=negative, cut=np.asarray([c.cut for c in video.chunks]))
 
 
 def _embed_ids(cfg, mesh):

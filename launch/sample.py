@@ -24,7 +24,7 @@ from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.pipeline import Pipeline, vae_mesh
-from longlive_jax.prompts import pictures, script, shots
+from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.quant import matmul
 from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import batches as batches_lib
@@ -65,29 +65,29 @@ def main() -> None:
     if FLAGS.compile_cache:
         compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
-    scripts, texts = _scripts(cfg, noise.chunks if noise else None)
-    batches = batches_lib.make(cfg, scripts, noise, FLAGS.batch)
+    videos, texts = _videos(cfg, noise.chunks if noise else None)
+    batches = batches_lib.make(cfg, videos, noise, FLAGS.batch)
     for batch in batches:
         batch.check_images()
     clip = _open_clip(cfg, batches)
     pictured = clip is not None or any(batch.pictured for batch in batches)
     pipeline.check(batches, text=bool(FLAGS.prompts), pictures=pictured)
     if texts is None:
-        texts = pipeline.embed(script.distinct(scripts))
+        texts = pipeline.embed(embeddings.distinct(videos))
     batches = pipeline.encoded(batches, clip)
     if recipe := recipe_lib.get(cfg.quant.recipe):
         print(f"linear layers by {matmul.backend(recipe)}", flush=True)
-    videos = sum(len(batch.scripts) for batch in batches)
+    count = sum(len(batch.videos) for batch in batches)
     frames = 0
     for number, batch in enumerate(batches):
         chunks = pipeline.render(batch, texts, FLAGS.seed)
-        frames += _write(cfg, chunks, batch, videos, (number, len(batches)), start)
+        frames += _write(cfg, chunks, batch, count, (number, len(batches)), start)
     seconds = time.monotonic() - start
     path = FLAGS.output or FLAGS.save_latents
-    files = videos if FLAGS.output or not FLAGS.noise else len(batches)
+    files = count if FLAGS.output or not FLAGS.noise else len(batches)
     where = " to ".join(dict.fromkeys(command.numbered(path, i, files) for i in (0, files - 1)))
     print(
-        f"{videos} video{'s' if videos > 1 else ''}, {frames} frames, {seconds:.1f} s, "
+        f"{count} video{'s' if count > 1 else ''}, {frames} frames, {seconds:.1f} s, "
         f"{frames / seconds:.1f} frames/s: {where}"
     )
 
@@ -106,12 +106,12 @@ def _check_flags():
             command.check_output(name, suffix)
 
 
-def _scripts(cfg, chunks):
-    """Scripts of all videos, and the embeddings of their prompts if these are given."""
+def _videos(cfg, chunks):
+    """All videos to make, and the embeddings of their prompts if these are given."""
     if FLAGS.prompt_embeds:
         arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
-        one, texts = script.from_embeddings(arrays, cfg, chunks)
-        scripts = [one]
+        one, texts = embeddings.from_embeddings(arrays, cfg, chunks)
+        videos = [one]
     else:
         videos = shots.read(
             FLAGS.prompts,
@@ -120,10 +120,10 @@ def _scripts(cfg, chunks):
             scene_cut_prefix=cfg.sample.scene_cut_prefix,
             chunks_per_shot=FLAGS.chunks_per_shot,
         )
-        scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix), None
+        texts = None
     if FLAGS.image:
-        scripts = [dataclasses.replace(one, image=FLAGS.image) for one in scripts]
-    return scripts, texts
+        videos = [dataclasses.replace(one, image=FLAGS.image) for one in videos]
+    return videos, texts
 
 
 def _open_clip(cfg, batches):
@@ -145,7 +145,7 @@ def _write(cfg, chunks, batch, videos, number, start):
 
     `number`: of the batch, and of how many. `start`: when the command began.
     """
-    count = len(batch.scripts)
+    count = len(batch.videos)
     total = batches_lib.frames(batch.latent_frames(cfg.model))
 
     def outputs(path):

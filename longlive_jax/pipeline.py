@@ -12,7 +12,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import networks, quantized
 from longlive_jax.errors import InputError
 from longlive_jax.models.vae_spec import check_mesh
-from longlive_jax.prompts import pictures, script, shots
+from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.sampling import batches as batches_lib
 from longlive_jax.sampling import render, stream
@@ -102,7 +102,7 @@ class Pipeline:
             )
         for batch in batches:
             try:
-                check_mesh(self.vae_mesh, len(batch.scripts), batch.width)
+                check_mesh(self.vae_mesh, len(batch.videos), batch.width)
             except InputError as error:
                 raise InputError(
                     f"{error}; or give the VAE a device of its own, --vae_device=0"
@@ -118,7 +118,7 @@ class Pipeline:
         params = networks.load(self.checkpoint, "umt5", self.cfg, self.mesh, weights=self.weights)
         return PromptEncoder(self.cfg, params, tokenizer)
 
-    def embed(self, prompts: Sequence[str], guided: bool | None = None) -> script.Embeddings:
+    def embed(self, prompts: Sequence[str], guided: bool | None = None) -> embeddings.Embeddings:
         """Embeddings of all prompts of a run.
 
         The text encoder is there during the call only, unless `texts` has it: it would take as much
@@ -179,9 +179,8 @@ class Pipeline:
         )
         if len(videos) > 1:
             raise InputError(f"{path}: {len(videos)} videos; give the shots of one at a time")
-        scripts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-        batches = batches_lib.make(cfg, scripts)
-        texts = self.embed(script.distinct(scripts))
+        batches = batches_lib.make(cfg, videos)
+        texts = self.embed(embeddings.distinct(videos))
         return self.render(self.encoded(batches)[0], texts, seed)
 
     def session(

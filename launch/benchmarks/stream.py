@@ -11,7 +11,7 @@ from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.models import dit, vae
-from longlive_jax.prompts.script import Embeddings
+from longlive_jax.prompts.embeddings import Embeddings
 from longlive_jax.sampling import cost, decode, stream
 from longlive_jax.sampling.session import Engine, Session, Start
 

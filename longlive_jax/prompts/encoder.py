@@ -9,7 +9,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import umt5
 from longlive_jax.models.tokenizer import Tokenizer
-from longlive_jax.prompts.script import Embeddings
+from longlive_jax.prompts.embeddings import Embeddings
 
 _KEPT = 256  # embeddings, on the host
 

@@ -22,10 +22,16 @@ _KEYS = ("prompt", "chunks", "seconds", "cut", "image")
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One chunk of a video: its prompt, and whether a new shot begins with it."""
+    """One chunk of a video.
+
+    prompt: as the model reads it.
+    cut: whether a new shot begins with it.
+    changed: whether its prompt differs from that of the chunk before it, inside a shot.
+    """
 
     prompt: str
     cut: bool
+    changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +214,15 @@ def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, pref
 def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
     """Writes the prefix before the first prompt of each shot that begins with a cut."""
     out: list[Chunk] = []
+    before = None
     for shot in shots:
         # The prefix tells of a cut, so where a prompt has it already it stays at the cut only (and
         # at the start of the video, as written).
         plain = shot.prompt.removeprefix(prefix)
         first = prefix + plain if shot.cut else plain if out else shot.prompt
-        out.append(Chunk(first, shot.cut))
+        changed = before is not None and not shot.cut and plain.strip() != before
+        out.append(Chunk(first, shot.cut, changed))
+        before = plain.strip()
         out.extend([Chunk(plain, False)] * (shot.chunks - 1))
     return tuple(out)
 

@@ -1,4 +1,4 @@
-"""Videos from scripts: steps a session, and keeps the device busy while the host writes."""
+"""Videos from their prompts: steps a session, and keeps the device busy while the host writes."""
 
 from collections.abc import Iterable, Iterator
 
@@ -29,19 +29,16 @@ def ahead[T](results: Iterable[T]) -> Iterator[T]:
 def _chunks(engine, texts, batch, seed):
     start = Start(
         height=batch.height, width=batch.width, seed=seed,
-        samples=tuple(range(batch.index, batch.index + len(batch.scripts))), whole=True,
+        samples=tuple(range(batch.index, batch.index + len(batch.videos))), whole=True,
         noise=batch.noise, first_frame=batch.first_frame, past=batch.prefix,
     )  # fmt: skip
-    session, scripts = Session(engine, texts, start), batch.scripts
-    session.direct([script.prompts[0] for script in scripts])
+    session = Session(engine, texts, start)
+    session.direct([video.chunks[0].prompt for video in batch.videos])
     if batch.prefix is not None:
         for _ in range(batch.prefix.shape[1] // engine.cfg.model.chunk_frames):
             yield session.step()
-    for chunk in range(batch.chunks):
-        session.direct(
-            [script.prompts[chunk] for script in scripts],
-            [script.cut[chunk] for script in scripts],
-            # The same for all of a batch.
-            engine.cfg.sample.recache and scripts[0].changed[chunk],
-        )
+    for chunks in zip(*(video.chunks for video in batch.videos)):
+        # What changes inside a shot is the same for all of a batch.
+        recache = engine.cfg.sample.recache and chunks[0].changed
+        session.direct([c.prompt for c in chunks], [c.cut for c in chunks], recache)
         yield session.step()

@@ -17,7 +17,7 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
 from longlive_jax.models.vae_spec import check_mesh
-from longlive_jax.prompts import script, shots
+from longlive_jax.prompts import embeddings, shots
 from longlive_jax.sampling import batches, decode, render, stream
 from longlive_jax.sampling.session import Engine, Texts
 
@@ -27,12 +27,12 @@ FOLDER = "evaluation"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """What evaluations make videos of. scripts: those of the videos, at most MOST_VIDEOS.
+    """What evaluations make videos of. videos: at most MOST_VIDEOS.
 
-    batch: the scripts, repeated to fill the mesh. texts: the prompts that they stand for.
+    batch: the videos, repeated to fill the mesh. texts: the prompts that they stand for.
     """
 
-    scripts: Sequence[script.Script]
+    videos: Sequence[shots.Video]
     batch: batches.Batch
     texts: Sequence[str]
 
@@ -54,12 +54,11 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         chunk_frames=cfg.model.chunk_frames,
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
     )[:MOST_VIDEOS]
-    scripts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-    texts = script.distinct(scripts)
-    scripts = [script.shorten(s, min(s.chunks for s in scripts)) for s in scripts]
+    texts = embeddings.distinct(videos)
+    videos = [embeddings.shorten(v, min(len(v.chunks) for v in videos)) for v in videos]
     replicas = cfg.mesh.data * cfg.mesh.fsdp
-    count = math.ceil(len(scripts) / replicas) * replicas
-    repeated = [scripts[i % len(scripts)] for i in range(count)]
+    count = math.ceil(len(videos) / replicas) * replicas
+    repeated = [videos[i % len(videos)] for i in range(count)]
     made = batches.make(cfg, repeated, size=count)
     if len(made) > 1:
         raise InputError(
@@ -68,7 +67,7 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         )
     check_mesh(mesh, count, made[0].width)
     made[0].check_images()
-    return Prompts(scripts, made[0], texts)
+    return Prompts(videos, made[0], texts)
 
 
 class Evaluator:
@@ -118,7 +117,7 @@ class Evaluator:
         first = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
             outputs = []
-            for one in self._prompts.scripts if first else ():
+            for one in self._prompts.videos if first else ():
                 path = folder / f"{one.name}.mp4"
                 writer = stack.enter_context(VideoWriter(path, *self._batch.pixels))
                 outputs.append((writer, ContactSheet(), path.with_suffix(".png")))

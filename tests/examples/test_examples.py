@@ -6,7 +6,6 @@ from examples import direct_live, generate
 from longlive_jax.data.video import probe
 from tests.launch.commands import ROOT
 
-
 # The networks are those of the script; the pictures are small.
 QUICK = {"sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "float32"}
 

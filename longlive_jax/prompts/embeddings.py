@@ -1,35 +1,13 @@
-"""What a video is made from, chunk by chunk: its prompts, and where the cuts are."""
+"""Embeddings of the prompts of videos."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
-from longlive_jax.prompts.shots import Video
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-    """One video to make.
-
-    prompts: the prompt of each chunk, as the model reads it.
-    cut: whether each chunk starts a new shot.
-    changed: whether each chunk's prompt differs from that of the chunk before it, inside a shot.
-    image: the video's first frame, or None.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    cut: tuple[bool, ...]
-    changed: tuple[bool, ...]
-    image: pathlib.Path | None = None
-
-    @property
-    def chunks(self) -> int:
-        return len(self.prompts)
+from longlive_jax.prompts.shots import Chunk, Video
 
 
 class Embeddings:
@@ -48,27 +26,15 @@ class Embeddings:
         return np.stack([self._rows[prompt] for prompt in prompts])
 
 
-def from_videos(videos: Sequence[Video], scene_cut_prefix: str) -> list[Script]:
-    """Scripts of videos read by `shots.read`."""
-
-    def script(video: Video) -> Script:
-        prompts, cut = zip(*((chunk.prompt, chunk.cut) for chunk in video.chunks))
-        plain = [prompt.removeprefix(scene_cut_prefix).strip() for prompt in prompts]
-        changed = tuple(i > 0 and not cut[i] and plain[i] != plain[i - 1] for i in range(len(cut)))
-        return Script(video.name, prompts, cut, changed, video.image)
-
-    return [script(video) for video in videos]
-
-
-def distinct(scripts: Iterable[Script]) -> list[str]:
-    """The prompts of scripts, each once, however many chunks use it."""
-    return list(dict.fromkeys(prompt for script in scripts for prompt in script.prompts))
+def distinct(videos: Iterable[Video]) -> list[str]:
+    """The prompts of videos, each once, however many chunks use it."""
+    return list(dict.fromkeys(chunk.prompt for video in videos for chunk in video.chunks))
 
 
 def from_embeddings(
     arrays: Mapping[str, np.ndarray], cfg: config_lib.Config, chunks: int | None
-) -> tuple[Script, Embeddings]:
-    """A script from `ctx` [chunk, token, dim] and, if there, `cut` [chunk], `neg` [1, token, dim].
+) -> tuple[Video, Embeddings]:
+    """A video from `ctx` [chunk, token, dim] and, if there, `cut` [chunk], `neg` [1, token, dim].
 
     Args:
       chunks: how many the video has; None: as many as there are embeddings.
@@ -90,15 +56,17 @@ def from_embeddings(
             f"prompt embeddings: {len(rows)} rows of ctx for {max(chunks, 1)} chunks of "
             f"{cfg.model.chunk_frames} latent frames; give one row a chunk, or shorter noise"
         )
-    # The chunk after a cut drops the scene-cut prefix, so its embedding differs all the same.
-    changed = tuple(
-        i > 0 and not cut[i] and not cut[i - 1] and not np.array_equal(rows[i], rows[i - 1])
-        for i in range(chunks)
-    )
     names = tuple(f"row {i} of ctx" for i in range(len(rows)))
-    script = Script("embeddings", names[:chunks], tuple(map(bool, cut[:chunks])), changed)
+
+    def chunk(i):
+        # The chunk after a cut drops the scene-cut prefix, so its embedding differs all the same.
+        inside = i > 0 and not cut[i] and not cut[i - 1]
+        changed = inside and not np.array_equal(rows[i], rows[i - 1])
+        return Chunk(names[i], bool(cut[i]), changed)
+
+    video = Video("embeddings", tuple(map(chunk, range(chunks))))
     if not cfg.sample.guided:
-        return script, Embeddings(names, rows, None)
+        return video, Embeddings(names, rows, None)
     if "neg" not in arrays:
         raise InputError(
             "prompt embeddings: neg is missing, which guidance needs with "
@@ -108,22 +76,21 @@ def from_embeddings(
     negative = _pad(arrays["neg"], cfg.model, "neg")
     if len(negative) != 1:
         raise InputError(f"prompt embeddings: neg has {len(negative)} rows, must have 1")
-    return script, Embeddings(names, rows, negative[0])
+    return video, Embeddings(names, rows, negative[0])
 
 
-def shorten(script: Script, chunks: int) -> Script:
-    """The script's first `chunks` chunks.
+def shorten(video: Video, chunks: int) -> Video:
+    """The video's first `chunks` chunks.
 
     Raises:
       InputError: it has fewer.
     """
-    if script.chunks < chunks:
+    if len(video.chunks) < chunks:
         raise InputError(
-            f"prompts: video {script.name!r} has {script.chunks} chunks, the noise has {chunks}; "
-            "give more prompts or shorter noise"
+            f"prompts: video {video.name!r} has {len(video.chunks)} chunks, the noise has "
+            f"{chunks}; give more prompts or shorter noise"
         )
-    fields = {name: getattr(script, name)[:chunks] for name in ("prompts", "cut", "changed")}
-    return dataclasses.replace(script, **fields)
+    return dataclasses.replace(video, chunks=video.chunks[:chunks])
 
 
 def _pad(rows: np.ndarray, cfg: config_lib.Model, name: str) -> np.ndarray:
