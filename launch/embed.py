@@ -14,8 +14,8 @@ from absl import flags
 from launch import command
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import networks
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models import umt5
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts import embeddings, shots

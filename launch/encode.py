@@ -13,8 +13,8 @@ from absl import flags
 from launch import command
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import networks
-from longlive_jax.data.arrays import save_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import save_npz
 from longlive_jax.prompts import pictures
 
 FLAGS = flags.FLAGS

@@ -18,15 +18,15 @@ from absl import flags
 
 from launch import command, compile_cache
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import workdir
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
 from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.quant import matmul
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import batches as batches_lib
 
 FLAGS = flags.FLAGS

@@ -32,12 +32,12 @@ from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop, state
 
 # cuDNN's attention backward cannot be captured in a CUDA graph at small sizes ("capturing stream

@@ -20,10 +20,10 @@ from launch.benchmarks import measure
 from launch.benchmarks.stream import chunk_inputs
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 
 ROUNDED = "noise rounded"
@@ -94,7 +94,10 @@ def _outputs(cfg, mesh, params, rounded=False):
 
 def _hidden(cfg, sampler, params, state, inputs):
     recipe = recipe_lib.get(cfg.quant.recipe)
-    parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
+    on = dict(
+        sharding=dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all]),
+        precision=dit.Precision(recipe, cfg.compute_dtype),
+    )
     model = cfg.model
 
     def states(params, state, inputs):
@@ -103,9 +106,9 @@ def _hidden(cfg, sampler, params, state, inputs):
         here = jax.lax.axis_index(mesh_lib.SEQ) * local + jnp.arange(local, dtype=jnp.int32)
         positions = state.window.next_position(cfg)[:, None] + here[None, :]
         timesteps = jnp.full(positions.shape, TIMESTEP)
-        text = dit.text_keys_values(params, model, text, parallel)
+        text = dit.text_keys_values(params, model, text, **on)
         return dit.hidden_states(
-            params, model, latents, timesteps, positions, text, state.past, parallel
+            params, model, latents, timesteps, positions, text=text, cache=state.past, **on
         )
 
     specs = (

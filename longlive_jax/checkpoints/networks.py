@@ -13,11 +13,11 @@ import jax
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.checkpoints.parts import PARTS
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer
-from longlive_jax.quant import recipe as recipe_lib
 
 # What the two directions of the VAE need: a checkpoint may hold a decoder alone.
 ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")

@@ -1,4 +1,4 @@
-"""The three networks that a checkpoint holds, and the settings that give them their shapes."""
+"""The kinds of network that weights are converted for, and the settings that give their shapes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,14 +8,14 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import dit, umt5, vae
 
-_HEAD_DIM = 128  # of every Wan transformer; no shape tells it
+_HEAD_DIM = 128  # of every Wan transformer; no shape depends on it
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the original's keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A network: its section of the config, its specs, and sizes read off the original's shapes."""
+    """A kind of network: its section of the config, its specs, and sizes by tensors' shapes."""
 
     name: str
     section: str

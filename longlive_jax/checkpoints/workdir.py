@@ -13,9 +13,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import directory as directory_lib
-from longlive_jax.data import versioned
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 
 FORMAT, VERSION = "longlive_jax training run", 1
 RUN, STATES = "run.json", "checkpoints"
@@ -46,8 +45,8 @@ def write(
     directory: str | os.PathLike, settings: Mapping[str, Any], checkpoint: str | None
 ) -> None:
     """Writes run.json in one step."""
-    run = {"format": FORMAT, "version": VERSION, "settings": settings, "checkpoint": checkpoint}
-    directory_lib.write_json(pathlib.Path(directory) / RUN, run)
+    run = {"settings": settings, "checkpoint": checkpoint}
+    versioned.write(pathlib.Path(directory) / RUN, FORMAT, VERSION, run)
 
 
 def parts(directory: str | os.PathLike) -> str:

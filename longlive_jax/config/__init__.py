@@ -16,7 +16,7 @@ from longlive_jax.config.io import (
 )
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
-from longlive_jax.config.quant import KV_FORMATS, PAYLOADS, RECIPES, Quant
+from longlive_jax.config.quant import Quant
 from longlive_jax.config.sample import Sample, WindowSize
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import REMAT, TIMESTEPS, ErrorRecycling, Train
@@ -26,7 +26,7 @@ from longlive_jax.config.vae import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, V
 from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 
 __all__ = [
-    "FRAMES_PER_SECOND", "KV_FORMATS", "MOVED", "PATCH", "PAYLOADS", "RECIPES", "REMAT",
+    "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
     "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
     "ErrorRecycling", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
     "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",

@@ -32,10 +32,10 @@ class Sample:
 
     name: of the folder it came from.
     prompts: one a chunk.
-    chunks: real ones; those after them are padding, to be masked.
+    chunks: valid ones; those after them are padding, to be masked.
     frames: uint8 [1 + 4 (latent_frames - 1), height, width, 3], or None.
     latents: [latent_frames, h, w, channel], normalised, or None.
-    context: [chunk, text_len, text_dim], the prompts' embeddings, or None.
+    text: [chunk, text_len, text_dim], the prompts' embeddings, or None.
     failures: (path, reason) of what could not be read on the way to this sample.
     """
 
@@ -44,7 +44,7 @@ class Sample:
     chunks: int
     frames: np.ndarray | None = None
     latents: np.ndarray | None = None
-    context: np.ndarray | None = None
+    text: np.ndarray | None = None
     failures: tuple[tuple[str, str], ...] = ()
 
 

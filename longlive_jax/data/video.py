@@ -1,7 +1,7 @@
 """Video files in and out. The only module that knows PyAV.
 
-Writing: `VideoWriter`. Reading: `read_video` (the original's choice of frames), `VideoFile` (frames
-in order, never the whole file), `probe`.
+Writing: `VideoWriter`. Reading: `VideoFile` (frames in order, never the whole file), `probe`; which
+frames are read: `frame_indices`.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from longlive_jax.data.atomic import no_space, partial_file
 from longlive_jax.data.images import VIDEO_FILTER, resize
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import no_space, partial_file
 
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
@@ -277,7 +277,9 @@ class VideoFile:
 
     Args:
       path: any format that FFmpeg reads.
-      height, width: stretch frames to this size, antialiased; both or neither.
+      height, width: stretch frames to this size; both or neither. PIL's antialiased cubic filter:
+        the kind that the original's decoder uses (decord: swscale's default), in an implementation
+        whose result does not depend on the CPU.
 
     Attributes:
       info: VideoInfo of the file as it is stored.
@@ -448,38 +450,3 @@ def frame_indices(
     if num_frames is None:
         indices = indices[indices < source_frames]
     return np.minimum(indices, source_frames - 1)
-
-
-def read_video(
-    path: str | os.PathLike,
-    height: int,
-    width: int,
-    num_frames: int | None = None,
-    fps: float = 24,
-    start: int = 0,
-) -> np.ndarray:
-    """Frames of a video at `fps`, stretched to a size: uint8 [frame, height, width, 3].
-
-    Frames are picked by `frame_indices` and resized by PIL's antialiased cubic filter: the kind
-    that the original's decoder uses (decord: swscale's default), in an implementation whose result
-    does not depend on the CPU.
-
-    Args:
-      num_frames: how many; the last frame repeats where the video is shorter. None: to the end.
-      start: the first source frame.
-
-    Raises:
-      InputError: the file is unreadable (see `VideoFile`), or `start` is not inside it.
-    """
-    if num_frames is not None and num_frames < 1:
-        raise InputError(f"{path}: {num_frames=} must be at least 1")
-    if not fps > 0:
-        raise InputError(f"{path}: {fps=} must be positive")
-    with VideoFile(path, height, width) as video:
-        if not 0 <= start < len(video):
-            raise InputError(f"{path}: {start=} of a video of {len(video)} frames")
-        indices = frame_indices(len(video), video.info.fps, num_frames, fps, start)
-        frames = np.empty((len(indices), height, width, 3), np.uint8)
-        for k, frame in enumerate(video.pick(indices)):
-            frames[k] = frame
-    return frames

@@ -9,10 +9,10 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data.arrays import load_npz
 from longlive_jax.data.images import read_image, to_float
 from longlive_jax.data.video import VideoFile, frame_indices
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz
 from longlive_jax.models import vae
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.arrays import load_npz
 from longlive_jax.data.images import read_image
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz
 from longlive_jax.prompts import pictures
 from longlive_jax.prompts.embeddings import shorten
 from longlive_jax.prompts.shots import Video

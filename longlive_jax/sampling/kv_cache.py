@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_bf16, attention_fp8
-from longlive_jax.ops.attention import attention
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.formats import Format
 from longlive_jax.quant import kv
 
 
@@ -20,18 +20,15 @@ class KVCache:
     """Keys and values, by slot.
 
     k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
-      guidance (prompt, negative prompt), else one. Sharded by batch and by head. With `format`
-      "fp8" or "nvfp4" (see `quant.kv`) FP8Tensors or NVFP4Tensors of that shape. Those in FP8 are
-      packed (`kernels.attention_fp8.pack`): v [layer, branch, batch, slot, head, head_dim, token].
+      guidance (prompt, negative prompt), else one. Sharded by batch and by head. With a `format`
+      quantised arrays of that shape, or as `quant.kv.store_pair` packs them.
     """
 
     k: kv.Stored
     v: kv.Stored
-    format: str = struct.field(pytree_node=False)
+    format: Format | None = struct.field(pytree_node=False)
 
-    # Logical axes, for the mesh. An array of fewer axes has the first of them.
-    AXES = (None, None, "batch", None, None, "heads", None)
-    PACKED_AXES = (None, None, "batch", None, "heads", None, None)
+    AXES = (None, None, "batch", None)  # logical, for the mesh; then those of `quant.kv.axes`
 
     def attend(
         self, layer, q: kv.Stored, k: kv.Stored, v: kv.Stored, valid: jax.Array
@@ -46,21 +43,10 @@ class KVCache:
           [branch * batch, token, head, head_dim] in the dtype that q is or stands for.
         """
         q, branches = kv.load(q, q.dtype), self.k.shape[1]
-        # A number, not a mask: every kernel then skips what is not valid. (cuDNN reads all keys
-        # under a mask: H200, a window a fifth full, 31 ms in place of 8.)
-        filled = jnp.tile(jnp.sum(valid, axis=1, dtype=jnp.int32), branches)
-        past = [jax.tree.map(_merge_rows, table) for table in (self.k, self.v)]
-
-        if self.format == "fp8":
-            fresh = kv.store_pair(k, v, "fp8")
-            return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
-        fresh = [kv.load(x, x.dtype) for x in (k, v)]
-        if self.format == "nvfp4":
-            # Not before q is there: the compiler would expand all layers at once, and hold them.
-            layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
-            past = [kv.load_layer(table, layer, q.dtype) for table in past]
-            layer = 0
-        return attention_bf16.attention(q, *fresh, *past, layer, filled, attention)
+        # A count, not a mask, which attention takes too, but only by copying the slots it reads.
+        visible = jnp.tile(jnp.sum(valid, axis=1, dtype=jnp.int32), branches)
+        past = jax.tree.map(_merge_rows, (self.k, self.v))
+        return kv.attend(self.format, q, (k, v), past, layer, visible)
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
@@ -80,7 +66,7 @@ class KVCache:
                 table = jax.lax.dynamic_update_slice(table, update, where)
             return table
 
-        k, v = kv.store_pair(k, v, self.format, axis)
+        k, v = kv.store_pair(self.format, k, v, axis)
         return self.replace(k=jax.tree.map(into, self.k, k), v=jax.tree.map(into, self.v, v))
 
 
@@ -112,6 +98,7 @@ def init(cfg: config_lib.Config, branches: int, batch: int, tokens: int, heads: 
     slots = cfg.sample.window(cfg.model).slots
     lead = (cfg.model.num_layers, branches, batch, slots)
     chunk = jax.ShapeDtypeStruct((1, tokens, heads, cfg.model.head_dim), cfg.compute_dtype)
-    stored = jax.eval_shape(lambda x: kv.store_pair(x, x, cfg.quant.kv), chunk)
+    fmt = recipe_lib.KV_FORMATS[cfg.quant.kv]
+    stored = jax.eval_shape(lambda x: kv.store_pair(fmt, x, x), chunk)
     k, v = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), stored)
-    return KVCache(k, v, cfg.quant.kv)
+    return KVCache(k, v, fmt)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 
 FORMAT, VERSION = "longlive_jax session", 1
 _HEAD = "session"

@@ -19,9 +19,10 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling import window as window_lib
@@ -67,7 +68,8 @@ def chunk_step(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> tuple[StreamState, jax.Array]:
     """`denoise_chunk` and `commit_chunk` in one program, which reads the text once.
 
@@ -75,7 +77,7 @@ def chunk_step(
       The state and the chunk's latents, float32 [batch, frame, h, w, channel].
     """
     state = _enter_shot(state, inputs, cfg)
-    transformer = _Transformer.of(params, state, inputs, cfg, parallel)
+    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
     latents = _denoise(transformer, state, inputs)
     return _commit(transformer, state, latents), latents
 
@@ -86,11 +88,12 @@ def denoise_chunk(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> jax.Array:
     """Latents of the next chunk, float32 [batch, frame, h, w, channel]."""
     state = _enter_shot(state, inputs, cfg)
-    return _denoise(_Transformer.of(params, state, inputs, cfg, parallel), state, inputs)
+    return _denoise(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, inputs)
 
 
 def commit_chunk(
@@ -100,11 +103,12 @@ def commit_chunk(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
     """The state after the next chunk, whose clean latents are given; `inputs.noise` is not read."""
     state = _enter_shot(state, inputs, cfg)
-    return _commit(_Transformer.of(params, state, inputs, cfg, parallel), state, latents)
+    return _commit(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, latents)
 
 
 def recache(
@@ -113,20 +117,21 @@ def recache(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
     """Runs the clean pass of the visible past again, oldest first, under `inputs.text`.
 
     For a prompt change inside a shot: otherwise cached keys and values keep the old prompt's
     influence until they leave the window. Each chunk sees the visible ones before it.
     """
-    transformer = _Transformer.of(params, state, inputs, cfg, parallel)
+    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
     window = state.window.in_order()
     slots = jnp.arange(window.chunk.shape[1])
 
     def again(slot, cache):
         latents = window.latents[:, slot]
-        positions = _positions(window.position[:, slot], latents.shape[1], parallel)
+        positions = _positions(window.position[:, slot], latents.shape[1], sharding)
         past = Past(cache, window.valid & (slots < slot)[None, :])
         here = jnp.full(window.chunk.shape[:1], slot, jnp.int32)
         return transformer.commit(latents, positions, past, here)
@@ -144,10 +149,10 @@ def _enter_shot(state, inputs, cfg):
 
 
 def _denoise(transformer, state, inputs):
-    cfg, parallel = transformer.cfg, transformer.parallel
+    cfg, sharding = transformer.cfg, transformer.sharding
     sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
-    positions = _positions(state.window.next_position(cfg), inputs.noise.shape[1], parallel)
-    given = _GivenFrame(state, inputs, parallel)
+    positions = _positions(state.window.next_position(cfg), inputs.noise.shape[1], sharding)
+    given = _GivenFrame(state, inputs, sharding)
 
     def denoise(carry, step):
         sample, history = carry
@@ -167,7 +172,7 @@ def _commit(transformer, state, latents):
     cfg, window = transformer.cfg, state.window
     slot = window.next_slot(cfg.sample.window(cfg.model))
     first = window.next_position(cfg)
-    positions = _positions(first, latents.shape[1], transformer.parallel)
+    positions = _positions(first, latents.shape[1], transformer.sharding)
     cache = transformer.commit(latents, positions, state.past, slot)
     return StreamState(cache, window.commit(slot, latents, cfg))
 
@@ -183,29 +188,27 @@ class _Transformer:
     text: tuple
     branches: int
     cfg: config_lib.Config
-    parallel: dit.Parallel
+    sharding: dit.Sharding
+    precision: dit.Precision
 
     @classmethod
-    def of(cls, params, state, inputs, cfg, parallel):
+    def of(cls, params, state, inputs, cfg, sharding, precision):
         text = inputs.text
         if inputs.negative is not None:
             text = jnp.concatenate([text, inputs.negative])
-        text = dit.text_keys_values(params, cfg.model, text.astype(cfg.compute_dtype), parallel)
-        return cls(params, text, state.cache.k.shape[1], cfg, parallel)
+        text = dit.text_keys_values(
+            params, cfg.model, text.astype(cfg.compute_dtype),
+            sharding=sharding, precision=precision,
+        )  # fmt: skip
+        return cls(params, text, state.cache.k.shape[1], cfg, sharding, precision)
 
     def velocity(self, sample, timesteps, positions, past):
         """float32 [batch, frame, h, w, channel], of `sample` at `timesteps` [batch, frame]."""
         x, timesteps, positions = map(self._branches, (sample, timesteps, positions))
         velocity = dit.denoise(
-            self.params,
-            self.cfg.model,
-            x.astype(self.cfg.compute_dtype),
-            timesteps,
-            positions,
-            self.text,
-            past,
-            self.parallel,
-        ).astype(jnp.float32)
+            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), timesteps, positions,
+            text=self.text, cache=past, sharding=self.sharding, precision=self.precision,
+        ).astype(jnp.float32)  # fmt: skip
         if self.branches == 1:
             return velocity
         prompt, negative = jnp.split(velocity, 2)
@@ -214,39 +217,34 @@ class _Transformer:
     def commit(self, latents, positions, past, slot) -> KVCache:
         """The cache, with keys and values of clean `latents` in `slot` int32 [batch]."""
         x, positions = self._branches(latents), self._branches(positions)
-        return dit.commit(
-            self.params,
-            self.cfg.model,
-            x.astype(self.cfg.compute_dtype),
-            positions,
-            self.text,
-            past,
-            slot,
-            self.parallel,
-        ).cache
+        past = dit.commit(
+            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), positions,
+            text=self.text, cache=past, slot=slot, sharding=self.sharding, precision=self.precision,
+        )  # fmt: skip
+        return past.cache
 
     def _branches(self, x):
         return x if self.branches == 1 else jnp.concatenate([x] * self.branches)
 
 
-def _positions(first, local_frames, parallel):
+def _positions(first, local_frames, sharding):
     """Temporal positions of this device's frames of a chunk that begins at `first` [batch]."""
-    return first[:, None] + _local(local_frames, parallel)[None, :]
+    return first[:, None] + _local(local_frames, sharding)[None, :]
 
 
-def _local(local_frames, parallel):
+def _local(local_frames, sharding):
     """Indices, within the chunk, of the frames that this device has."""
-    rank = 0 if parallel.seq is None else jax.lax.axis_index(parallel.seq)
+    rank = 0 if sharding.seq is None else jax.lax.axis_index(sharding.seq)
     return rank * local_frames + jnp.arange(local_frames, dtype=jnp.int32)
 
 
 class _GivenFrame:
     """Image-to-video: keeps a video's first frame at the given latent, at timestep 0."""
 
-    def __init__(self, state, inputs, parallel):
+    def __init__(self, state, inputs, sharding):
         self.latent = inputs.first_frame
         if self.latent is not None:
-            first = _local(inputs.noise.shape[1], parallel) == 0
+            first = _local(inputs.noise.shape[1], sharding) == 0
             self.mask = first[None, :] & (state.window.next_chunk == 0)[:, None]
 
     def __call__(self, sample):
@@ -312,7 +310,9 @@ class Sampler:
         self.input_specs = inputs
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
 
-        parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
+        sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
+        precision = dit.Precision(recipe, cfg.compute_dtype)
+        stepping = {"cfg": cfg, "sharding": sharding, "precision": precision}
 
         def compile(fn, in_specs, out_specs, donate=(), **static):
             # Without differentiation there is nothing for varying-axes types to check.
@@ -322,7 +322,7 @@ class Sampler:
             )  # fmt: skip
             return jax.jit(fn, donate_argnums=donate, compiler_options=options)
 
-        each, stepping = (param_specs, state, inputs), {"cfg": cfg, "parallel": parallel}
+        each = (param_specs, state, inputs)
         stacked = jax.tree.map(lambda s: jax.P(None, *s), (inputs, latents))
         self.step = compile(chunk_step, each, (state, latents), 1, **stepping)
         self.denoise = compile(denoise_chunk, each, latents, **stepping)
@@ -369,8 +369,8 @@ class Sampler:
 sampler = functools.cache(Sampler)
 
 
-def _rollout(params, state, inputs, *, cfg, parallel):
-    step = functools.partial(chunk_step, params, cfg=cfg, parallel=parallel)
+def _rollout(params, state, inputs, *, cfg, sharding, precision):
+    step = functools.partial(chunk_step, params, cfg=cfg, sharding=sharding, precision=precision)
     return jax.lax.scan(step, state, inputs)
 
 
@@ -395,12 +395,14 @@ _FRAMES = _spec("batch", "frame", None, None, None)
 def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
     cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 16, cfg.model.num_heads))
-    packed = KVCache.PACKED_AXES if cache.format == "fp8" else KVCache.AXES
+
+    def specs(table, axes):  # an array of fewer axes has the first of them
+        axes = (*KVCache.AXES, *axes)
+        return jax.tree.map(lambda leaf: _spec(*axes[: leaf.ndim]), table)
+
+    k, v = map(specs, (cache.k, cache.v), kv.axes(cache.format))
     return StreamState(
-        cache=cache.replace(
-            k=jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), cache.k),
-            v=jax.tree.map(lambda leaf: _spec(*packed[: leaf.ndim]), cache.v),
-        ),
+        cache=cache.replace(k=k, v=v),
         window=Window(
             chunk=_spec("batch", None),
             position=_spec("batch", None),

@@ -6,7 +6,7 @@ Protected are (paper section 4) the sinks and the newest shot's first chunk, and
 
 Each row of a batch has counters of its own, so that streams of different age can share a batch.
 Empty slots are filled from the first on, and a chunk that leaves is overwritten, so the valid slots
-are always a prefix: attention's kernels take their number, and read nothing behind it.
+are always a prefix: attention is given their number, and reads nothing behind it.
 """
 
 import jax

@@ -20,10 +20,10 @@ from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import directory as directory_lib
-from longlive_jax.data.atomic import atomic_path
 from longlive_jax.data.video import VideoFile, VideoInfo, probe
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
+from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import autoencoder
 
 # Settings that a run may be continued with other values of.
@@ -186,7 +186,7 @@ def _claim(root: pathlib.Path, cfg: config_lib.Config, videos: Videos) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            directory_lib.write_json(file, wanted)
+            versioned.write_json(file, wanted)
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--workdir={root}: {error}; give another") from error

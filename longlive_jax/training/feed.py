@@ -145,7 +145,7 @@ class Feed:
                 "mask": place(like.mask, lambda sample: pairs[id(sample)][1]),
             }
         if cfg.data.cached:
-            return {"context": place(like.context, lambda sample: sample.context)}
+            return {"context": place(like.context, lambda sample: sample.text)}
         rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
         return {"context": place(like.context, lambda sample: rows[id(sample)])}
 

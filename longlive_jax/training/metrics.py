@@ -16,7 +16,7 @@ import numpy as np
 import tensorboardX
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.atomic import atomic_path
+from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import cost
 from longlive_jax.training.feed import decode_names
 from longlive_jax.training.teacher_forcing import Report

@@ -15,9 +15,9 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import dit, umt5
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.training import draws as draws_lib
 from longlive_jax.training import error_recycling
 from longlive_jax.training import state as state_lib
@@ -233,15 +233,16 @@ class Step:
 
     def _local_gradient(self, params, batch, inputs, count):
         recipe = recipe_lib.get(self.cfg.quant.recipe)
-        parallel = dit.Parallel.training(self.cfg.compute_dtype, recipe)
+        sharding = dit.Sharding.training()
+        precision = dit.Precision(recipe, self.cfg.compute_dtype)
 
         def loss(params):
-            return self._loss(params, batch, inputs, count, parallel)
+            return self._loss(params, batch, inputs, count, sharding, precision)
 
         (_, (told, found)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return parallel.sum_gradients(gradient, self.specs), parallel.sum(told), found
+        return sharding.sum_gradients(gradient, self.specs), sharding.sum(told), found
 
-    def _loss(self, params, batch, inputs, count, parallel):
+    def _loss(self, params, batch, inputs, count, sharding, precision):
         cfg, dtype = self.cfg, self.cfg.compute_dtype
         local_chunks, chunk_frames = batch.latents.shape[1:3]
         chunk = jax.lax.axis_index(mesh_lib.SEQ) * local_chunks + jnp.arange(local_chunks)
@@ -268,16 +269,18 @@ class Step:
             target = jnp.where(shown, 0.0, target)
             bears_loss &= ~given
 
-        text = self._text(params, batch, parallel)
-        shared = dict(parallel=parallel, remat=cfg.train.remat, key=inputs.rounding)
+        shared = dict(
+            text=self._text(params, batch, sharding), sharding=sharding, precision=precision,
+            remat=cfg.train.remat, key=inputs.rounding,
+        )  # fmt: skip
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
                 params["dit"], cfg.model, context.astype(dtype), noisy.astype(dtype), timestep,
-                frames, text, context_timestep, **shared,
+                frames, clean_timesteps=context_timestep, **shared,
             )  # fmt: skip
         else:
             velocity = dit.block_causal(
-                params["dit"], cfg.model, noisy.astype(dtype), timestep, frames, text, **shared
+                params["dit"], cfg.model, noisy.astype(dtype), timestep, frames, **shared
             )
         error = losses.squared_error(velocity, target)
         mask = bears_loss.astype(jnp.float32)
@@ -294,12 +297,12 @@ class Step:
             )
         return loss, (Told(loss, *sums), found)
 
-    def _text(self, params, batch, parallel):
+    def _text(self, params, batch, sharding):
         """Embeddings of each chunk's prompt, [batch, chunk, text_len, text_dim]."""
         cfg = self.cfg
         if not cfg.train.text_encoder:
             return batch.context
-        weights = params_lib.gather(params["umt5"], self.specs["umt5"], parallel.shards)
+        weights = params_lib.gather(params["umt5"], self.specs["umt5"], sharding.shards)
         ids, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.ids, batch.mask))
         text = umt5.prompt_embeddings(
             weights, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype

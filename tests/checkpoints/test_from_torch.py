@@ -336,8 +336,8 @@ def test_light_vae_message(tmp_path):
         # Shapes alone: no file of this size is needed to read them.
         tensors = {k: _shape_only(shapes[k]) for k in keys}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(from_torch.files, "read", lambda path, t=tensors: t)
-            patch.setattr(from_torch.files, "locate", lambda source, part: source)
+            patch.setattr(from_torch.sources, "read", lambda path, t=tensors: t)
+            patch.setattr(from_torch.sources, "locate", lambda source, part: source)
             with pytest.raises(InputError, match=f"The file fits with {flags}$"):
                 from_torch.open_part("vae", "light.pth", config)
 

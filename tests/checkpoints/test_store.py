@@ -14,6 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import from_torch, safetensors, store, to_torch
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 from tests.checkpoints import tiny, torch_file
 
 
@@ -126,7 +127,7 @@ def test_stacked_groups_load_and_export_too(tmp_path):
 
 
 def test_groups_are_split_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_GROUP_BYTES", 30_000)
+    monkeypatch.setattr(store.writer, "_GROUP_BYTES", 30_000)
     monkeypatch.setattr(from_torch, "_ROWS_BYTES", 5_000)
     file = tiny.write_safetensors(tmp_path / "f.safetensors", tiny.weights("umt5"))
     _convert(tmp_path / "ckpt", "umt5", file)
@@ -188,14 +189,14 @@ def test_an_unfinished_write_changes_nothing(tmp_path, monkeypatch, when, first)
                 raise _Killed
             yield piece
 
-    write_json = store.directory_lib.write_json
+    write_json = versioned.write_json
 
     def killed(file, value):
         if when in file.name:
             raise _Killed
         write_json(file, value)
 
-    monkeypatch.setattr(store.directory_lib, "write_json", killed)
+    monkeypatch.setattr(versioned, "write_json", killed)
     with pytest.raises(_Killed):
         store.save(root, "umt5", pieces(), source.spec, section=source.section)
     monkeypatch.undo()
@@ -215,7 +216,7 @@ def test_an_unfinished_write_changes_nothing(tmp_path, monkeypatch, when, first)
 
 def test_two_writers(tmp_path):
     with (
-        store.directory_lib.writing(tmp_path / "ckpt"),
+        store.directory.writing(tmp_path / "ckpt"),
         pytest.raises(InputError, match="another process is writing"),
     ):
         _convert(tmp_path / "ckpt", "umt5", _golden_file(tmp_path))

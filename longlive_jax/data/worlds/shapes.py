@@ -9,7 +9,6 @@ Lengths are in heights of the picture, times in seconds; x points right, y down.
 import dataclasses
 import functools
 import itertools
-import re
 import zlib
 from collections.abc import Iterator
 
@@ -148,28 +147,6 @@ def shot(rng: np.random.Generator, held_out: bool = False) -> Shot:
     ways = rng.integers(2, size=count)
     clauses = [f"{o.words} {MOTIONS[o.motion][way]}" for o, way in zip(objects, ways)]
     return Shot(background, objects, frames, _captions(clauses, background)[rng.integers(3)])
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Every word, and the full stop and comma, that `words` finds in captions; sorted."""
-    found = set()
-    clauses = [
-        f"{Object(shape, colour, motion, 0, 0, 0, 0, 0).words} {way}"
-        for shape, colour, motion in itertools.product(SHAPES, COLOURS, MOTIONS)
-        for way in MOTIONS[motion]
-    ]
-    for clause, background in itertools.product(clauses, BACKGROUNDS[:1]):
-        for caption in _captions([clause], background) + _captions([clause] * 2, background):
-            found.update(words(caption))
-    for background in BACKGROUNDS:
-        for caption in _captions(clauses[:1], background):
-            found.update(words(caption))
-    return tuple(sorted(found))
-
-
-def words(caption: str) -> list[str]:
-    """A caption's words in lower case; a full stop or comma is a word of its own."""
-    return re.findall(r"[a-z]+|[.,]", caption.lower())
 
 
 @functools.cache

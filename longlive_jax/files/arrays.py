@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from longlive_jax.data.atomic import atomic_path
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path
 
 
 def save_npz(path: str | os.PathLike, /, **arrays) -> None:
