@@ -1,5 +1,6 @@
 """The original's weight files to ours, one tensor at a time."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ class Source:
     part: parts_lib.Part
     spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
-    tensors: Mapping[str, Tensor | four_over_six.Packed]  # by the original's keys
+    tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
     files: tuple[str, ...]
     recipe: Recipe | None  # that quantises the linear layers' weights, or has done so in the file
     dtype: np.dtype  # that weights are cast to before they are quantised
@@ -113,7 +114,7 @@ def open_part(
     section = network.config(config)
     path = sources.locate(source, part)
     saved = sources.read(path)
-    tensors = names.state_dict(saved, part, use_ema, path)
+    tensors: dict[str, Any] = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
         tensors = four_over_six.collect(tensors, path)
     spec = network.spec(section)
@@ -185,12 +186,13 @@ def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
-    sizes = network.sizes(found)
-    flags = network.overrides(sizes, section)
-    if not flags:
+    settings = network.overrides(network.sizes(found), section)
+    if not settings:
         return f"Is it the right file for --{network.name}?"
-    other = network.spec(dataclasses.replace(section, **sizes))
-    other = {k: v for k, v in other.items() if k in spec}
-    if layout.torch_shapes(other) == found:
-        return f"The file fits with {flags}"
+    flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())
+    with contextlib.suppress(InputError):  # no network has these sizes
+        other = network.spec(dataclasses.replace(section, **settings))
+        other = {k: v for k, v in other.items() if k in spec}
+        if layout.torch_shapes(other) == found:
+            return f"The file fits with {flags}"
     return f"Its sizes are those of {flags}, but it does not fit them either; is it damaged?"

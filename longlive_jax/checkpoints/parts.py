@@ -25,13 +25,11 @@ class Part:
     def config(self, config: config_lib.Config) -> Any:
         return getattr(config, self.section)
 
-    def overrides(self, found: Mapping[str, int], config: Any) -> str:
-        """The flags that turn `config` (a section) into one of sizes `found`; may be empty."""
+    def overrides(self, found: Mapping[str, int], config: Any) -> dict[str, int]:
+        """What turns `config` (a section) into one of sizes `found`; may be empty."""
         if self.name == "dit" and found.get("dim", config.dim) != config.dim:
             found = {**found, "num_heads": max(1, found["dim"] // _HEAD_DIM)}
-        return " ".join(
-            f"--config.{self.section}.{k}={v}" for k, v in found.items() if v != getattr(config, k)
-        )
+        return {k: v for k, v in found.items() if v != getattr(config, k)}
 
 
 def _dit_sizes(shapes: Shapes) -> dict[str, int]:

@@ -12,11 +12,15 @@ from longlive_jax.errors import InputError
 class Tensor(Protocol):
     """What readers of files hand out: shape and dtype now, values later."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the leading axis (default: all), as a row-major array."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

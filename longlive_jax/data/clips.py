@@ -238,7 +238,7 @@ class VideoFolder:
             )
             try:
                 with VideoFile(clip.path, *self._size) as video:
-                    for frame in video.pick(indices):
+                    for frame in video.pick(indices.tolist()):
                         frames[done] = frame
                         done += 1
             except (InputError, OSError) as error:

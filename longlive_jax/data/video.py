@@ -9,15 +9,18 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import os
 import pathlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from longlive_jax.data.images import VIDEO_FILTER, resize
@@ -208,7 +211,7 @@ def _encode(file: _File, chunks: Iterator, shape: tuple[int, int, int], fps: Fra
     height, width, _ = shape
     codec, options = _encoder(height, width)
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / fps
@@ -248,7 +251,7 @@ def _encoder(height: int, width: int) -> tuple[str, dict[str, str]]:
         context.options = nvenc[1]
         context.open()
         return nvenc
-    except (av.FFmpegError, ValueError):
+    except (FFmpegError, ValueError):
         return "libx264", {"preset": "veryfast", "crf": "18"}
 
 
@@ -329,11 +332,9 @@ class VideoFile:
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """The frames of these indices, uint8 [height, width, 3] each. Ascending is fast."""
-        index, frame = -1, None
-        for wanted in indices:
-            if wanted != index:
-                frame, index = self._frame(int(wanted)), wanted
-            yield frame
+        for index, times in itertools.groupby(indices):
+            frame = self._frame(int(index))
+            yield from (frame for _ in times)
 
     def close(self) -> None:
         self._decoder.close()
@@ -344,11 +345,11 @@ class VideoFile:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _rewind(self) -> Iterator[av.VideoFrame]:
+    def _rewind(self) -> Generator[av.VideoFrame]:
         self._next = 0  # index of the frame that the decoder gives next
         return self._decode()
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame]:
         with self._errors(), self._open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -398,7 +399,7 @@ class VideoFile:
     def _errors(self):
         try:
             yield
-        except (av.FFmpegError, OSError, UnicodeError) as error:
+        except (FFmpegError, OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = self.path.stat().st_size
             raise InputError(

@@ -35,7 +35,7 @@ def read(file: pathlib.Path, form: str, version: int, way_out: str) -> dict[str,
 
 def write(file: pathlib.Path, form: str, version: int, content: Mapping[str, Any]) -> None:
     """Writes a file that `read` reads; see `write_json`."""
-    write_json(file, {"format": form, "version": version} | content)
+    write_json(file, {"format": form, "version": version, **content})
 
 
 def write_json(file: str | os.PathLike, value: Any) -> None:

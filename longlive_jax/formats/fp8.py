@@ -44,7 +44,7 @@ class FP8Tensor(Quantized):
     def transposed(self) -> "FP8Tensor":
         if self.scale.ndim == self.ndim:
             return super().transposed()
-        return self.replace(values=jnp.swapaxes(self.values, -1, -2))
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ class NVFP4Tensor(Quantized):
 
     def pack(self) -> "NVFP4Tensor":
         """With `packed` for `values`."""
-        return self.replace(values=self.packed())
+        return dataclasses.replace(self, values=self.packed())
 
     def unpack(self) -> "NVFP4Tensor":
         return from_packed(
@@ -122,7 +122,7 @@ class NVFP4Tensor(Quantized):
             return super().transposed()
         blocks = jnp.swapaxes(self.scales[..., ::BLOCK, :], -1, -2)
         scales = jnp.repeat(blocks, BLOCK, axis=-2)
-        return self.replace(values=jnp.swapaxes(self.values, -1, -2), scales=scales)
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), scales=scales)
 
 
 def quantize_nvfp4(
@@ -294,7 +294,7 @@ def from_packed(
         scales=scales,
         amax=amax,
         rule=rule,
-        block=tuple(block),
+        block=(block[0], block[1]),
         dtype=jnp.dtype(dtype),
     )
 

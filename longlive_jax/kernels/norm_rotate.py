@@ -26,11 +26,10 @@ from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
-from longlive_jax.kernels.rows import SLICE
 
 HEAD_DIM = 128
 _THREADS = 128
-_WORD = SLICE // _THREADS
+_WORD = lib.SLICE // _THREADS
 _PAIRS = _WORD // 2
 _WIDE, _NARROW = mosaic.a_row_a_thread(_WORD), mosaic.a_row_a_thread(1)
 # Of a row's angles [16, 4]: every 16 threads have all.
@@ -52,9 +51,9 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}; it must be bfloat16: cast it"
     dim = qkv.shape[-1] // 3
-    if qkv.shape[-1] % (3 * SLICE) or dim > lib.MAX_NORMED or 0 in qkv.shape:
+    if qkv.shape[-1] % (3 * lib.SLICE) or dim > lib.MAX_NORMED or 0 in qkv.shape:
         most = lib.MAX_NORMED
-        return f"qkv {qkv.shape} must end in 3 * dim, dim a multiple of {SLICE} up to {most}"
+        return f"qkv {qkv.shape} must end in 3 * dim, dim a multiple of {lib.SLICE} up to {most}"
     if weight_q.shape != (dim,) or weight_k.shape != (dim,):
         return f"weights are {weight_q.shape} and {weight_k.shape}; they must be ({dim},)"
     if cos.shape != (*qkv.shape[:-1], HEAD_DIM // 2) or sin.shape != cos.shape:

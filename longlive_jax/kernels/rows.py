@@ -43,16 +43,11 @@ _A = -2 * (2 / math.pi) ** 0.5 / math.log(2)
 _B = _A * 0.044715
 
 
-def fits(shape: tuple[int, ...], most: int) -> bool:
-    """Whether rows of at most so many columns can be taken, and there are any."""
-    return len(shape) > 0 and shape[-1] % SLICE == 0 and 0 < shape[-1] <= most and 0 not in shape
-
-
 def misfit(name: str, x, most: int) -> str:
     """What of x, rows of at most so many columns, a kernel does not take; empty: nothing."""
     if x.dtype != jnp.bfloat16:
         return f"{name}: {x.dtype}, which must be bfloat16: cast it"
-    if not fits(x.shape, most):
+    if not x.shape or x.shape[-1] % SLICE or x.shape[-1] > most or 0 in x.shape:
         return f"{name}: {x.shape}, which must hold rows of a multiple of {SLICE}, at most {most}"
     return ""
 

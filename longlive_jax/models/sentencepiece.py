@@ -6,6 +6,7 @@ that decide which ids a text has.
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -42,7 +43,7 @@ def read(content: bytes) -> tokenizers.Tokenizer:
             normaliser = dict(_fields(value))
     if not trainer or trainer.get(3, _UNIGRAM) != _UNIGRAM:
         raise ValueError(f"{len(vocabulary)} pieces, and no unigram model's trainer")
-    steps = [normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    steps: list[Any] = [normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     if normaliser.get(2):
         steps.insert(0, normalizers.Precompiled(normaliser[2]))
     # Fields 40 and 35 of the trainer: the unknown piece, and whether bytes stand for it.
@@ -55,7 +56,7 @@ def read(content: bytes) -> tokenizers.Tokenizer:
     return result
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a protocol buffer: an int, or bytes as they lie there."""
     at = 0
 

@@ -39,7 +39,11 @@ def _(x: FP8Tensor, weight, dtype):
 @kv.store_pair.register
 def _(fmt: FP8Pair, k, v, axis=None):
     del fmt, axis
-    return pack_fp8.pack(*(kv.load(x, x.dtype) for x in (k, v)))
+    return _pack(k, v)
+
+
+def _pack(k, v):
+    return pack_fp8.pack(kv.load(k, k.dtype), kv.load(v, v.dtype))
 
 
 @kv.axes.register
@@ -50,5 +54,5 @@ def _(fmt: FP8Pair):
 
 @kv.attend.register
 def _(fmt: FP8Pair, q, own, past, layer, visible):
-    own = kv.store_pair(fmt, *own)
-    return cached_attention.attend_fp8(q, own, past, layer, visible)
+    del fmt
+    return cached_attention.attend_fp8(q, _pack(*own), past, layer, visible)

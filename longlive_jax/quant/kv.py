@@ -9,6 +9,7 @@ A format is a value of `recipes.KV_FORMATS` or `PAYLOADS`; None: nothing is quan
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def attend(
     q: jax.Array,
     own: Pair,
     past: Pair,
-    layer: int | jax.Array,
+    layer: Any,
     visible: jax.Array,
 ) -> jax.Array:
     """Attention of q [row, token, head, head_dim] over a chunk's own keys and values and the past.
@@ -81,12 +82,13 @@ def attend(
     Args:
       own: keys and values of the chunk, of q's shape.
       past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
-      layer: the one whose past it is.
+      layer: int or int32 [], the one whose past it is.
       visible: the slots to read, as `ops.cached_attention` takes it: a count or a mask.
     """
     k, v = (load(x, x.dtype) for x in own)
-    past_k, past_v = past
-    if fmt is not None:
+    if fmt is None:
+        past_k, past_v = (load(table, table.dtype) for table in past)
+    else:
         # Not before q is there: the compiler would expand all layers at once, and hold them.
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
         past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)

@@ -12,6 +12,7 @@ Where nothing is quantised `ops.linear` runs, and nothing here does.
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the ac
 
 
 def linear(
-    params: Mapping[str, jax.Array | Quantized],
+    params: Mapping[str, Any],
     x: jax.Array | Quantized,
     recipe: Recipe | None = None,
     key: jax.Array | None = None,
@@ -72,7 +73,7 @@ def linear(
 
 
 def product(
-    params: Mapping[str, jax.Array | Quantized],
+    params: Mapping[str, Any],
     x: jax.Array | Quantized,
     recipe: Recipe | None = None,
     key: jax.Array | None = None,

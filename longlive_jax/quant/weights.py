@@ -7,6 +7,7 @@ whatever maps over specs (shardings, `params.gather`) maps over these too.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def quantize_params(
       dtype: the compute dtype, which weights are cast to first.
     """
 
-    def one(weight: jax.Array, own: Recipe, spec: Quantized) -> Quantized:
+    def one(weight: jax.Array, own: Recipe, spec: Any) -> Quantized:
         place = None if mesh is None else params_lib.shardings(spec, mesh, rules)
         # Layers of equal shape share a program.
         own = dataclasses.replace(own, index=0)
@@ -127,8 +128,8 @@ def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:
 def from_dicts(tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
     """The inverse of `as_dicts`. specs: `quantize_specs` of the recipe that quantised the tree."""
 
-    def one(spec, leaf):
-        return spec.replace(**leaf) if isinstance(spec, Quantized) else leaf
+    def one(spec: Any, leaf):
+        return dataclasses.replace(spec, **leaf) if isinstance(spec, Quantized) else leaf
 
     return jax.tree.map(one, specs, tree, is_leaf=_is_leaf)
 

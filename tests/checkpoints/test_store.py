@@ -1,5 +1,6 @@
 """Our checkpoint: what is saved is loaded, anywhere, in any dtype; writes are all or nothing."""
 
+import dataclasses
 import json
 import shutil
 
@@ -260,7 +261,7 @@ def test_missing_part_and_checkpoint(tmp_path):
 )
 def test_other_sizes(checkpoint, part, change, flags):
     section = tiny.section(part)
-    other = type(section)(**{f: getattr(section, f) for f in section.__dataclass_fields__} | change)
+    other = dataclasses.replace(section, **change)
     with pytest.raises(InputError) as error:
         store.load(checkpoint, part, tiny.SPECS[part](other), config=other)
     assert "other sizes than the config" in str(error.value)
@@ -269,9 +270,7 @@ def test_other_sizes(checkpoint, part, change, flags):
 
 def test_heads_that_no_shape_tells(checkpoint):
     section = tiny.section("dit")
-    other = type(section)(
-        **{f: getattr(section, f) for f in section.__dataclass_fields__} | {"num_heads": 8}
-    )
+    other = dataclasses.replace(section, num_heads=8)
     with pytest.raises(InputError, match=r"num_heads is 8 by the config, 4 in .*model.num_heads=4"):
         store.load(checkpoint, "dit", tiny.SPECS["dit"](other), config=other)
 

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longlive_jax import config as config_lib
 from longlive_jax.formats import FP8Tensor, quantize_fp8
 from longlive_jax.kernels import attention_fp8
 from tests.kernels.checks import Chunk, error, shaped
@@ -72,23 +71,16 @@ def beyond(args, value=jnp.nan, filled=1):
 
 
 def chunks(function, lib, make, tunings):
-    """At real sizes, by every tuning and by a function of `ops`, which is sharded by heads too."""
-    sizes = {"queries": 7040, "tokens": 7040, "slots": 3}
-    window = jax.eval_shape(lambda: make(heads=24, **sizes))
-    # No other axis has a size of 2.
-    halved = jax.eval_shape(lambda: make(heads=2, layers=1, slots=1))
-    specs = jax.tree.map(lambda x: jax.P(*("seq" if n == 2 else None for n in x.shape)), halved)
-    mesh = config_lib.Mesh(fsdp=4, seq=2)
+    """A function of `ops` at real sizes, and the kernel by tunings other than the default."""
+    arguments = jax.eval_shape(lambda: make(heads=24, queries=7040, tokens=7040, slots=3))
+    specs = jax.tree.map(lambda x: jax.P(*("seq" if n == 24 else None for n in x.shape)), arguments)
     by_tuning = {
-        name: Chunk(functools.partial(flat(lib), tuning=tuning), window)
+        name: Chunk(functools.partial(flat(lib), tuning=tuning), arguments)
         for name, tuning in tunings.items()
+        if name != "default"
     }
-    return by_tuning | {
-        "window": Chunk(function, window),
-        "heads": Chunk(
-            function, halved, specs=specs, out_specs=specs[0], mesh=mesh, check_vma=False
-        ),
-    }
+    sharded = Chunk(function, arguments, specs=specs, out_specs=specs[0], check_vma=False)
+    return by_tuning | {"window": sharded}
 
 
 def window(queries=7040, tokens=7040, head_dim=128, dtype=jnp.bfloat16, past=jnp.bfloat16):

@@ -153,14 +153,13 @@ TestNormRotate = kernel_tests(
         ),
     },
     chunks={
-        "layers": Chunk(layers, (QKV, WEIGHT, WEIGHT, ANGLE)),
-        "layers of products": Chunk(layers, (shaped_product(*QKV.shape), WEIGHT, WEIGHT, ANGLE)),
-        "array": Chunk(
-            rotated.norm_rotate,
+        "layers": Chunk(
+            layers,
             (QKV, WEIGHT, WEIGHT, ANGLE),
             specs=(SPEC, jax.P(), jax.P(), SPEC),
             out_specs=SPEC,
         ),
+        "layers of products": Chunk(layers, (shaped_product(*QKV.shape), WEIGHT, WEIGHT, ANGLE)),
     },
     left=[
         (f32(*SHAPE, 9216), WEIGHT, WEIGHT, ANGLE),

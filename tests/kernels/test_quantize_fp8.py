@@ -9,7 +9,6 @@ from longlive_jax.errors import InputError
 from longlive_jax.kernels import quantize_fp8, rows
 from longlive_jax.ops import quantized
 from tests.kernels.checks import (
-    RACES,
     Case,
     Chunk,
     Public,
@@ -84,6 +83,16 @@ def long_rows():
     return (jax.random.normal(jax.random.key(0), (3, 4096), jnp.bfloat16),)
 
 
+def check_signs(result, expected, signs=False, **how):
+    """signs: those of zeros, too, and the smallest scale, of `kinds`."""
+    check(result, expected, **how)
+    if signs:
+        values, scales = result
+        assert np.asarray(scales)[2:4, 0].tolist() == [2.0**-126] * 2
+        bits = (np.asarray(y)[:5].view(np.uint8) for y in (values, expected.values))
+        np.testing.assert_array_equal(*bits)
+
+
 def oracle(x, *affine, activation=None, tiling=None):
     if affine:
         return layer_norm_quantize(x, *affine)
@@ -118,9 +127,9 @@ REFUSED = [
 TestQuantizeFP8 = kernel_tests(
     quantize_fp8,
     oracle,
-    check,
+    check_signs,
     cases={
-        "rows": Case(lambda: (kinds(),), {"tiling": (3, 2, 1)}, no_scale=(5, 6)),
+        "rows": Case(lambda: (kinds(),), {"tiling": (3, 2, 1)}, no_scale=(5, 6), signs=True),
         "largest magnitudes": Case(largest_magnitudes, {"tiling": (12, 4, 1)}),
         **{
             f"gelu of {n}": other(lambda n=n: gelu(n), activation="gelu", no_scale=(5, 6))
@@ -147,16 +156,6 @@ TestQuantizeFP8 = kernel_tests(
     left=[x[1:] for x in REFUSED[:-1]],
     refused=REFUSED,
 )
-
-
-def test_signs_of_zeros_and_the_smallest_scale():
-    x = kinds()
-    values, scales = jax.jit(lambda x: quantize_fp8.kernel(x, interpret=RACES))(x)
-    assert np.asarray(scales)[2:4, 0].tolist() == [2.0**-126] * 2
-    finite = np.r_[:5]
-    np.testing.assert_array_equal(
-        *(np.asarray(y)[finite].view(np.uint8) for y in (values, quantize(x).values))
-    )
 
 
 def test_a_seventh_is_rounded_once():

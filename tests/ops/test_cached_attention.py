@@ -79,12 +79,11 @@ def test_any_slots_may_be_visible(attend, reference, make, lib):
     assert error(attend(*args), exact(*args)) < 0.01
 
 
-@pytest.mark.parametrize("mask", ([[False, True]], [[True, False]]), ids=str)
 @each
-def test_any_slots_may_be_visible_to_the_kernel(monkeypatch, attend, reference, make, lib, mask):
+def test_any_slots_may_be_visible_to_the_kernel(monkeypatch, attend, reference, make, lib):
     monkeypatch.setattr(lib, "supports", lambda *_: True)
     monkeypatch.setattr(lib, "kernel", functools.partial(lib.kernel, interpret=RACES))
-    args = *make()[:-1], jnp.asarray(mask)
+    args = *make()[:-1], jnp.asarray([[False, True]])
     assert error(attend(*args), reference(*args)) < 3e-3
 
 

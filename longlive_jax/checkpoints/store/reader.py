@@ -231,7 +231,8 @@ class Stored:
             if p[0] in spec and p not in wanted
         ]
         # What no shape tells.
-        made = self.info["config"].get(self.network.section, {}) if self.network else {}
+        section = self.network.section if self.network else ""
+        made = self.info["config"].get(section, {})
         heads, had = getattr(config, "num_heads", None), made.get("num_heads")
         other_heads = had is not None and heads not in (None, had)
         if other_heads:
@@ -241,8 +242,7 @@ class Stored:
             differing = {k: made[k] for k, v in sizes.items() if made.get(k, v) != v}
             if had is not None and (heads is None or other_heads):
                 differing["num_heads"] = had
-            flag = f"--config.{self.network.section}." if differing else ""
-            flags = " ".join(f"{flag}{k}={v}" for k, v in differing.items())
+            flags = " ".join(f"--config.{section}.{k}={v}" for k, v in differing.items())
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise InputError(
                 f"{where}: its {name} has other sizes than the config: "
@@ -251,13 +251,13 @@ class Stored:
 
     def _other_recipe(self, recipe: Recipe | None) -> InputError:
         where, name = self.path.parent, self.name
+        own, other = (r.name if r else "bf16" for r in (self.recipe, recipe))
         if self.recipe is None:
             return InputError(
-                f"{where}: its {name} is not quantised, recipe {recipe.name!r} is asked for; make "
-                f"one that is: `python -m launch.convert --checkpoint={where} "
-                f"--recipe={recipe.name} --output=DIR`"
+                f"{where}: its {name} is not quantised, recipe {other!r} is asked for; make one "
+                f"that is: `python -m launch.convert --checkpoint={where} --recipe={other} "
+                "--output=DIR`"
             )
-        own, other = (r.name if r else "bf16" for r in (self.recipe, recipe))
         return InputError(
             f"{where}: its {name} is quantised by recipe {own!r}, and {other!r} is asked for; to "
             f"sample from it set --config.quant.recipe={own}, for anything else give a checkpoint "

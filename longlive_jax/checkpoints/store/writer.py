@@ -1,5 +1,6 @@
 """Writes our checkpoints, a group of arrays at a time; see the package."""
 
+import collections
 import dataclasses
 import math
 import os
@@ -214,9 +215,8 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
 
 
 def _summary(index: dict, parameters: int) -> Summary:
-    by_dtype: dict[str, int] = {}
+    by_dtype: collections.Counter[str] = collections.Counter()
     for leaf in index["leaves"].values():
-        by_dtype[leaf["dtype"]] = by_dtype.get(leaf["dtype"], 0) + math.prod(leaf["shape"])
+        by_dtype[leaf["dtype"]] += math.prod(leaf["shape"])
     size = sum(n * jnp.dtype(d).itemsize for d, n in by_dtype.items())
-    dtypes = tuple(sorted(by_dtype, key=by_dtype.get, reverse=True))
-    return Summary(parameters, size, dtypes)
+    return Summary(parameters, size, tuple(dtype for dtype, _ in by_dtype.most_common()))

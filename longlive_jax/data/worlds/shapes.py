@@ -234,7 +234,9 @@ def _wrap(phase: float, way: float, length: float, size: float, back: bool) -> f
 @functools.lru_cache(maxsize=16)
 def _background(background: Background, height: int, width: int) -> np.ndarray:
     """float32 [height, width, 3] in 0..255; not to be written to."""
-    first, second = (np.float32(GROUNDS[name]) for name in (background.first, background.second))
+    first, second = (
+        np.asarray(GROUNDS[name], np.float32) for name in (background.first, background.second)
+    )
     if background.kind == "gradient":
         share = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     else:  # stripes a fifth of the height wide, with edges a pixel wide
@@ -263,7 +265,7 @@ def _draw(picture: np.ndarray, thing: Object, seconds: float) -> None:
     pixels = _distance(thing.shape, u, v) * np.float32(size / 2 * height)
     cover = np.clip(0.5 - pixels, 0, 1)[..., None]
     part = picture[top:bottom, left:right]
-    part += (np.float32(COLOURS[thing.colour]) - part) * cover
+    part += (np.asarray(COLOURS[thing.colour], np.float32) - part) * cover
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

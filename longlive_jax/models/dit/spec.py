@@ -76,7 +76,7 @@ def sampling_spec(
     specs = quantized_weights.quantize_specs(spec(cfg, branches), recipe, dtype)
     one = params_lib.layer_of(specs["blocks"])
     names = [_at_layer(specs["blocks"], i) for i in range(cfg.num_layers)]
-    return specs | {"blocks": tuple({name: one[name] for name in own} for own in names)}
+    return {**specs, "blocks": tuple({name: one[name] for name in own} for own in names)}
 
 
 def layers(params: params_lib.Tree) -> params_lib.Tree:
@@ -91,7 +91,7 @@ def layers(params: params_lib.Tree) -> params_lib.Tree:
         return jax.tree.map(lambda w: jax.lax.index_in_dim(w, i, keepdims=False), own)
 
     number = max(_rows(tree) for tree in blocks.values())
-    return params | {"blocks": tuple(layer(i) for i in range(number))}
+    return {**params, "blocks": tuple(layer(i) for i in range(number))}
 
 
 def rows(blocks: params_lib.Tree, start: int, stop: int) -> params_lib.Tree:
@@ -142,7 +142,7 @@ class Network:
         """Everything outside the blocks, whole on this device."""
         specs = spec(self.cfg, self.branches)
         names = [name for name in params if name != "blocks"]
-        return params | self._gather(params, specs, names)
+        return {**params, **self._gather(params, specs, names)}
 
     def gather_block(self, p: params_lib.Tree) -> params_lib.Tree:
         """A layer's parameters, or some of them, whole on this device."""

@@ -135,8 +135,8 @@ def text_keys_values(
 
 def _embed(params, cfg, latents, timesteps, positions, inserted):
     """`patches.embed` of one chunk, with a chunk axis of size 1."""
-    one = (x[:, None] for x in (latents, timesteps, positions))
-    return patches.embed(params, cfg, *one, inserted)
+    latents, timesteps, positions = (x[:, None] for x in (latents, timesteps, positions))
+    return patches.embed(params, cfg, latents, timesteps, positions, inserted)
 
 
 def _each_layer(net, params, x, given, text, cache):
