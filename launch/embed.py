@@ -18,7 +18,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models import umt5
 from longlive_jax.pipeline import Pipeline
-from longlive_jax.prompts import embeddings, shots
+from longlive_jax.prompts import embeddings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -40,14 +40,8 @@ def main() -> None:
     if FLAGS.prompts.endswith(".npz"):
         save_npz(FLAGS.output, ctx=_embed_ids(cfg, mesh).astype(np.float32))
         return
-    videos = shots.read(
-        FLAGS.prompts,
-        chunks=cfg.sample.chunks,
-        chunk_frames=cfg.model.chunk_frames,
-        scene_cut_prefix=cfg.sample.scene_cut_prefix,
-        chunks_per_shot=FLAGS.chunks_per_shot,
-    )
     pipeline = Pipeline(FLAGS.checkpoint, cfg, mesh)
+    videos = pipeline.videos(FLAGS.prompts, chunks_per_shot=FLAGS.chunks_per_shot)
     texts = pipeline.embed(embeddings.distinct(videos), guided=True)
     negative = texts.negative[None].astype(np.float32)
     for i, video in enumerate(videos):

@@ -25,7 +25,7 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
-from longlive_jax.prompts import embeddings, pictures, shots
+from longlive_jax.prompts import embeddings, pictures
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
 
@@ -65,13 +65,13 @@ def main() -> None:
     if FLAGS.compile_cache:
         compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
-    videos, texts = _videos(cfg, noise.chunks if noise else None)
+    videos, texts = _videos(pipeline, noise.chunks if noise else None)
     batches = batches_lib.make(cfg, videos, noise, FLAGS.batch)
     for batch in batches:
         batch.check_images()
     clip = _open_clip(cfg, batches)
     pictured = clip is not None or any(batch.pictured for batch in batches)
-    pipeline.check(batches, text=bool(FLAGS.prompts), pictures=pictured)
+    pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
     if texts is None:
         texts = pipeline.embed(embeddings.distinct(videos))
     batches = pipeline.encoded(batches, clip)
@@ -106,21 +106,14 @@ def _check_flags():
             command.check_output(name, suffix)
 
 
-def _videos(cfg, chunks):
+def _videos(pipeline, chunks):
     """All videos to make, and the embeddings of their prompts if these are given."""
     if FLAGS.prompt_embeds:
         arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
-        one, texts = embeddings.from_embeddings(arrays, cfg, chunks)
+        one, texts = embeddings.from_embeddings(arrays, pipeline.cfg, chunks)
         videos = [one]
     else:
-        videos = shots.read(
-            FLAGS.prompts,
-            chunks=chunks or cfg.sample.chunks,
-            chunk_frames=cfg.model.chunk_frames,
-            scene_cut_prefix=cfg.sample.scene_cut_prefix,
-            chunks_per_shot=FLAGS.chunks_per_shot,
-        )
-        texts = None
+        videos, texts = pipeline.videos(FLAGS.prompts, chunks, FLAGS.chunks_per_shot), None
     if FLAGS.image:
         videos = [dataclasses.replace(one, image=FLAGS.image) for one in videos]
     return videos, texts

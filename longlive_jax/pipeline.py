@@ -81,17 +81,17 @@ class Pipeline:
         """Height and width of the pictures."""
         return self.cfg.video.height, self.cfg.video.width
 
-    def check(self, batches: Sequence[Batch] = (), text: bool = True, pictures: bool = False):
+    def check(self, batches: Sequence[Batch] = (), text: bool = True, pictured: bool = False):
         """Refuses a checkpoint, or a mesh, that a run would stumble over later.
 
         Args:
-          batches: videos to make. text: of prompts. pictures: from images, or a video.
+          batches: videos to make. text: of prompts. pictured: from images, or a video.
         """
         cfg = self.cfg
         if text:
             networks.read_tokenizer(self.checkpoint, cfg)
         networks.check(self.checkpoint, "dit", cfg, quantized=True)
-        needed = (networks.DECODER if self.decodes else ()) + (networks.ENCODER if pictures else ())
+        needed = (networks.DECODER if self.decodes else ()) + (networks.ENCODER if pictured else ())
         if not needed:
             return
         networks.check(self.checkpoint, "vae", cfg, needed)
@@ -145,6 +145,21 @@ class Pipeline:
             decoder = Decoder(cfg, vae, self.vae_mesh)
         return Engine(cfg, self.mesh, params, decoder)
 
+    def videos(
+        self,
+        path: str | os.PathLike | Sequence[Mapping[str, Any]],
+        chunks: int | None = None,
+        chunks_per_shot: int = 0,
+    ) -> list[shots.Video]:
+        """The videos that `shots.read` finds; `chunks`: in place of sample.chunks."""
+        return shots.read(
+            path,
+            chunks=chunks or self.cfg.sample.chunks,
+            chunk_frames=self.cfg.model.chunk_frames,
+            scene_cut_prefix=self.cfg.sample.scene_cut_prefix,
+            chunks_per_shot=chunks_per_shot,
+        )
+
     def encoded(self, batches: Sequence[Batch], clip: pictures.Clip | None = None) -> list[Batch]:
         """The batches with their images, or with the video that they go on from, as latents."""
         if clip is None and not any(batch.pictured for batch in batches):
@@ -170,16 +185,10 @@ class Pipeline:
         Raises:
           InputError: shots that cannot be read, or several videos in place of one.
         """
-        cfg = self.cfg
-        videos = shots.read(
-            path,
-            chunks=cfg.sample.chunks,
-            chunk_frames=cfg.model.chunk_frames,
-            scene_cut_prefix=cfg.sample.scene_cut_prefix,
-        )
+        videos = self.videos(path)
         if len(videos) > 1:
             raise InputError(f"{path}: {len(videos)} videos; give the shots of one at a time")
-        batches = batches_lib.make(cfg, videos)
+        batches = batches_lib.make(self.cfg, videos)
         texts = self.embed(embeddings.distinct(videos))
         return self.render(self.encoded(batches)[0], texts, seed)
 
