@@ -63,7 +63,7 @@ def test_a_stream_begins_with_a_picture(pipeline, tmp_path):
 def test_bad_input(checkpoint, pipeline, tmp_path):
     with pytest.raises(InputError, match=r"unknown key 'sample\.stepps'"):
         Pipeline.from_checkpoint(checkpoint, overrides={"sample.stepps": 1})
-    with pytest.raises(InputError, match="its dit has other sizes than the config"):
+    with pytest.raises(InputError, match="has other sizes than the config"):
         Pipeline.from_checkpoint(checkpoint, Config())
     with pytest.raises(InputError, match="is no checkpoint"):
         Pipeline.from_checkpoint(tmp_path)

@@ -72,7 +72,7 @@ class Batch:
 
     def with_images(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh) -> "Batch":
         """The same, the images of its videos encoded by the VAE's `params` on `mesh`."""
-        images = [video.image for video in self.videos]
+        images = [video.image for video in self.videos if video.image]
         first = pictures.first_frames(cfg, params, mesh, images, self.pixels)
         return dataclasses.replace(self, first_frame=first)
 

@@ -45,7 +45,8 @@ class Decoder:
         """
         latents = jax.device_put(latents, mesh_lib.sharding(self.mesh, vae_spec.SHARDED))
         latents = latents.astype(self._cfg.compute_dtype)
-        if first := state is None:
+        first = state is None
+        if state is None:
             state = self.init_state(latents.shape[0], *latents.shape[2:4])
         for piece in vae.pieces(latents.shape[1], self._cfg.sample.vae_latents_per_call):
             call = decode_program(self._cfg.vae, self.mesh, first, finish)

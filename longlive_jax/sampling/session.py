@@ -137,7 +137,7 @@ class Session:
         self._later: tuple[str, ...] = ()  # prompts of the chunks after the next
         self._rows: dict[str, np.ndarray] = {}  # embeddings of all prompts of the script
         self._negative: np.ndarray | None = None
-        self._placed: tuple[tuple[str, ...], jax.Array, jax.Array | None] | None = None
+        self._placed: tuple[Any, ...] | None = None  # prompts, and their embeddings on the mesh
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
         self._carried = Carried(state)
@@ -243,7 +243,7 @@ class Session:
         specs = stream.state_specs(self._sampler.cfg)
         place = jax.tree.map(lambda spec: jax.NamedSharding(self.engine.mesh, spec), specs)
         decoding = self._carried.decoding
-        if decoding is not None:
+        if decoding is not None and self.engine.decoder is not None:
             there = mesh_lib.sharding(self.engine.decoder.mesh, vae_spec.SHARDED)
             decoding = jax.device_put(decoding, there)
         self._carried = Carried(jax.device_put(self._carried.stream, place), decoding)
@@ -282,8 +282,8 @@ class Session:
         facts, arrays = saved.read(path)
         _check_settings(path, facts["settings"], _settings(engine.cfg))
         given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
-        start = Start(**facts["start"], **given)
-        start = dataclasses.replace(start, samples=tuple(start.samples))
+        samples = tuple(facts["start"]["samples"])
+        start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
         session = cls(engine, texts, start)
         session.index = facts["index"]
         session.script = [_direction(fields) for fields in facts["script"]]
@@ -336,7 +336,7 @@ class Session:
             stream.ChunkInput(
                 noise=noise,
                 text=placed[1],
-                cut=np.asarray(now.cut),
+                cut=jnp.asarray(now.cut),
                 negative=placed[2],
                 first_frame=None if first is None else jnp.asarray(first, jnp.float32),
             )
@@ -354,6 +354,7 @@ class Session:
             return text, None
         if self._negative is None:
             self._negative = self.texts.negative
+        assert self._negative is not None
         return text, np.broadcast_to(self._negative, text.shape).astype(dtype)
 
     def _noise(self):

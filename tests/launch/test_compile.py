@@ -1,6 +1,5 @@
 """launch.compile: what launch.sample runs is there before it starts; what is stale is renewed."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -240,24 +239,18 @@ def test_programs_of_unknown_origin_are_refused(made):
 
 
 def test_settings_that_change_programs_change_the_run():
-    cfg = tiny_config()
-    base = compile_cache.run_id(cfg, 1, None)
+    def run_id(batch=1, vae_device=None, **settings):
+        settings = {name.replace("__", "."): value for name, value in settings.items()}
+        cfg = config_lib.with_overrides(config_lib.Config(), settings)
+        return compile_cache.run_id(cfg, batch, vae_device)
 
-    def changed(**sample):
-        values = config_lib.to_config_dict(cfg)
-        values.sample.update(sample)
-        return compile_cache.run_id(config_lib.from_config_dict(values), 1, None)
-
-    assert changed(chunks=9, negative_prompt="x", scene_cut_prefix="y") == base
-    for quant in (dict(recipe="fp8"), dict(kv="fp8"), dict(all_to_all="nvfp4")):
-        other = dataclasses.replace(config_lib.Config(), quant=config_lib.Quant(**quant))
-        assert compile_cache.run_id(other, 1, None) != compile_cache.run_id(
-            config_lib.Config(), 1, None
-        )
-    assert (
-        len({base, changed(steps=2), changed(width=128), compile_cache.run_id(cfg, 2, None)}) == 4
-    )
-    assert compile_cache.run_id(cfg, 1, 0) != base
+    base, texts = run_id(), dict(sample__negative_prompt="x", sample__scene_cut_prefix="y")
+    assert run_id(sample__chunks=9, **texts) == base
+    others = (
+        run_id(2), run_id(vae_device=0), run_id(sample__steps=2), run_id(video__width=128),
+        run_id(quant__recipe="fp8"), run_id(quant__kv="fp8"), run_id(quant__all_to_all="nvfp4"),
+    )  # fmt: skip
+    assert len({base, *others}) == 8
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"machine": {}, "more": 1}', '{"machine": 1}'])
