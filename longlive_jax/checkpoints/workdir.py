@@ -1,13 +1,15 @@
 """The folder of a training run, for those who read weights from it.
 
-WORKDIR/run.json          what the run is, and the checkpoint that it takes its other parts from
+WORKDIR/run.json          settings, and the checkpoint that the run takes its other parts from
 WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after step 50
 """
 
+import functools
+import operator
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -17,10 +19,23 @@ from longlive_jax.checkpoints import directory as directory_lib
 from longlive_jax.data import versioned
 from longlive_jax.errors import InputError
 
-FORMAT, VERSION = "longlive_jax training run", 1
+FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
-# Of a training state's weights: the moving average, and those after the last step.
-WEIGHTS = {"average": "average", "latest": "params"}
+# Of a network's weights: the moving average, and those after the last step.
+WEIGHTS = {"average": "ema", "latest": "params"}
+# In version 1 the state had the arrays of its only network beside the others, by other names.
+FLAT_NETWORK = "model"
+_FLAT = {"ema": "average", "params": "params"}
+
+
+class Run(NamedTuple):
+    """What run.json says: the settings by the names of the flags, the checkpoint that the run takes
+    its other parts from, and the network that a sampler takes from its states; or None.
+    """
+
+    settings: Mapping[str, Any]
+    checkpoint: str | None
+    network: str | None
 
 
 def is_run(directory: str | os.PathLike) -> bool:
@@ -28,26 +43,25 @@ def is_run(directory: str | os.PathLike) -> bool:
     return (pathlib.Path(directory) / RUN).is_file()
 
 
-def read(directory: str | os.PathLike) -> dict[str, Any]:
-    """Of a run: "settings", by the names of the flags, and "checkpoint", a path or None.
+def read(directory: str | os.PathLike) -> Run:
+    """The content of run.json.
 
     Raises:
-      InputError: run.json is damaged, or of another version.
+      InputError: it is damaged, or of another version.
     """
     file = pathlib.Path(directory) / RUN
-    run = versioned.read(file, FORMAT, VERSION, "give another --workdir")
+    run = versioned.read(file, FORMAT, VERSION, "give another --workdir", older=(1,))
+    network = FLAT_NETWORK if run["version"] == 1 else run.get("network")
     try:
-        return {"settings": dict(run["settings"]), "checkpoint": run["checkpoint"]}
+        return Run(dict(run["settings"]), run["checkpoint"], network)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is damaged ({error}); give another --workdir") from error
 
 
-def write(
-    directory: str | os.PathLike, settings: Mapping[str, Any], checkpoint: str | None
-) -> None:
+def write(directory: str | os.PathLike, run: Run) -> None:
     """Writes run.json in one step."""
-    run = {"format": FORMAT, "version": VERSION, "settings": settings, "checkpoint": checkpoint}
-    directory_lib.write_json(pathlib.Path(directory) / RUN, run)
+    content = {"format": FORMAT, "version": VERSION} | run._asdict()
+    directory_lib.write_json(pathlib.Path(directory) / RUN, content)
 
 
 def parts(directory: str | os.PathLike) -> str:
@@ -56,7 +70,7 @@ def parts(directory: str | os.PathLike) -> str:
     Raises:
       InputError: the run was given none.
     """
-    checkpoint = read(directory)["checkpoint"]
+    checkpoint = read(directory).checkpoint
     if checkpoint is None:
         raise InputError(
             f"{directory}: its run was given no --checkpoint, so nobody knows its VAE and text "
@@ -66,11 +80,11 @@ def parts(directory: str | os.PathLike) -> str:
 
 
 class State:
-    """The newest whole state of a run, on disk.
+    """The network that is sampled from, in the newest whole state of a run on disk.
 
     Attributes:
       step: its number.
-      trained: the parts whose weights it holds.
+      trained: the network's parts.
 
     Raises:
       InputError: there is none, or it is damaged.
@@ -78,6 +92,12 @@ class State:
 
     def __init__(self, directory: str | os.PathLike):
         self._root = pathlib.Path(os.path.abspath(directory))
+        self._network = read(directory).network
+        if self._network is None:
+            raise InputError(
+                f"{self._root}: its run trains nothing that is sampled from; give the checkpoint "
+                "that it wrote"
+            )
         steps = [int(p.name) for p in (self._root / STATES).glob("*") if p.name.isdecimal()]
         if not steps:
             raise InputError(
@@ -87,15 +107,17 @@ class State:
         self.step = max(steps)
         self._path = self._root / STATES / str(self.step)
         try:
-            self._shapes = {
-                tuple(path): tuple(leaf.shape)
-                for path, leaf in params_lib.flatten(
-                    ocp.metadata(self._path).metadata["average"]
-                ).items()
-            }
+            self._flat = is_flat(self._path)
+            tree, keys = ocp.metadata(self._path).metadata, self._keys("params")
+            leaves = params_lib.flatten(functools.reduce(operator.getitem, keys, tree))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise damaged(self._path, error) from error
+        self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
+
+    def _keys(self, tree: str) -> tuple[str, ...]:
+        """Where a tree of the network lies in the state."""
+        return (_FLAT[tree],) if self._flat else ("networks", self._network, tree)
 
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
         """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
@@ -106,7 +128,7 @@ class State:
             if wanted.get(p) != self._shapes.get(p)
         ]
         # What no shape tells.
-        heads = read(self._root)["settings"].get("model.num_heads")
+        heads = read(self._root).settings.get("model.num_heads")
         if part == "dit" and heads != section.num_heads:
             wrong += [f"model.num_heads is {section.num_heads} by the config, {heads} in the run"]
         if wrong:
@@ -130,15 +152,21 @@ class State:
         Raises:
           InputError: they are damaged.
         """
-        tree = WEIGHTS[weights]
-        abstract = params_lib.abstract(spec, mesh, dtype, dict(rules))
+        keys = (*self._keys(WEIGHTS[weights]), part)
+        tree = params_lib.abstract(spec, mesh, dtype, dict(rules))
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
             with context:
-                return ocp.load(self._path, {tree: {part: abstract}})[tree][part]
+                wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), tree)
+                return functools.reduce(operator.getitem, keys, ocp.load(self._path, wanted))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(self._path, error) from error
+
+
+def is_flat(path: pathlib.Path) -> bool:
+    """Whether a state was written before a run could have several networks."""
+    return "networks" not in ocp.metadata(path).metadata
 
 
 def damaged(path: pathlib.Path, error: Exception) -> InputError:

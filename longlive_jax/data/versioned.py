@@ -2,15 +2,18 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.errors import InputError
 
 
-def read(file: pathlib.Path, form: str, version: int, way_out: str) -> dict[str, Any]:
+def read(
+    file: pathlib.Path, form: str, version: int, way_out: str, *, older: Sequence[int] = ()
+) -> dict[str, Any]:
     """The content of a file with these "format" and "version".
 
-    way_out: what to do about another one, for messages.
+    way_out: what to do about another one, for messages. older: versions that are read too.
 
     Raises:
       InputError: it cannot be read, is no JSON object, or is of another format or version.
@@ -20,7 +23,7 @@ def read(file: pathlib.Path, form: str, version: int, way_out: str) -> dict[str,
         found = content["format"], content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is damaged ({error}); {way_out}") from error
-    if found != (form, version):
+    if found[0] != form or found[1] not in (version, *older):
         raise InputError(
             f"{file}: has format {found[0]!r} version {found[1]}, this program reads {form!r} "
             f"version {version}; {way_out}"
