@@ -1,5 +1,5 @@
 # Everything lives in .venv. `make demo` and `make test` set it up by themselves.
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint types clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -35,6 +35,9 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/basedpyright
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,8 @@ def get_config():
             umt5=lib.UMT5(
                 vocab_size=512, dim=32, dim_attn=32, dim_ffn=64, num_heads=4, num_layers=2
             ),
-            sample=lib.Sample(height=64, width=96, chunks=4),
+            video=lib.Video(height=64, width=96),
+            sample=lib.Sample(chunks=4),
             dtype="float32",
         )
     )  # fmt: skip

@@ -9,5 +9,5 @@ from configs import train_ar_5b
 
 def get_config():
     config = train_ar_5b.get_config()
-    config.sample.image_to_video = True
+    config.video.image_to_video = True
     return config

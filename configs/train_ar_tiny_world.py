@@ -26,7 +26,8 @@ def get_config():
     config.umt5.update(
         vocab_size=512, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2
     )
-    config.sample.update(steps=20, shift=3.0, rope_offset=0.0, vae_latents_per_call=8)
+    config.video.shift = 3.0
+    config.sample.update(steps=20, rope_offset=0.0, vae_latents_per_call=8)
     config.data.update(path="tiny_latents", cached=True, workers=8)
     config.train.update(
         steps=8000, batch_size=64, latent_frames=32, text_encoder=True, learning_rate=1e-3,

@@ -21,7 +21,7 @@ def get_config():
                 latent_mean=(0.0,) * Z_DIM,
                 latent_std=(1.0,) * Z_DIM,
             ),
-            sample=lib.Sample(height=128, width=192),
+            video=lib.Video(height=128, width=192),
             data=lib.Data(path="tiny_world"),
             train_vae=lib.TrainVAE(steps=5300),
         )

@@ -4,13 +4,13 @@ import dataclasses
 import errno
 import os
 import sys
-import typing
 from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
 
 from longlive_jax import config as config_lib
+from longlive_jax.config import section
 from longlive_jax.data.atomic import partial_file
 from longlive_jax.errors import InputError
 
@@ -75,7 +75,7 @@ def numbered(path: str, index: int, total: int) -> str:
 
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
-    words = argv[1:]
+    words = [_renamed(word) for word in argv[1:]]
     if "--config" in words[:-1]:  # --config FILE
         i = words.index("--config")
         words[i : i + 2] = [f"--config={words[i + 1]}"]
@@ -104,17 +104,30 @@ def _parse(argv: list[str], arguments: int) -> list[str]:
     return rest
 
 
+def _renamed(word: str) -> str:
+    """A word of the command line, by today's name of the setting that it overrides."""
+    flag, *value = word.split("=", 1)
+    dashes, _, name = flag.partition("config.")
+    new = config_lib.renamed(name)
+    if new == name or dashes not in ("-", "--"):
+        return word
+    print(f"note: {flag} is now --config.{new}", file=sys.stderr, flush=True)
+    return "=".join([f"--config.{new}", *value])
+
+
 def _unknown(overrides: list[str], otherwise: str) -> str:
     """The first override that names no field of Config, and the fields there are in its place."""
     for override in overrides:
         kind = config_lib.Config
         for name in override.split(".")[1:]:
-            fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+            fields = section.hints(kind) if dataclasses.is_dataclass(kind) else {}
             if name not in fields:
                 there = f"; known keys: {', '.join(fields)}" if fields else ""
                 return f"{override}{there}"
             kind = fields[name]
-    return otherwise
+    # A config file of before, whose settings have moved: its error names the key alone.
+    moved = (new for old, new in config_lib.MOVED.items() if f'"{old.split(".")[1]}"' in otherwise)
+    return otherwise + "".join(f"; it is now config.{new}" for new in moved)
 
 
 def _stop(code: int, message: str) -> None:

@@ -32,7 +32,7 @@ def main() -> None:
     if FLAGS.video.endswith(".npz"):
         clip = pictures.ArrayClip(FLAGS.video)
     else:
-        clip = pictures.Clip(FLAGS.video, cfg.sample.height, cfg.sample.width)
+        clip = pictures.Clip(FLAGS.video, cfg.video.height, cfg.video.width)
     clip.check_encodes(mesh)
     params = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
     save_npz(FLAGS.output, latents=np.moveaxis(clip.encode(cfg, params, mesh), -1, 2))

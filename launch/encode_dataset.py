@@ -92,7 +92,8 @@ def _settings(cfg: config_lib.Config, source: Source) -> dict:
     names = {
         "data": data,
         "train": ("seed", "latent_frames", "text_encoder"),
-        "sample": ("height", "width", "scene_cut_prefix"),
+        "video": ("height", "width"),
+        "sample": ("scene_cut_prefix",),
         "model": ("chunk_frames", "in_dim"),
         "vae": [field.name for field in dataclasses.fields(cfg.vae)],
     }
@@ -257,7 +258,7 @@ def _replicas(mesh: jax.sharding.Mesh) -> int:
 def _latent_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
     """[latent frame, h, w, channel] of a sample."""
     scale = config_lib.SPATIAL_COMPRESSION
-    size = cfg.sample.height // scale, cfg.sample.width // scale
+    size = cfg.video.height // scale, cfg.video.width // scale
     return cfg.train.latent_frames, *size, cfg.vae.z_dim
 
 

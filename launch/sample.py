@@ -79,8 +79,8 @@ def main() -> None:
 
     @functools.cache
     def sampler(image_to_video):
-        sample = dataclasses.replace(cfg.sample, image_to_video=image_to_video)
-        return stream.Sampler(dataclasses.replace(cfg, sample=sample), mesh)
+        video = dataclasses.replace(cfg.video, image_to_video=image_to_video)
+        return stream.Sampler(dataclasses.replace(cfg, video=video), mesh)
 
     videos = sum(len(batch.scripts) for batch in batches)
     frames = 0

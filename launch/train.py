@@ -109,7 +109,7 @@ def _train() -> None:
             params=lambda: {MODEL: _initial(cfg, mesh)},
             evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
         )
-        _, done = loop.run(objective, Plan.of("train", cfg.train), root, inputs, _show)
+        _, done = loop.run(objective, Plan.of(cfg.train), root, inputs, _show)
     how = "stopped by a signal; the same command goes on" if done.stopped else "done"
     _show(f"step {done.step} of {cfg.train.steps}: {how}: {root}")
 

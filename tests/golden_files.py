@@ -46,7 +46,8 @@ def config(**sample) -> config_lib.Config:
     return config_lib.Config(
         model=MODEL,
         vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
-        sample=config_lib.Sample(height=64, width=96, **sample),
+        video=config_lib.Video(height=64, width=96),
+        sample=config_lib.Sample(**sample),
         dtype="float32",
     )
 

@@ -13,7 +13,7 @@ from longlive_jax.ops.attention import attention
 
 def run(cfg: config_lib.Config) -> dict:
     m = cfg.model
-    tokens = m.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    tokens = m.chunk_frames * cfg.video.patches
     window = cfg.sample.window_frames // m.chunk_frames
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (1, tokens, m.num_heads, m.head_dim)

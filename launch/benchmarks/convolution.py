@@ -49,7 +49,7 @@ def run(cfg: config_lib.Config) -> dict:
 
 def stages(cfg: config_lib.Config) -> list[tuple[int, int, int, int]]:
     """Channels, frames, height and width of each stage of a call of the decoder."""
-    frames, height, width = cfg.sample.vae_latents_per_call, cfg.sample.height, cfg.sample.width
+    frames, height, width = cfg.sample.vae_latents_per_call, cfg.video.height, cfg.video.width
     height, width = height // vae.PIXELS, width // vae.PIXELS
     sizes = []
     for stage in vae_spec.decoder_stages(cfg.vae):

@@ -31,7 +31,7 @@ from longlive_jax.ops.norm import layer_norm, rms_norm
 def quantize_fp8(cfg: config_lib.Config) -> list[Entry]:
     """A chunk's activations by rows: as they are, behind a block's norm, behind its GELU."""
     m = cfg.model
-    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    patches = (cfg.video.height // 32) * (cfg.video.width // 32)
     frames, dim, ffn_dim = m.chunk_frames, m.dim, m.ffn_dim
     if on_cpu():
         frames, patches, dim, ffn_dim = 2, 3, quantize_fp8_lib.SLICE, 2 * quantize_fp8_lib.SLICE
@@ -79,7 +79,7 @@ def _quantize_fp8(name, arguments, operation, public, **how):
 
 def gelu_fp8(cfg: config_lib.Config) -> list[Entry]:
     """The FFN's first product of a chunk, before its scales and bias."""
-    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    rows = cfg.model.chunk_frames * (cfg.video.height // 32) * (cfg.video.width // 32)
     n = cfg.model.ffn_dim
     if on_cpu():
         rows, n = 6, 2 * quantize_fp8_lib.SLICE
@@ -120,7 +120,7 @@ def _nbytes(tree):
 def add_norm_fp8(cfg: config_lib.Config) -> list[Entry]:
     """A chunk's hidden states and a layer's product, its gate, and a norm's modulation."""
     lib = add_norm_fp8_lib
-    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    patches = (cfg.video.height // 32) * (cfg.video.width // 32)
     frames, dim = cfg.model.chunk_frames, cfg.model.dim
     if on_cpu():
         frames, patches, dim = 2, 3, quantize_fp8_lib.SLICE
@@ -154,7 +154,7 @@ def add_norm_fp8(cfg: config_lib.Config) -> list[Entry]:
 
 def norm_product(cfg: config_lib.Config) -> list[Entry]:
     """The queries of a chunk's cross-attention."""
-    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    rows = cfg.model.chunk_frames * (cfg.video.height // 32) * (cfg.video.width // 32)
     dim = cfg.model.dim
     if on_cpu():
         rows, dim = 6, quantize_fp8_lib.SLICE
@@ -176,7 +176,7 @@ def norm_product(cfg: config_lib.Config) -> list[Entry]:
 def norm_rotate(cfg: config_lib.Config) -> list[Entry]:
     """A chunk's queries, keys and values out of a layer's fused projection, array and product."""
     lib, m = norm_rotate_lib, cfg.model
-    patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    patches = (cfg.video.height // 32) * (cfg.video.width // 32)
     tokens, dim = m.chunk_frames * patches, m.dim
     if on_cpu():
         tokens, dim = 4, lib.SLICE

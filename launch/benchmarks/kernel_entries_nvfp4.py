@@ -27,7 +27,7 @@ from longlive_jax.quant import matmul as matmul_lib
 
 def quantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     m = cfg.model
-    tokens = m.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    tokens = m.chunk_frames * (cfg.video.height // 32) * (cfg.video.width // 32)
     sizes = [((tokens, m.ffn_dim), "mse")]  # the largest activation of a block
     if not on_cpu():
         sizes = [(SQUARE, rule) for rule in ("mse", "static_6")] + sizes
@@ -135,7 +135,7 @@ def _quantize_nvfp4_columns(cfg, rule, stochastic):
 
 def _gradient(cfg):
     """A chunk's numbers [token, dim], and a key."""
-    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    rows = cfg.model.chunk_frames * (cfg.video.height // 32) * (cfg.video.width // 32)
     shape = (64, 128) if on_cpu() else (rows, cfg.model.dim)
     keys = jax.random.split(jax.random.key(0), 2)
     return jax.random.normal(keys[0], shape, jnp.bfloat16), keys[1]
@@ -165,7 +165,7 @@ def dequantize_nvfp4(cfg: config_lib.Config) -> list[Entry]:
 
 def expand_nvfp4(cfg: config_lib.Config) -> list[Entry]:
     """The FFN's first product of a chunk, with NVFP4 weights that are expanded before it."""
-    rows = cfg.model.chunk_frames * (cfg.sample.height // 32) * (cfg.sample.width // 32)
+    rows = cfg.model.chunk_frames * (cfg.video.height // 32) * (cfg.video.width // 32)
     depth, n = cfg.model.dim, cfg.model.ffn_dim
     if on_cpu():
         rows, depth, n = 8, 64, 64

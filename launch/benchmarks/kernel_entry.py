@@ -73,7 +73,7 @@ def window(cfg: config_lib.Config):
         tokens, slots, heads = attention_fp8_hopper.TILE, 1, 1
     else:
         heads = cfg.model.num_heads
-        patches = (cfg.sample.height // 32) * (cfg.sample.width // 32)
+        patches = (cfg.video.height // 32) * (cfg.video.width // 32)
         tokens = cfg.model.chunk_frames * patches
         slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
     shape = (1, tokens, heads, attention_fp8_hopper.HEAD_DIM)

@@ -69,7 +69,7 @@ def _outputs(cfg, mesh, params, rounded=False):
     """Hidden states by layer, and latents by chunk, on the host."""
     sampler = stream.Sampler(cfg, mesh)
     params = sampler.prepare(params)
-    size = cfg.sample.height // 16, cfg.sample.width // 16
+    size = cfg.video.latent_size
 
     def inputs(chunk):
         made = sampler.place(chunk_inputs(cfg, chunk, size))

@@ -19,7 +19,7 @@ def run(cfg: config_lib.Config) -> dict:
     sampler = stream.Sampler(cfg, mesh)
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
     params = sampler.prepare(params)
-    size = cfg.sample.height // 16, cfg.sample.width // 16
+    size = cfg.video.latent_size
     inputs = [sampler.place(chunk_inputs(cfg, chunk, size)) for chunk in range(2)]
 
     start = time.perf_counter()
@@ -73,7 +73,7 @@ def run(cfg: config_lib.Config) -> dict:
         "recipe": cfg.quant.recipe,
         "kv": cfg.quant.kv,
         "dtype": cfg.dtype,
-        "pixels": [cfg.sample.height, cfg.sample.width],
+        "pixels": [cfg.video.height, cfg.video.width],
         "mesh": list(mesh.shape.values()),
     }
     measure.show(delivered)
@@ -133,7 +133,7 @@ def chunk_inputs(cfg, chunk, size):
         cut=jnp.zeros((batch,), bool),
         negative=context if stream.guided(cfg) else None,
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
-        if cfg.sample.image_to_video
+        if cfg.video.image_to_video
         else None,
     )
 

@@ -18,7 +18,7 @@ def run(cfg: config_lib.Config) -> dict:
     mesh = mesh_lib.make_mesh(cfg.mesh)
     params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype)
     batch, dtype = cfg.mesh.data * cfg.mesh.fsdp, cfg.compute_dtype
-    size = cfg.sample.height // 16, cfg.sample.width // 16
+    size = cfg.video.latent_size
     where = mesh_lib.sharding(mesh, ("batch", None, None, "width", None))
     per_call = cfg.sample.vae_latents_per_call
     repeats = max(3, flags.FLAGS.chunks // 4)
@@ -44,12 +44,12 @@ def run(cfg: config_lib.Config) -> dict:
     state = vae.init_decode_state(cfg.vae, batch, *size, dtype, mesh)
     program = decode.decode_program(cfg.vae, mesh, False, vae.to_uint8)
     timed("decode", program, state, jax.device_put(latents, where), per_call)
-    shape = (batch, 4 * per_call, cfg.sample.height, cfg.sample.width, 3)
+    shape = (batch, 4 * per_call, cfg.video.height, cfg.video.width, 3)
     frames = jnp.tanh(jax.random.normal(jax.random.key(2), shape, dtype))
     state = vae.init_encode_state(cfg.vae, batch, *size, dtype, mesh)
     program = vae.encode_on_mesh(mesh, cfg.vae, False)
     timed("encode", program, state, jax.device_put(frames, where), per_call)
-    if cfg.vae == config_lib.VAE() and (cfg.sample.height, cfg.sample.width) == (704, 1280):
+    if cfg.vae == config_lib.VAE() and (cfg.video.height, cfg.video.width) == (704, 1280):
         for name, work in (("decode", DECODE_TFLOP), ("encode", ENCODE_TFLOP)):
             rate = work / figures[f"{name}_ms_per_latent"] * 1e3 * batch / cfg.mesh.size
             figures[f"{name}_tflops_per_device"] = round(rate, 1)

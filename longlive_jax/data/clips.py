@@ -128,7 +128,7 @@ class VideoFolder:
     """A `Source`: each folder in `<data.path>/video/` is a record, with its shots in their order.
 
     `video/<sample>/NNNNNN.mp4` is a shot, `caption/<sample>/NNNNNN.json` holds its text under
-    "caption". Samples have `train.latent_frames` latent frames of sample.height x sample.width
+    "caption". Samples have `train.latent_frames` latent frames of video.height x video.width
     pixels, 24 a second. The prompt of a chunk that begins a shot has `sample.scene_cut_prefix`
     before it, the very first one excepted.
 
@@ -138,7 +138,7 @@ class VideoFolder:
 
     def __init__(self, cfg: config_lib.Config):
         data, chunks = cfg.data, cfg.train.latent_frames // cfg.model.chunk_frames
-        self._size = cfg.sample.height, cfg.sample.width
+        self._size = cfg.video.height, cfg.video.width
         self._prefix = cfg.sample.scene_cut_prefix
         self._rules = Rules(
             chunks,

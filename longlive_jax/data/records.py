@@ -369,12 +369,12 @@ class Records:
 
 
 def _check(path, manifest, cfg):
-    stored = manifest["settings"]
+    stored = {config_lib.renamed(k): v for k, v in manifest["settings"].items()}
     wanted = {
         "model.chunk_frames": cfg.model.chunk_frames,
         "model.in_dim": cfg.model.in_dim,
-        "sample.height": cfg.sample.height,
-        "sample.width": cfg.sample.width,
+        "video.height": cfg.video.height,
+        "video.width": cfg.video.width,
     }
     if not cfg.train.text_encoder:
         if not manifest["text"]:

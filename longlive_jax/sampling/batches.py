@@ -129,9 +129,7 @@ def make(
     Raises:
       InputError: numbers that do not fit each other or the mesh; image-to-video without an image.
     """
-    height, width = (
-        n // config_lib.SPATIAL_COMPRESSION for n in (cfg.sample.height, cfg.sample.width)
-    )
+    height, width = cfg.video.latent_size
     if noise is not None:
         size, (height, width) = len(noise.noise), noise.noise.shape[2:4]
         scripts = [shorten(script, noise.chunks) for script in scripts]
@@ -177,8 +175,8 @@ def _check_images(cfg, scripts, noise):
     without = [script.name for script in scripts if not script.image]
     if init and len(without) < len(scripts):
         raise InputError("a first frame is given twice: init in the noise, and an image; drop one")
-    if cfg.sample.image_to_video and without and not init:
+    if cfg.video.image_to_video and without and not init:
         raise InputError(
-            f"config: sample.image_to_video=True, but video {without[0]!r} has no image; give "
+            f"config: video.image_to_video=True, but video {without[0]!r} has no image; give "
             "--image, prompts with images, or init in --noise"
         )

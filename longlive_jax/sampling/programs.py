@@ -26,13 +26,13 @@ def programs(
 ) -> dict[str, Lower]:
     """A function by name that lowers each program, the slow ones to compile first.
 
-    Those of videos of sample.height x sample.width, `batch` of them together: from text, from a
-    first frame unless all are (`sample.image_to_video`), and continued. Nothing is allocated.
+    Those of videos of video.height x video.width, `batch` of them together: from text, from a
+    first frame unless all are (`video.image_to_video`), and continued. Nothing is allocated.
 
     Raises:
       InputError: `vae_mesh` does not divide the batch or the width.
     """
-    size = tuple(n // vae.PIXELS for n in (cfg.sample.height, cfg.sample.width))
+    size = cfg.video.latent_size
     vae_spec.check_mesh(vae_mesh, batch, size[1])
     return dict(
         [
@@ -45,9 +45,9 @@ def programs(
 
 
 def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
-    for pictured in (True,) if cfg.sample.image_to_video else (False, True):
-        sample = dataclasses.replace(cfg.sample, image_to_video=pictured)
-        one = dataclasses.replace(cfg, sample=sample)
+    for pictured in (True,) if cfg.video.image_to_video else (False, True):
+        video = dataclasses.replace(cfg.video, image_to_video=pictured)
+        one = dataclasses.replace(cfg, video=video)
         sampler = stream.Sampler(one, mesh)
         arguments = step_arguments(one, mesh, batch, *size)
         after = " after a first frame" if pictured else ""
@@ -81,7 +81,7 @@ def step_arguments(
         context=text,
         cut=jax.ShapeDtypeStruct((batch,), jnp.bool_),
         negative=text if stream.guided(cfg) else None,
-        first_frame=first if cfg.sample.image_to_video else None,
+        first_frame=first if cfg.video.image_to_video else None,
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))
@@ -105,7 +105,7 @@ def _encoding(cfg, mesh, batch, size):
     for rows in sorted({batch, replicas}):
         state = _vae_state(vae.init_encode_state, cfg, mesh, rows, size)
         for first, count in _calls(cfg, range(1, 1 + cfg.sample.vae_latents_per_call)):
-            if not first and (rows != replicas or cfg.sample.image_to_video):
+            if not first and (rows != replicas or cfg.video.image_to_video):
                 continue
             number = 1 if first else count * vae.FRAMES
             frames = _placed(mesh, (rows, number, *pixels, 3), cfg.compute_dtype)

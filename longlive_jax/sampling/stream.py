@@ -76,7 +76,7 @@ def chunk_step(
     """
     state = _enter_shot(state, inputs.cut, cfg)
     text = _text(params, inputs, cfg, parallel)
-    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.sample.shift)
+    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
     frames = _frames(state, inputs.noise.shape[1], parallel)
     held = _HeldFrame(state, inputs, parallel)
 
@@ -408,7 +408,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         context=text,
         cut=_spec("batch"),
         negative=text if guided(cfg) else None,
-        first_frame=_spec("batch", None, None, None, None) if cfg.sample.image_to_video else None,
+        first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
     )
 
 

@@ -51,6 +51,4 @@ def chunks(cfg: config_lib.Config) -> int:
 
 def chunk_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
     """Of one chunk's latents: frame, h, w, channel."""
-    scale = config_lib.SPATIAL_COMPRESSION
-    height, width = cfg.sample.height // scale, cfg.sample.width // scale
-    return cfg.model.chunk_frames, height, width, cfg.model.in_dim
+    return cfg.model.chunk_frames, *cfg.video.latent_size, cfg.model.in_dim

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import directory as directory_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
@@ -64,6 +65,7 @@ def acquire(
 
 
 def _compare(root, old, new):
+    old = {config_lib.renamed(name): value for name, value in old.items()}
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
             raise InputError(

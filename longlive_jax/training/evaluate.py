@@ -95,12 +95,12 @@ class Evaluator:
             here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
             local = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vae)
             self._batch = pictures.with_images(cfg, local, here, self._batch)
-        sample = dataclasses.replace(
-            cfg.sample,
-            steps=cfg.train.eval_steps,
-            image_to_video=self._batch.first_frame is not None,
+        given = self._batch.first_frame is not None
+        self._cfg = dataclasses.replace(
+            cfg,
+            sample=dataclasses.replace(cfg.sample, steps=cfg.train.eval_steps),
+            video=dataclasses.replace(cfg.video, image_to_video=given),
         )
-        self._cfg = dataclasses.replace(cfg, sample=sample)
         self._sampler = stream.Sampler(self._cfg, mesh)
         where = params_lib.shardings(dit.spec(cfg.model), mesh, mesh_lib.SAMPLING_RULES)
         self._cast = jax.jit(

@@ -248,7 +248,7 @@ def picture_abstract(cfg: config_lib.Config, like: Batch) -> jax.ShapeDtypeStruc
         latents = window(cfg, ranks)[0]
     frames = 1 + (latents - 1) * config_lib.TEMPORAL_COMPRESSION
     return jax.ShapeDtypeStruct(
-        (*like.latents.shape[:2], ranks, frames, cfg.sample.height, cfg.sample.width, 3),
+        (*like.latents.shape[:2], ranks, frames, cfg.video.height, cfg.video.width, 3),
         jnp.uint8,
         sharding=jax.NamedSharding(mesh, _pictures(cfg)),
     )

@@ -18,7 +18,7 @@ class Plan:
     max_bad_steps: int = 1
 
     @classmethod
-    def of(cls, section: str, settings: Any) -> "Plan":
+    def of(cls, section: Any) -> "Plan":
         """From a section of the config, which may lack what has a default."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(section, **{k: v for k, v in vars(settings).items() if k in names})
+        return cls(section.NAME, **{k: v for k, v in vars(section).items() if k in names})

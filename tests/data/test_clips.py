@@ -185,9 +185,8 @@ class World:
         return VideoFolder(
             config_lib.Config(
                 model=config_lib.Model(chunk_frames=2),
-                sample=config_lib.Sample(
-                    height=size[0], width=size[1], window_frames=8, sink_frames=2
-                ),
+                video=config_lib.Video(height=size[0], width=size[1]),
+                sample=config_lib.Sample(window_frames=8, sink_frames=2),
                 data=config_lib.Data(path=str(self.path), **data),
                 train=config_lib.Train(latent_frames=latents),
             )

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import pickle
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from longlive_jax.errors import InputError
 CONFIG = config_lib.Config(
     model=config_lib.Model(in_dim=4, out_dim=4, text_dim=8, text_len=6, chunk_frames=2),
     vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
-    sample=config_lib.Sample(height=32, width=64),
+    video=config_lib.Video(height=32, width=64),
     train=config_lib.Train(latent_frames=4),
 )
 PROMPTS = ["a red boat", "a cat", "Eine Brücke über den Fluß"]
@@ -28,7 +29,7 @@ TOKENS = [3, 1, 6]
 STORED = 6  # latent frames, more than the config reads
 SETTINGS = {
     "model.chunk_frames": 2, "model.in_dim": 4, "model.text_len": 6, "model.text_dim": 8,
-    "sample.height": 32, "sample.width": 64, "train.latent_frames": STORED,
+    "video.height": 32, "video.width": 64, "train.latent_frames": STORED,
 }  # fmt: skip
 
 
@@ -217,8 +218,8 @@ def test_it_is_read_by_grain(folder):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("sample_height", 64, r"sample.height=32, the config says 64; .*--config.sample.height=32"),
-        ("sample_width", 32, r"sample.width=64, the config says 32"),
+        ("video_height", 64, r"video.height=32, the config says 64; .*--config.video.height=32"),
+        ("video_width", 32, r"video.width=64, the config says 32"),
         ("model_chunk_frames", 4, r"model.chunk_frames=2, the config says 4"),
         ("model_text_len", 7, r"model.text_len=6, the config says 7"),
         ("model_text_dim", 16, r"model.text_dim=8, the config says 16"),
@@ -349,3 +350,10 @@ def test_progress_in_a_folder_of_something_else(tmp_path):
     (tmp_path / "damaged" / records.PROGRESS).write_text("{\n{\n")
     with pytest.raises(InputError, match=r"progress.jsonl: is damaged"):
         records.Progress(tmp_path / "damaged", head())
+
+
+def test_a_manifest_with_settings_by_names_of_before(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    manifest = tmp_path / "old" / records.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"video.', '"sample.'))
+    assert len(records.Records(tmp_path / "old", config())) == 5

@@ -52,9 +52,8 @@ def test_golden_rollout_in_float32(golden, name):
             text_dim=8, text_len=16, freq_dim=32,
         ),
         vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
-        sample=config_lib.Sample(
-            height=64, width=96, steps=meta["steps"], guidance_scale=guidance
-        ),
+        video=config_lib.Video(height=64, width=96),
+        sample=config_lib.Sample(steps=meta["steps"], guidance_scale=guidance),
         dtype="float32",
     )  # fmt: skip
     noise = np.moveaxis(golden[f"{name}_noise"], 2, -1)
@@ -127,8 +126,8 @@ def test_bfloat16_stream_stays_near_float32():
     params["head"]["head"]["weight"] = 0.02 * jax.random.normal(jax.random.key(1), (256, 16))
     rollouts = {}
     for dtype in ("float32", "bfloat16"):
-        sample = config_lib.Sample(height=128, width=192)
-        cfg = config_lib.Config(model=model, vae=vae, sample=sample, dtype=dtype)
+        video = config_lib.Video(height=128, width=192)
+        cfg = config_lib.Config(model=model, vae=vae, video=video, dtype=dtype)
         sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
         placed = sampler.prepare(jax.tree.map(lambda x, d=dtype: x.astype(d), params))
         inputs = [

@@ -98,7 +98,7 @@ def convert_golden(folder: pathlib.Path) -> pathlib.Path:
 # A checkpoint of configs/tiny.py with a tokenizer, and small inputs of every kind.
 
 TINY = ["--config=configs/tiny.py", "--config.sample.chunks=2", "--config.sample.steps=2",
-        "--config.sample.height=32", "--config.sample.width=64",
+        "--config.video.height=32", "--config.video.width=64",
         "--config.sample.vae_latents_per_call=1"]  # fmt: skip
 
 

@@ -140,7 +140,7 @@ CASES = {
     "guidance": ("sample " + E % "text.npz" + " " + GUIDED, "neg is missing", "=2.0", "to 1.0"),
     "image missing": ("sample " + S + " --image={none}", "no such file"),
     "image is text": ("sample " + S + " --image={picture.png}", "not an image"),
-    "no image": ("sample " + S + " --config.sample.image_to_video=True", "has no image", "--image"),
+    "no image": ("sample " + S + " --config.video.image_to_video=True", "has no image", "--image"),
     "image and video": (
         "sample " + S + " --image=assets/photo.jpg --continue_from={short.mp4}", "exclude",
     ),

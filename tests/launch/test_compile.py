@@ -17,7 +17,7 @@ from longlive_jax.sampling import programs
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, tiny_config, write
 
 # Of videos from a first frame.
-PICTURED = [*TINY, "--config.sample.image_to_video=True", "--config.sample.steps=1"]
+PICTURED = [*TINY, "--config.video.image_to_video=True", "--config.sample.steps=1"]
 PROGRAMS = {
     "chunk_step after a first frame", "decode first", "decode 1", "encode first", "text 8x32",
     "text 1x32", "init_state", "noise",
@@ -113,13 +113,14 @@ ALWAYS = {"decode first", "encode first", "init_state", "noise"} | TEXT
             "encode 2,encode 1",
         ),
         (
-            dict(image_to_video=True, recache=True, vae_latents_per_call=8),
+            dict(recache=True, vae_latents_per_call=8),
             "chunk_step after a first frame,recache after a first frame,decode 7,decode 1",
         ),
     ],
 )
 def test_programs_of_the_5b(sample, more):
-    cfg = config_lib.Config(sample=config_lib.Sample(**sample))
+    video = config_lib.Video(image_to_video="chunk_step," not in more)
+    cfg = config_lib.Config(video=video, sample=config_lib.Sample(**sample))
     mesh = mesh_lib.make_mesh(cfg.mesh)
     assert set(programs.programs(cfg, mesh, mesh, 1)) == ALWAYS | set(more.split(","))
 

@@ -16,7 +16,7 @@ from longlive_jax.data.video import VideoWriter
 from tests.launch.commands import PROMPTS, run, save_tiny, write
 
 SIZES = {
-    "sample.height": 32, "sample.width": 64, "sample.vae_latents_per_call": 1,
+    "video.height": 32, "video.width": 64, "sample.vae_latents_per_call": 1,
     "model.chunk_frames": 2, "train.latent_frames": 4,
 }  # fmt: skip
 FLAGS = ["--config=configs/tiny.py", *(f"--config.{k}={v}" for k, v in SIZES.items())]

@@ -45,7 +45,7 @@ def test_videos_and_captions_are_those_of_the_seed(made):
 
 def test_a_trainer_reads_it(made):
     cfg = config_lib.Config(
-        sample=config_lib.Sample(height=32, width=64),
+        video=config_lib.Video(height=32, width=64),
         data=config_lib.Data(path=str(made)),
         train=config_lib.Train(latent_frames=16),
     )

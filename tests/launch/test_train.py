@@ -233,4 +233,4 @@ def test_configs_can_train(name):
     if name != "train_ar_tiny":
         assert (cfg.train.latent_frames, cfg.mesh.seq) == (96, 4)
         assert cfg.train.error_recycling.enabled
-        assert cfg.sample.image_to_video == name.endswith("i2v")
+        assert cfg.video.image_to_video == name.endswith("i2v")

@@ -10,7 +10,7 @@ from tests.launch import commands
 from tests.training.objectives.test_autoencoder import write
 
 SETTINGS = {
-    "vae.dim": 4, "vae.dec_dim": 4, "sample.height": 32, "sample.width": 32, "dtype": "float32",
+    "vae.dim": 4, "vae.dec_dim": 4, "video.height": 32, "video.width": 32, "dtype": "float32",
     "train_vae.steps": 6, "train_vae.warmup_steps": 1, "train_vae.batch_size": 2,
     "train_vae.frames": 5, "train_vae.held_out": 1, "train_vae.log_every": 2,
     "train_vae.save_every": 4,

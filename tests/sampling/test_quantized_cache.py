@@ -216,8 +216,8 @@ def test_bytes_that_devices_exchange():
 
 def test_bad_settings():
     with pytest.raises(InputError, match=r"x 32 pixels=24 must be a multiple of tokens that quant"):
-        small = dataclasses.replace(make_config("fp8").sample, height=96, width=32)
-        dataclasses.replace(make_config("fp8"), sample=small)
+        small = config_lib.Video(height=96, width=32)
+        dataclasses.replace(make_config("fp8"), video=small)
     with pytest.raises(InputError, match=r"quant\.all_to_all='fp8' must be one of bf16, nvfp4"):
         make_config("bf16", "fp8")
     with pytest.raises(InputError, match=r"quant\.kv='int8' must be one of bf16, fp8, nvfp4"):

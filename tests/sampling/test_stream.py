@@ -27,11 +27,12 @@ MODEL = config_lib.Model(
 SIZE = (4, 4)
 
 
-def make_config(mesh=config_lib.Mesh(), **sample) -> config_lib.Config:
+def make_config(mesh=config_lib.Mesh(), image_to_video=False, **sample) -> config_lib.Config:
     return config_lib.Config(
         model=MODEL,
         vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
-        sample=config_lib.Sample(height=64, width=64, **({"steps": 2} | sample)),
+        video=config_lib.Video(height=64, width=64, image_to_video=image_to_video),
+        sample=config_lib.Sample(**({"steps": 2} | sample)),
         mesh=mesh,
         dtype="float32",
     )
@@ -321,7 +322,7 @@ def test_image_to_video_holds_the_first_frame():
     np.testing.assert_array_equal(latents[:, :1], image)
 
     # The loop as the original runs it: overwrite the frame before and after every step.
-    sigmas, timesteps = schedule.sampling_schedule(4, cfg.sample.shift)
+    sigmas, timesteps = schedule.sampling_schedule(4, cfg.video.shift)
     weights = unipc.weights(sigmas)
     text = text_keys_values(params, MODEL, inputs[0].context)
     frames = jnp.arange(8, dtype=jnp.int32)[None]

@@ -29,7 +29,7 @@ def made(**overrides):
 
 
 def plan(cfg):
-    return Plan.of("train", cfg.train)
+    return Plan.of(cfg.train)
 
 
 @jax.jit
@@ -149,7 +149,7 @@ def test_a_folder_is_one_runs(tmp_path):
     with claim(root, **free):
         assert workdir.read(root).checkpoint.endswith("/ckpt")
     for name, value in (
-        ("train.accumulation", 1), ("train.latent_frames", 8), ("sample.height", 64),
+        ("train.accumulation", 1), ("train.latent_frames", 8), ("video.height", 64),
         ("model.num_layers", 3), ("dtype", "bfloat16"),
     ):  # fmt: skip
         overrides = {name.replace(".", "__"): value}

@@ -23,7 +23,7 @@ class Pictures:
     """A source of random videos; the last chunk of each is padding."""
 
     def __init__(self, cfg, count=5):
-        self.shape = (4 * cfg.train.latent_frames - 3, cfg.sample.height, cfg.sample.width, 3)
+        self.shape = (4 * cfg.train.latent_frames - 3, cfg.video.height, cfg.video.width, 3)
         self.chunks = cfg.train.latent_frames // cfg.model.chunk_frames
         self.count = count
 

@@ -36,7 +36,7 @@ def train(root, data, mesh=(1, 2, 2), **overrides):
 
     with checkpoint.acquire(root, teacher_forcing.settings(cfg, identity), "model"):
         _, done = loop.run(
-            objective, Plan.of("train", cfg.train), root, loop.Inputs(batches), shown.append
+            objective, Plan.of(cfg.train), root, loop.Inputs(batches), shown.append
         )
     return done, shown
 
@@ -45,7 +45,7 @@ def saved(root, **overrides):
     """The newest state of a run."""
     cfg = tiny_run.config(mesh__fsdp=2, mesh__seq=2, **overrides)
     objective = teacher_forcing.TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
-    states = checkpoint.Checkpoints(root, Plan.of("train", cfg.train))
+    states = checkpoint.Checkpoints(root, Plan.of(cfg.train))
     found = states.restore(state.abstract(objective))
     states.close()
     return found

@@ -37,7 +37,7 @@ def report(loss):
 def test_a_step_is_reported_when_the_next_is_given_to_the_devices(tmp_path):
     cfg, shown = tiny_run.config(mesh__seq=2), []
     objective = TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
-    log = metrics.Metrics(tmp_path, objective, Plan.of("train", cfg.train), 0, shown.append)
+    log = metrics.Metrics(tmp_path, objective, Plan.of(cfg.train), 0, shown.append)
     names = np.zeros((2, 4, 8), np.uint8)
     names[..., :3] = np.frombuffer("né".encode(), np.uint8)
     assert log.add(1, report(0.1), jnp.asarray(names), 0.0, 0.25) is None

@@ -31,9 +31,8 @@ def config(mesh=lib.Mesh(), image_to_video=False, dtype="float32", **train) -> l
         vae=lib.VAE(dim=8, dec_dim=8, z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
         umt5=UMT5,
         mesh=mesh,
-        sample=lib.Sample(
-            height=64, width=64, window_frames=16, sink_frames=4, image_to_video=image_to_video
-        ),
+        video=lib.Video(height=64, width=64, image_to_video=image_to_video),
+        sample=lib.Sample(window_frames=16, sink_frames=4),
         data=lib.Data(cached=True),
         train=lib.Train(**(settings | train)),
         dtype=dtype,

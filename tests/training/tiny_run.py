@@ -11,7 +11,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.data import records
 
 SIZES = {
-    "sample.height": 32, "sample.width": 64, "sample.vae_latents_per_call": 1,
+    "video.height": 32, "video.width": 64, "sample.vae_latents_per_call": 1,
     "model.chunk_frames": 2, "model.text_len": 8, "train.latent_frames": 4,
     "train.batch_size": 4, "train.accumulation": 2, "train.steps": 8, "train.save_every": 2,
     "train.learning_rate": 0.01, "train.ema_start": 2, "train.ema_decay": 0.5,
@@ -74,7 +74,7 @@ def write_cached(folder: pathlib.Path, bad=(), names=NAMES) -> pathlib.Path:
         f"{s}.{k}": getattr(getattr(cfg, s), k)
         for s, names in {
             "model": ("chunk_frames", "in_dim", "text_len", "text_dim"),
-            "sample": ("height", "width"),
+            "video": ("height", "width"),
             "train": ("latent_frames",),
         }.items()
         for k in names

@@ -112,7 +112,7 @@ class Autoencoder(Objective):
         self, network: str, params: Mapping, frozen: Mapping, inputs: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, train = self.cfg, self.cfg.train_vae
-        size = (cfg.sample.height // vae.PIXELS, cfg.sample.width // vae.PIXELS)
+        size = cfg.video.latent_size
         latents = (1 + (train.frames - 1) // vae.FRAMES, *size, cfg.vae.z_dim)
         windows = frozen["windows"]
 

@@ -39,7 +39,7 @@ _FIXED = {
         "seed", "batch_size", "accumulation", "latent_frames", "teacher_forcing", "context_levels",
         "text_encoder",
     ),
-    "sample": ("height", "width", "shift", "image_to_video"),
+    "video": ("height", "width", "shift", "image_to_video"),
 }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ class TeacherForcing(Objective):
         self.specs = specs(cfg)
         self.networks = {MODEL: Network(self.specs, optimizer(train), self._ema_decay)}
         self.batch = batch_lib.abstract(cfg, mesh)
-        self.table = schedule.training_schedule(cfg.sample.shift)
+        self.table = schedule.training_schedule(cfg.video.shift)
         if recycling.enabled:
             self.carried = error_recycling.abstract(
                 recycling, batch_lib.chunks(cfg), batch_lib.chunk_shape(cfg), mesh
@@ -97,7 +97,7 @@ class TeacherForcing(Objective):
     def over_step(self, batches: Batch) -> jax.Array:
         """How many of the step's frames bear loss, float32: the loss is their mean."""
         frames = jnp.sum(batches.valid, dtype=jnp.float32) * self.cfg.model.chunk_frames
-        if self.cfg.sample.image_to_video:
+        if self.cfg.video.image_to_video:
             frames -= self.accumulation * self.batch_size  # the given first frames
         return jnp.maximum(frames, 1.0)
 
@@ -173,7 +173,7 @@ class TeacherForcing(Objective):
         noisy = losses.add_noise(inputs.clean, inputs.noise, sigma)
         target = inputs.noise - inputs.data
         bears_loss = jnp.broadcast_to(inputs.batch.valid[..., None], positions.shape)
-        if cfg.sample.image_to_video:
+        if cfg.video.image_to_video:
             given = positions == 0  # the image: clean in both copies, and nothing to learn
             sigma, timestep, past_timestep = (
                 jnp.where(given, 0.0, x) for x in (sigma, timestep, past_timestep)

@@ -73,11 +73,11 @@ def read_videos(cfg: config_lib.Config) -> tuple[Videos, Videos]:
 
 
 def _check_file(file: pathlib.Path, info: VideoInfo, cfg: config_lib.Config) -> None:
-    wanted = (cfg.sample.height, cfg.sample.width)
+    wanted = (cfg.video.height, cfg.video.width)
     if (info.height, info.width) != wanted:
         raise InputError(
             f"{file}: {info.height}x{info.width} pixels, the config says {wanted[0]}x{wanted[1]}; "
-            f"give --config.sample.height={info.height} --config.sample.width={info.width}, or "
+            f"give --config.video.height={info.height} --config.video.width={info.width}, or "
             "videos of that size"
         )
     if info.frames < cfg.train_vae.frames:
@@ -88,12 +88,12 @@ def _check_file(file: pathlib.Path, info: VideoInfo, cfg: config_lib.Config) -> 
 
 
 def _frame_bytes(cfg):
-    return cfg.sample.height * cfg.sample.width * 3
+    return cfg.video.height * cfg.video.width * 3
 
 
 def _read(files, infos, cfg, pool) -> Videos:
     starts = np.cumsum([0, *(i.frames for i in infos)])
-    frames = np.empty((starts[-1], cfg.sample.height, cfg.sample.width, 3), np.uint8)
+    frames = np.empty((starts[-1], cfg.video.height, cfg.video.width, 3), np.uint8)
 
     def one(i):
         with VideoFile(files[i]) as video:

@@ -24,7 +24,7 @@ from longlive_jax.training.plan import Plan
 Z = 4
 CFG = config_lib.Config(
     vae=config_lib.VAE(4, 8, Z, (0.0,) * Z, (1.0,) * Z),
-    sample=config_lib.Sample(height=32, width=32),
+    video=config_lib.Video(height=32, width=32),
     train_vae=config_lib.TrainVAE(
         steps=16, batch_size=2, frames=5, learning_rate=5e-3, warmup_steps=2, held_out=1,
         kl_weight=1e-4, save_every=8, log_every=1,
@@ -88,7 +88,7 @@ def fit(root, data, cfg=CFG, mesh=None):
         lambda steps: (((), None) for _ in steps), frozen=objective.frozen_arrays()
     )
     with checkpoint.acquire(root, autoencoder.settings(cfg, data), network=None):
-        plan = Plan.of("train_vae", cfg.train_vae)
+        plan = Plan.of(cfg.train_vae)
         return jax.device_get(loop.run(objective, plan, root, inputs, lambda text: None)[0])
 
 
@@ -112,7 +112,7 @@ def test_loss_falls_and_a_stopped_run_goes_on_bit_for_bit(tmp_path):
         yield from (((), None) for _ in range(12))
         raise KeyboardInterrupt
 
-    plan = Plan.of("train_vae", CFG.train_vae)
+    plan = Plan.of(CFG.train_vae)
     with (
         checkpoint.acquire(root, autoencoder.settings(CFG, videos(6)), network=None),
         pytest.raises(KeyboardInterrupt),

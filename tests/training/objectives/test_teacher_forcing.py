@@ -22,7 +22,7 @@ MESHES = [
 
 def oracle(cfg, params, batch, step=0, given=False):
     """Loss of one batch, without mesh or remat: the formulas of arXiv 2605.18739 written out."""
-    table = schedule.training_schedule(cfg.sample.shift)
+    table = schedule.training_schedule(cfg.video.shift)
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), step)
     rows = jnp.arange(cfg.train.batch_size, dtype=jnp.int32)
     mesh = tiny.objective_of(cfg).mesh

@@ -1,0 +1,50 @@
+"""All settings of a run, and what its sections ask of each other."""
+
+import dataclasses
+from typing import Annotated
+
+import jax.numpy as jnp
+
+from longlive_jax.config.data import Data
+from longlive_jax.config.mesh import Mesh
+from longlive_jax.config.model import Model
+from longlive_jax.config.quant import Quant
+from longlive_jax.config.sample import Sample
+from longlive_jax.config.section import OneOf, Section, divides
+from longlive_jax.config.text_encoder import UMT5
+from longlive_jax.config.train import Train
+from longlive_jax.config.train_vae import TrainVAE
+from longlive_jax.config.vae import VAE
+from longlive_jax.config.video import Video
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """Everything. `dtype` is the dtype of compute; parameters are kept in their own."""
+
+    NAME = ""
+
+    model: Model = Model()
+    vae: VAE = VAE()
+    umt5: UMT5 = UMT5()
+    mesh: Mesh = Mesh()
+    video: Video = Video()
+    sample: Sample = Sample()
+    quant: Quant = Quant()
+    data: Data = Data()
+    train: Train = Train()
+    train_vae: TrainVAE = TrainVAE()
+    dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "bfloat16"
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def __post_init__(self):
+        super().__post_init__()
+        model, mesh = self.model, self.mesh
+        self.sample.check(model)
+        self.quant.check(model, self.video, mesh)
+        divides("model.num_heads", model.num_heads, "mesh.seq", mesh.seq)
+        divides("model.chunk_frames", model.chunk_frames, "mesh.seq", mesh.seq)
+        divides("model.dim", model.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)

@@ -1,0 +1,55 @@
+"""What trainers ask of a config. Apart from its own checks: a sampler needs none of this."""
+
+from longlive_jax.config.config import Config
+from longlive_jax.config.quant import RECIPES
+from longlive_jax.config.section import divides, refuse
+
+
+def validate_training(config: Config) -> None:
+    """Refuses what a trainer of the transformer cannot do.
+
+    Raises:
+      InputError: the setting, its value, the limit and the way out.
+    """
+    m, t, d, mesh = config.model, config.train, config.data, config.mesh
+    if not RECIPES[config.quant.recipe]:
+        refuse(
+            f"quant.recipe={config.quant.recipe!r}",
+            "is for sampling; train in one of "
+            + ", ".join(name for name, gradients in RECIPES.items() if gradients),
+        )
+    divides("train.latent_frames", t.latent_frames, "model.chunk_frames", m.chunk_frames)
+    chunks = t.latent_frames // m.chunk_frames
+    divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
+    divides("train.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if d.min_chunks > chunks:
+        refuse(f"data.min_chunks={d.min_chunks}", f"must be 1 to {chunks}, a sample's chunks")
+    width = config.video.latent_size[1]
+    if d.encode == "width" and not d.cached and width % mesh.seq:
+        refuse(
+            f"video.width={config.video.width}, {width} latents,",
+            f"must be a multiple of mesh.seq={mesh.seq} latents for data.encode='width'; "
+            "set data.encode='halo'",
+        )
+
+
+def validate_vae_training(config: Config) -> None:
+    """Refuses what the trainer of a VAE cannot do; as `validate_training`.
+
+    Raises:
+      InputError: the setting, its value, the limit and the way out.
+    """
+    t, v, mesh = config.train_vae, config.vae, config.mesh
+    if t.warmup_steps >= t.steps:
+        refuse(
+            f"train_vae.warmup_steps={t.warmup_steps}", f"must be below train_vae.steps={t.steps}"
+        )
+    if any(v.latent_mean) or any(value != 1 for value in v.latent_std):
+        refuse(
+            f"vae.latent_mean={v.latent_mean}, vae.latent_std={v.latent_std}",
+            "must be zeros and ones: the trainer puts the statistics that it measures into the "
+            "weights",
+        )
+    if mesh.seq != 1:
+        refuse(f"mesh.seq={mesh.seq}", "must be 1: clips are spread whole, over data and fsdp")
+    divides("train_vae.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
