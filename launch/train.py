@@ -18,6 +18,7 @@ its memory, and ends: no array is made, no data read.
 Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -33,7 +34,6 @@ from launch import command, parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.data.source import Health
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
 from longlive_jax.quant import matmul
@@ -48,8 +48,6 @@ from longlive_jax.training.plan import Plan
 # has unjoined work": H200, jax 0.11.2, 2026-11-21).
 if "xla_gpu_enable_command_buffer" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_gpu_enable_command_buffer="
-
-FAILURES = "failures.jsonl"  # in the folder of the run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of the run, on a disk that all hosts share.")
@@ -99,13 +97,9 @@ def _train() -> None:
     settings = teacher_forcing.settings(cfg, identity)
     with checkpoint.acquire(root, settings, MODEL, others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
-
-        def batches(steps: range) -> feed.Prefetcher:
-            health = Health(cfg.data.max_bad_share, root / FAILURES)
-            return feed.Prefetcher(cfg, mesh, source, steps, encoders=encoders, health=health)
-
+        failures = root / "failures.jsonl"
         inputs = loop.Inputs(
-            batches=batches,
+            batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
             params=lambda: {MODEL: _initial(cfg, mesh)},
             evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
         )

@@ -66,9 +66,7 @@ def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> par
     )
     with checkpoint.acquire(root, autoencoder.settings(cfg, videos), network=None):
         try:
-            state, done = loop.run(
-                objective, Plan.of(cfg.train_vae), root, inputs, _show
-            )
+            state, done = loop.run(objective, Plan.of(cfg.train_vae), root, inputs, _show)
         except loop.DivergedError as error:
             raise InputError(str(error)) from error
     if done.stopped:

@@ -93,6 +93,8 @@ class Encoders(NamedTuple):
 class Prefetcher:
     """Yields (Batch, names) of each of `steps`, as `batch.abstract` says; reads one step ahead.
 
+    failures: the file that lists what could not be read.
+
     names: uint8 [accumulation, batch, byte], the samples' names in UTF-8, whole on every device;
       `decode_names` reads them.
 
@@ -105,12 +107,12 @@ class Prefetcher:
         cfg: config_lib.Config,
         mesh: jax.sharding.Mesh,
         source: Source,
-        steps: range,
-        *,
         encoders: Encoders,
-        health: Health,
+        failures: pathlib.Path,
+        steps: range,
     ):
-        self._cfg, self._encoders, self._health = cfg, encoders, health
+        self._cfg, self._encoders = cfg, encoders
+        self._health = Health(cfg.data.max_bad_share, failures)
         self._left = len(steps)
         self._like = like = batch_lib.abstract(cfg, mesh)
         self._names = jax.ShapeDtypeStruct(

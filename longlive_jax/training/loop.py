@@ -132,14 +132,14 @@ def _compile(step, due, show):
 
 def _refuse_divergence(plan, line):
     if line is not None and line["bad_in_row"] >= plan.max_bad_steps:
-        words = {"loss": "loss", "grad_norm": "gradient norm"}
-        found = [
-            f"{name.removesuffix(end)}{words[end]} {value}"
-            for name, value in line.items() for end in words if name.endswith(end)
-        ]  # fmt: skip
+        found = ", ".join(
+            f"{name.replace('grad_norm', 'gradient norm').replace('_', ' ')} {value}"
+            for name, value in line.items()
+            if name.endswith(("loss", "grad_norm"))
+        )
         samples = f"Its samples: {', '.join(line['samples'])}. " if "samples" in line else ""
         raise DivergedError(
-            f"step {line['step']}: {', '.join(found)} (null: not finite), {line['bad_in_row']} "
+            f"step {line['step']}: {found} (null: not finite), {line['bad_in_row']} "
             f"steps in a row as {plan.section}.max_bad_steps allows no more. {samples}Look at "
             f"them, or lower {plan.section}.learning_rate; the same command goes on from the last "
             "saved step"

@@ -116,7 +116,7 @@ class Metrics:
             fields = {"loss": of_network.loss, "grad_norm": of_network.grad_norm}
             fields |= objective.fields(name, of_network.values)
             line |= {self._field(name, key): value for key, value in fields.items()}
-        line = jax.tree.map(_json, line | metrics.carried)
+        line = {name: _json(value) for name, value in (line | metrics.carried).items()}
         line["seconds"] = round(seconds, 6)
         if names is not None:
             line["samples"] = decode_names(names)
@@ -165,7 +165,9 @@ def number(value: Any) -> int | float | None:
 
 
 def _json(value):
-    return [number(x) for x in value] if np.ndim(value) else number(value)
+    if value is None:
+        return None
+    return [_json(x) for x in value] if np.ndim(value) else number(value)
 
 
 def cut(log: str | os.PathLike, step: int) -> None:

@@ -1,8 +1,7 @@
 """What a training objective is: data and a few functions, which the core (`step.py`) knows alone.
 
-An objective says which networks are trained and what else the loss reads, what a batch is, and what
-the loss is. It never sees a device mesh's collectives, an optimiser's state, a checkpoint or a log:
-accumulation, gradients, several networks, resume and metrics are the core's, once for all.
+An objective says which networks are trained, what a batch is and what the loss is; accumulation,
+gradients, several networks, resume and the log are the core's, once for all.
 """
 
 import dataclasses

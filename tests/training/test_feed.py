@@ -10,7 +10,7 @@ import pytest
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.data.images import to_float
-from longlive_jax.data.source import Health, Sample
+from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer, umt5, vae
 from longlive_jax.training import batch as batch_lib
@@ -48,10 +48,8 @@ def step_batches(cfg, source, encoders, tmp_path, start=0, stop=2):
     """(batch, names) of steps, on the host."""
     mesh = mesh_lib.make_mesh(cfg.mesh)
     like = batch_lib.abstract(cfg, mesh)
-    health = Health(0.1, tmp_path / "failures.jsonl")
-    prefetcher = feed.Prefetcher(
-        cfg, mesh, source, range(start, stop), encoders=encoders, health=health
-    )
+    failures = tmp_path / "failures.jsonl"
+    prefetcher = feed.Prefetcher(cfg, mesh, source, encoders, failures, range(start, stop))
     with contextlib.closing(prefetcher) as batches:
         for batch, names in batches:
             jax.tree.map(lambda x, y: x.sharding == y.sharding or 1 / 0, batch, like)

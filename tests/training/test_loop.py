@@ -1,5 +1,6 @@
 """A run in this process: it learns, it goes on with the same bits, it knows when to stop."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import workdir
-from longlive_jax.data.source import Health
 from longlive_jax.errors import InputError
 from longlive_jax.training import checkpoint, feed, loop, state
 from longlive_jax.training.objectives import teacher_forcing
@@ -28,16 +28,11 @@ def train(root, data, mesh=(1, 2, 2), **overrides):
     source, identity = feed.open_source(cfg)
     shown = []
 
-    def batches(steps):
-        health = Health(cfg.data.max_bad_share, root / "failures.jsonl")
-        return feed.Prefetcher(
-            cfg, objective.mesh, source, steps, encoders=feed.Encoders(), health=health
-        )
-
+    batches = functools.partial(
+        feed.Prefetcher, cfg, objective.mesh, source, feed.Encoders(), root / "failures.jsonl"
+    )
     with checkpoint.acquire(root, teacher_forcing.settings(cfg, identity), "model"):
-        _, done = loop.run(
-            objective, Plan.of(cfg.train), root, loop.Inputs(batches), shown.append
-        )
+        _, done = loop.run(objective, Plan.of(cfg.train), root, loop.Inputs(batches), shown.append)
     return done, shown
 
 

@@ -130,7 +130,7 @@ def test_a_step_that_is_not_finite_leaves_its_networks_alone(tmp_path):
         )
 
     plan = Plan("toy", steps=5, save_every=5, max_bad_steps=2)
-    message = r"step 2: critic_loss None, critic_gradient norm None \(null: not finite\), 2 steps"
+    message = r"step 2: critic loss None, critic gradient norm None \(null: not finite\), 2 steps"
     with (
         checkpoint.acquire(tmp_path, {}, network="student"),
         pytest.raises(loop.DivergedError, match=message),

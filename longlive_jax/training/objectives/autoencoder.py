@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -132,8 +132,8 @@ class Autoencoder(Objective):
 
     def fields(self, network: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         fields = dict(metrics)
-        with np.errstate(divide="ignore"):
-            return fields | {"psnr": 10 * np.log10(4 / fields.pop("mse"))}
+        mse = fields.pop("mse") * 127.5**2  # pixels here are -1..1
+        return fields | {"psnr": psnr(mse)}
 
 
 def losses(
@@ -256,43 +256,16 @@ def fold(
     return {**params, **new}
 
 
-def make_encode(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Callable:
-    """(params, frames, starts) -> mean latents of clips, float32 [batch, latent, h, w, z_dim].
-
-    `starts`: int32 [batch], spread over `ROWS`; the rest is whole on every device.
-    """
-
-    def local(params, frames, starts):
-        return moments(params, cfg.vae, _pictures(frames, starts, cfg))[0].astype(jnp.float32)
-
-    return _spread(local, mesh)
-
-
-def make_reconstruct(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Callable:
-    """As `make_encode`, but the clips of those latents: uint8 [batch, frame, height, width, 3]."""
-
-    def local(params, frames, starts):
-        mean, _ = moments(params, cfg.vae, _pictures(frames, starts, cfg))
-        return vae.to_uint8(decode(params, cfg.vae, mean))
-
-    return _spread(local, mesh)
-
-
-def _spread(local, mesh):
-    rows = jax.P(ROWS)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _WHOLE, rows), out_specs=rows))
-
-
-# Measurements.
-
-
 def statistics(
     params: params_lib.Tree, cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each latent channel over all videos, float64 [z_dim]."""
+
+    def encode(params, clips):
+        return moments(params, cfg.vae, clips)[0].astype(jnp.float32)
+
     total = square = np.zeros(cfg.vae.z_dim)
     count = 0
-    encode = make_encode(cfg, mesh)
     for _, latents in _batches(encode, params, cfg, mesh, videos):
         values = latents.reshape(-1, cfg.vae.z_dim).astype(np.float64)
         total, square = total + values.sum(0), square + (values**2).sum(0)
@@ -309,21 +282,31 @@ def reconstructions(
     Yields:
       Two uint8 [batch, frame, height, width, 3].
     """
+
+    def reconstruct(params, clips):
+        return vae.to_uint8(decode(params, cfg.vae, moments(params, cfg.vae, clips)[0]))
+
     offsets = np.arange(cfg.train_vae.frames)
-    reconstruct = make_reconstruct(cfg, mesh)
     for starts, pictures in _batches(reconstruct, params, cfg, mesh, videos):
         yield videos.frames[starts[:, None] + offsets], pictures
 
 
-def _batches(program, params, cfg, mesh, videos):
-    """(starts, result) of `program` for clips that cover the files, a batch at a time."""
+def _batches(local, params, cfg, mesh, videos):
+    """(first frames, local(params, clips)) of clips that cover the files, a batch at a time."""
+    rows = jax.P(ROWS)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(_WHOLE, _WHOLE, rows), out_specs=rows)
+    def program(params, frames, starts):
+        return local(params, _pictures(frames, starts, cfg))
+
     params, frames = place(params, mesh), place(videos.frames, mesh)
     starts = videos.windows(cfg.train_vae.frames, cfg.train_vae.frames)
     size = cfg.train_vae.batch_size
     for i in range(0, len(starts), size):
         some = starts[i : i + size]
         padded = np.resize(some, size)  # repeats: one program for all batches
-        batch = jax.device_put(padded, jax.NamedSharding(mesh, jax.P(ROWS)))
+        batch = jax.device_put(padded, jax.NamedSharding(mesh, rows))
         yield some, np.asarray(program(params, frames, batch))[: len(some)]
 
 

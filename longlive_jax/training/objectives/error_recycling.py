@@ -81,7 +81,7 @@ class Injected:
       the target is this noise minus the clean latents as they were.
     past: the same shape, what the chunks after see of this one.
     kept: bool, whether the errors that come of it are to be stored.
-    counts: {"noise", "latent", "context"}: int32, chunks that an error was really added to.
+    counts: int32 scalars for the log, chunks that an error was really added to.
     """
 
     noise: jax.Array
@@ -164,7 +164,11 @@ def inject(
         clean=clean,
         past=past,
         kept=~alone | (gates[1] < cfg.clean_update_probability),
-        counts={"noise": of_noise, "latent": of_clean, "context": of_past},
+        counts={
+            "recycling_noise_errors_injected": of_noise,
+            "recycling_latent_errors_injected": of_clean,
+            "recycling_context_errors_injected": of_past,
+        },
     )
 
 
@@ -205,18 +209,13 @@ def store(
     )
 
 
-def injected_metrics(counts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """int32 scalars for the log, which sum over batches. `counts`: of `Injected`."""
-    return {f"{name}_errors_injected": count for name, count in counts.items()}
-
-
 def metrics(errors: Errors) -> dict[str, jax.Array]:
     """int32 scalars for the log, of the rings as they are."""
     return {
-        "latent_errors_held": jnp.sum(errors.latent.filled),
-        "latent_errors_added": jnp.sum(errors.latent.added),
-        "noise_errors_held": jnp.sum(errors.noise.filled),
-        "noise_errors_added": jnp.sum(errors.noise.added),
+        "recycling_latent_errors_held": jnp.sum(errors.latent.filled),
+        "recycling_latent_errors_added": jnp.sum(errors.latent.added),
+        "recycling_noise_errors_held": jnp.sum(errors.noise.filled),
+        "recycling_noise_errors_added": jnp.sum(errors.noise.added),
     }
 
 

@@ -130,7 +130,7 @@ class TeacherForcing(Objective):
             self.cfg.train.error_recycling, moment.carried, _chunks(moment, inputs),
             jnp.logical_and(inputs.batch.valid, inputs.kept), **outputs,
         )  # fmt: skip
-        return errors, _recycling(error_recycling.injected_metrics(inputs.injected))
+        return errors, inputs.injected
 
     def _noised_past(self, data, drawn):
         def local(data, noise, index):
@@ -223,7 +223,7 @@ class TeacherForcing(Objective):
     # The log.
 
     def carried_metrics(self, carried: error_recycling.Errors | None) -> dict[str, jax.Array]:
-        return {} if carried is None else _recycling(error_recycling.metrics(carried))
+        return {} if carried is None else error_recycling.metrics(carried)
 
     def fields(self, network: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Unweighted errors by timestep, noisiest last; None: no chunk had such a timestep."""
@@ -234,10 +234,6 @@ class TeacherForcing(Objective):
 
 def _chunks(moment: Moment, inputs: Inputs) -> error_recycling.Chunks:
     return error_recycling.Chunks(moment.key, moment.rows, inputs.timestep_index)
-
-
-def _recycling(metrics):
-    return {f"recycling_{name}": value for name, value in metrics.items()}
 
 
 def specs(cfg: config_lib.Config) -> params_lib.Tree:

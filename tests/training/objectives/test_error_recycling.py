@@ -168,8 +168,15 @@ def train(cfg, errors, key, step, rows, levels, videos):
     errors = error_recycling.store(
         cfg, errors, chunks, injected.kept, latent_error=latent_error, noise_error=noise_error
     )
-    counts = error_recycling.injected_metrics(injected.counts)
-    return errors, injected, error_recycling.metrics(errors) | counts
+    return errors, injected, error_recycling.metrics(errors) | injected.counts
+
+
+def named(**counts):
+    """Counts by the names that the log has for them."""
+    return {f"recycling_{name}_errors_injected": count for name, count in counts.items()}
+
+
+NOISE, LATENT, CONTEXT = named(noise=0, latent=0, context=0)
 
 
 def empty(cfg, chunks, shape, mesh):
@@ -223,11 +230,11 @@ def test_equals_lists_on_the_host(changes):
         for ours, theirs in zip((injected.noise, injected.clean, injected.past), expected):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
         assert injected.kept == expected[3]
-        assert injected.counts == expected[4]
+        assert injected.counts == named(**expected[4])
         oracle.store(*fixed, expected[3], latent_error, noise_error)
-        assert metrics["latent_errors_added"] == sum(oracle.added["latent"].values())
-        assert metrics["noise_errors_held"] == sum(map(len, oracle.noise.values()))
-    assert any(injected.counts["context"] for injected, _ in seen)
+        assert metrics["recycling_latent_errors_added"] == sum(oracle.added["latent"].values())
+        assert metrics["recycling_noise_errors_held"] == sum(map(len, oracle.noise.values()))
+    assert any(injected.counts[CONTEXT] for injected, _ in seen)
     assert max(oracle.added["latent"].values()) > cfg.slots  # full rings were seen
     assert_ring(errors.latent, oracle, "latent")
     assert_ring(errors.noise, oracle, "noise")
@@ -287,7 +294,7 @@ def test_inside_a_scan_over_batches():
     found, counts = jax.jit(step, donate_argnums=0)(errors, *stacked.values())
     assert errors.latent.entries.is_deleted()
     assert found.latent.entries.sharding == before
-    assert counts["latent"] > 0
+    assert counts[LATENT] > 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
@@ -312,11 +319,14 @@ def test_empty_buckets_give_nothing_and_count_nothing():
     clean, noise, context, *_ = first["videos"]
     for ours, given in zip((before.clean, before.noise, before.past), (clean, noise, context)):
         np.testing.assert_array_equal(ours, given)
-    assert before.counts == {"noise": 0, "latent": 0, "context": 0}
-    assert after.counts == {"noise": 1, "latent": 1, "context": 8}
+    assert before.counts == named(noise=0, latent=0, context=0)
+    assert after.counts == named(noise=1, latent=1, context=8)
     changed = np.any(after.clean != second["videos"][0], axis=(2, 3, 4, 5))
     np.testing.assert_array_equal(changed, second["levels"] == 0)
-    assert metrics["latent_errors_injected"] == 1 and metrics["context_errors_injected"] == 8
+    assert (
+        metrics["recycling_latent_errors_injected"] == 1
+        and metrics["recycling_context_errors_injected"] == 8
+    )
 
 
 def test_padding_and_errors_that_are_not_finite_are_left_out():
@@ -359,13 +369,13 @@ def test_gates_open_as_often_as_they_should():
         return x.counts, x.kept, x.clean.ravel()[0]
 
     counts, kept, clean = jax.device_get(gates(full, jnp.arange(count)))
-    assert kept[:early].all() and not np.any(counts["latent"][:early] + counts["context"][:early])
+    assert kept[:early].all() and not np.any(counts[LATENT][:early] + counts[CONTEXT][:early])
     counts, kept, clean = jax.tree.map(lambda x: x[early:], (counts, kept, clean))
     live = 1 - cfg.clean_probability
     for opened, share in [
-        (counts["noise"], live * cfg.noise_probability),
-        (counts["latent"], live * cfg.latent_probability),
-        (counts["context"], live * cfg.context_probability),
+        (counts[NOISE], live * cfg.noise_probability),
+        (counts[LATENT], live * cfg.latent_probability),
+        (counts[CONTEXT], live * cfg.context_probability),
         (kept, live + cfg.clean_probability * cfg.clean_update_probability),
     ]:
         assert abs(opened.mean() - share) < 4 * 0.5 / np.sqrt(count - early)
