@@ -53,8 +53,9 @@ def acquire(
         raise InputError(
             f"--workdir={root}: holds {others[0]!r} and no training run; give a new folder"
         )
+    settings = json.loads(json.dumps(settings))  # tuples as lists, as they are read
     old = workdir.read(root) if workdir.is_run(root) else workdir.Run(settings, None, None)
-    _compare(root, old.settings, json.loads(json.dumps(settings)))
+    _compare(root, old.settings, settings)
     if jax.process_index() != 0:
         yield
         return

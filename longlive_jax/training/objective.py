@@ -66,7 +66,7 @@ class Objective:
 
     Attributes:
       mesh: the devices.
-      networks: by name; the sampler takes the first, if it takes any.
+      networks: by name.
       seed: of the step's keys. A key folded by (step, row, use) does not depend on the mesh.
       batch_size: samples of a batch, over the whole mesh. accumulation: batches of a step.
       batch: `jax.ShapeDtypeStruct`s with shardings of a step's batches, whose first axis is

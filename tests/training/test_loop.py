@@ -1,6 +1,7 @@
 """A run in this process: it learns, it goes on with the same bits, it knows when to stop."""
 
 import functools
+import json
 import shutil
 
 import numpy as np
@@ -136,6 +137,10 @@ def test_goes_on_from_a_run_made_before_there_were_several_networks(data, tmp_pa
     the losses are those that the program of then went on with.
     """
     root = shutil.copytree(tiny_run.RUN_BEFORE, tmp_path / "run")
+    source = feed.open_source(tiny_run.config(data__path=str(data), **tiny_run.BEFORE))
+    run = json.loads((root / "run.json").read_text())
+    run["settings"]["the training data"] = source[1]  # written anew, with names of today
+    (root / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match=r"holds a run with train\.seed=0"):
         train(root, data, (1, 1, 1), **tiny_run.BEFORE, train__seed=1)
     done, shown = train(root, data, (1, 1, 1), **tiny_run.BEFORE | dict(train__steps=6))

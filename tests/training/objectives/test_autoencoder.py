@@ -234,7 +234,7 @@ def with_data(root, **settings):
         ([], None, {}, r"no .*video.*make_tiny_world"),
         ([(6,)], None, {}, r"1 folders of videos, train_vae\.held_out=1 leaves none"),
         ([(6,), (4,)], None, {}, r"000000\.mp4: 4 frames, fewer than train_vae\.frames=5"),
-        ([(6,), (6,)], (32, 48), {}, r"32x48 pixels.*--config\.sample\.width=48"),
+        ([(6,), (6,)], (32, 48), {}, r"32x48 pixels.*--config\.video\.width=48"),
         ([(6,), (6,)], None, {"memory_gib": 1e-5}, r"more than train_vae\.memory_gib=1e-05"),
     ],
 )
