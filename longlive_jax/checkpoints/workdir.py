@@ -25,7 +25,6 @@ RUN, STATES = "run.json", "checkpoints"
 WEIGHTS = {"average": "ema", "latest": "params"}
 # In version 1 the state had the arrays of its only network beside the others, by other names.
 FLAT_NETWORK = "model"
-_FLAT = {"ema": "average", "params": "params"}
 
 
 class Run(NamedTuple):
@@ -107,17 +106,20 @@ class State:
         self.step = max(steps)
         self._path = self._root / STATES / str(self.step)
         try:
-            self._flat = is_flat(self._path)
-            tree, keys = ocp.metadata(self._path).metadata, self._keys("params")
-            leaves = params_lib.flatten(functools.reduce(operator.getitem, keys, tree))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            state = ocp.metadata(self._path).metadata
+            # Of each tree of weights, where it lies in the state; a network may have no average.
+            self._keys = {"ema": ("average",), "params": ("params",)}
+            if not is_flat(self._path):
+                state = state["networks"][self._network]
+                self._keys = {tree: ("networks", self._network, tree) for tree in self._keys}
+            self._keys = {k: v for k, v in self._keys.items() if state.get(v[-1])}
+            leaves = params_lib.flatten(next(state[v[-1]] for v in self._keys.values()))
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OSError, StopIteration
+        ) as error:  # fmt: skip
             raise damaged(self._path, error) from error
         self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
-
-    def _keys(self, tree: str) -> tuple[str, ...]:
-        """Where a tree of the network lies in the state."""
-        return (_FLAT[tree],) if self._flat else ("networks", self._network, tree)
 
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
         """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
@@ -150,9 +152,13 @@ class State:
         """`spec`'s tree of arrays, placed as `rules` say; `weights`: one of WEIGHTS.
 
         Raises:
-          InputError: they are damaged.
+          InputError: they are damaged, or there are none of this kind.
         """
-        keys = (*self._keys(WEIGHTS[weights]), part)
+        if WEIGHTS[weights] not in self._keys:
+            raise InputError(
+                f"{self._root}: {self._network} has no moving average; give --weights=latest"
+            )
+        keys = (*self._keys[WEIGHTS[weights]], part)
         tree = params_lib.abstract(spec, mesh, dtype, dict(rules))
         context = ocp.Context()
         context.pytree.loading.partial_load = True
