@@ -11,8 +11,8 @@ from ml_collections import config_flags
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import section
-from longlive_jax.data.atomic import partial_file
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import partial_file
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(

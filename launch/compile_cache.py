@@ -17,8 +17,8 @@ import sys
 import jax
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.atomic import atomic_path, partial_file
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path, partial_file
 
 FILE = "manifest.json"
 MAKE = "make it with python -m launch.compile --config=CONFIG --cache=DIR"

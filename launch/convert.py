@@ -20,17 +20,26 @@ import tqdm
 from absl import flags
 
 from launch import command
-from longlive_jax.checkpoints import files, from_torch, layout, quantized, store, to_torch, workdir
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import (
+    from_torch,
+    layout,
+    quantized,
+    sources,
+    store,
+    to_torch,
+    workdir,
+)
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders
 from longlive_jax.models import tokenizer as tokenizer_lib
-from longlive_jax.quant import recipe as recipe_lib
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dit", None, "The transformer: .pt, .safetensors, a folder of them, or hf://.")
 flags.DEFINE_string("vae", None, "The VAE (Wan2.2, or a LightVAE).")
 flags.DEFINE_string("umt5", None, "The text encoder.")
-flags.DEFINE_string("tokenizer", None, "The text encoder's tokenizer.json.")
+flags.DEFINE_string("tokenizer", None, "Its tokenizer.json, or spiece.model.")
 flags.DEFINE_string("lora", None, "A LoRA to merge into --dit.")
 flags.DEFINE_float("lora_alpha", None, "Its alpha; default the file's, else its rank (scale 1).")
 flags.DEFINE_bool("use_ema", False, "Of a training checkpoint, take the moving average.")
@@ -41,50 +50,42 @@ flags.DEFINE_string("checkpoint", None, "The checkpoint to export, or to quantis
 
 
 def main() -> None:
-    sources = {p: FLAGS[p].value for p in parts_lib.PARTS if FLAGS[p].value}
+    given = {p: FLAGS[p].value for p in parts_lib.PARTS if FLAGS[p].value}
     if FLAGS.to_safetensors:
-        if sources or FLAGS.tokenizer or FLAGS.lora or FLAGS.output or FLAGS.recipe:
+        if given or FLAGS.tokenizer or FLAGS.lora or FLAGS.output or FLAGS.recipe:
             raise InputError("--to_safetensors takes --checkpoint only; run conversions one by one")
         _export()
     elif FLAGS.checkpoint:
-        if sources or FLAGS.tokenizer or FLAGS.lora:
+        if given or FLAGS.tokenizer or FLAGS.lora:
             raise InputError("--checkpoint is another source; run conversions one by one")
         _quantize()
     else:
-        _import(sources)
+        _import(given)
 
 
-def _import(sources: dict[str, str]) -> None:
-    if not sources and not FLAGS.tokenizer:
+def _import(given: dict[str, str]) -> None:
+    if not given and not FLAGS.tokenizer:
         raise InputError("nothing to convert; give at least one of --dit --vae --umt5 --tokenizer")
     if not FLAGS.output:
         raise InputError("--output is missing; give the checkpoint's directory")
-    if "dit" not in sources:
+    if "dit" not in given:
         for name in ("lora", "lora_alpha", "use_ema", "recipe"):
             if FLAGS[name].value:
                 raise InputError(f"--{name} needs --dit, the weights it is about")
     if FLAGS.lora_alpha is not None and not FLAGS.lora:
         raise InputError("--lora_alpha needs --lora")
     config = command.config()
+    options = dict(
+        use_ema=FLAGS.use_ema,
+        lora_source=FLAGS.lora,
+        lora_alpha=FLAGS.lora_alpha,
+        recipe=FLAGS.recipe,
+    )
     # All are validated before the first is written.
-    tokenizer = files.locate(FLAGS.tokenizer, "tokenizer") if FLAGS.tokenizer else None
+    tokenizer = sources.locate(FLAGS.tokenizer, "tokenizer") if FLAGS.tokenizer else None
     opened = {
-        part: from_torch.open_part(
-            part,
-            source,
-            config,
-            **(
-                dict(
-                    use_ema=FLAGS.use_ema,
-                    lora_source=FLAGS.lora,
-                    lora_alpha=FLAGS.lora_alpha,
-                    recipe=FLAGS.recipe,
-                )
-                if part == "dit"
-                else {}
-            ),
-        )
-        for part, source in sources.items()
+        part: from_torch.open_part(part, source, config, **(options if part == "dit" else {}))
+        for part, source in given.items()
     }
     for part, source in opened.items():
         start = time.monotonic()
@@ -125,7 +126,7 @@ def _quantize() -> None:
         raise InputError(f"--output={output}: is the checkpoint itself; give a new directory")
     config = command.config()
     stored = store.Stored(directory, "dit")
-    spec = stored.part.spec(config.model)
+    spec = parts_lib.PARTS["dit"].spec(config.model)
     stored.check(spec, config.model)
     quantized.spec(spec, recipe)  # refuses sides that its blocks do not divide
     start = time.monotonic()
@@ -141,18 +142,17 @@ def _quantize() -> None:
     )
     _show("dit", spec, summary, recipe, start)
     for part in store.parts(directory):
-        if part in parts_lib.PARTS and part != "dit":
+        if part == tokenizer_lib.NAME:
+            store.save_tokenizer(output, os.path.join(directory, tokenizer_lib.FILE))
+        elif part != "dit":
             store.copy(store.Stored(directory, part), output)
             print(f"{part}: copied", flush=True)
-        elif part == "tokenizer":
-            store.save_tokenizer(output, os.path.join(directory, tokenizer_lib.FILE))
 
 
 def _show(part, spec, summary, recipe, start) -> None:
     print(
-        f"{part}: {len(layout.torch_shapes(spec))} tensors, {summary.parameters:,} parameters, "
-        f"{'/'.join(summary.dtypes)}{f' by recipe {recipe.name}' if recipe else ''}, "
-        f"{summary.bytes / 2**20:,.1f} MiB, {time.monotonic() - start:.1f} s",
+        f"{part}: {len(layout.torch_shapes(spec))} tensors, {summary.describe(recipe)}, "
+        f"{time.monotonic() - start:.1f} s",
         flush=True,
     )
 
@@ -160,13 +160,10 @@ def _show(part, spec, summary, recipe, start) -> None:
 def _export() -> None:
     if not FLAGS.checkpoint:
         raise InputError("--to_safetensors needs --checkpoint=CKPT")
-    parts = [p for p in store.parts(FLAGS.checkpoint) if p in parts_lib.PARTS]
-    for part in parts:
-        to_torch.check(FLAGS.checkpoint, part)
-    try:
-        os.makedirs(FLAGS.to_safetensors, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"--to_safetensors={FLAGS.to_safetensors}: {error.strerror}") from error
+    names = [name for name in store.parts(FLAGS.checkpoint) if name != tokenizer_lib.NAME]
+    # Of a network of our own, there are no files of the original's.
+    parts = [name for name in names if to_torch.check(FLAGS.checkpoint, name).network]
+    folders.make(FLAGS.to_safetensors, "--to_safetensors")
     for part in parts:
         start = time.monotonic()
         file = os.path.join(FLAGS.to_safetensors, f"{part}.safetensors")

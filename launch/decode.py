@@ -15,9 +15,9 @@ from absl import flags
 from launch import command, parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.sampling import decode, render
 from longlive_jax.sampling.batches import channels_last

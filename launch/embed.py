@@ -13,8 +13,8 @@ from absl import flags
 
 from launch import command, parts
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models import umt5
 from longlive_jax.sampling import script, shots
 

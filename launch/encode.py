@@ -12,8 +12,8 @@ from absl import flags
 
 from launch import command, parts
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data.arrays import save_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import save_npz
 from longlive_jax.sampling import pictures
 
 FLAGS = flags.FLAGS

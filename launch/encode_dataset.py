@@ -33,6 +33,7 @@ from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders
 from longlive_jax.models import umt5
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
 from longlive_jax.sampling import decode
@@ -55,7 +56,8 @@ def main() -> None:
     settings = _settings(cfg, source)
     folder = pathlib.Path(FLAGS.output)
     if (folder / records.MANIFEST).is_file():
-        records.check_settings(folder, records.read_manifest(folder)["settings"], settings)
+        had = records.read_manifest(folder)["settings"]
+        folders.check_settings(f"--output={folder}", had, settings)
         (folder / records.PROGRESS).unlink(missing_ok=True)
     else:
         whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)

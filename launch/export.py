@@ -44,13 +44,9 @@ def main() -> None:
         start = time.monotonic()
         section, spec = parts.spec(part, cfg)
         tree = parts.load(FLAGS.checkpoint, part, cfg, mesh, weights=FLAGS.weights)
-        pieces = store.tree_pieces(tree, spec)
-        summary = store.save(FLAGS.output, part, pieces, spec, section=section)
-        print(
-            f"{part}: {summary.parameters:,} parameters, {'/'.join(summary.dtypes)}, "
-            f"{summary.bytes / 2**20:,.1f} MiB, {time.monotonic() - start:.1f} s",
-            flush=True,
-        )
+        summary = store.save_tree(FLAGS.output, part, tree, spec, section=section)
+        seconds = time.monotonic() - start
+        print(f"{part}: {summary.describe()}, {seconds:.1f} s", flush=True)
     if "umt5" in found:
         words = os.path.join(parts.directory(FLAGS.checkpoint), tokenizer.FILE)
         store.save_tokenizer(FLAGS.output, words)

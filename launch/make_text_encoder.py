@@ -37,8 +37,7 @@ def main() -> None:
         words = tokenizer.train_tiny(texts, cfg.umt5.vocab_size, file)
         spec = umt5.spec(cfg.umt5)
         params = params_lib.init(spec, jax.random.key(FLAGS.seed))
-        pieces = store.tree_pieces(params, spec)
-        summary = store.save(FLAGS.output, "umt5", pieces, spec, section=cfg.umt5)
+        summary = store.save_tree(FLAGS.output, "umt5", params, spec, section=cfg.umt5)
         store.save_tokenizer(FLAGS.output, file)
     _, mask = words(texts, cfg.model.text_len)
     print(

@@ -16,16 +16,17 @@ from absl import flags
 
 from launch import command
 from longlive_jax.config import FRAMES_PER_SECOND
-from longlive_jax.data import tiny_world
 from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.worlds import shapes
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", None, "Folder to write; it must hold no such data yet.")
 flags.DEFINE_integer("clips", 64, "Training clips, of 2 to 4 shots each.")
 flags.DEFINE_integer("seed", 0, "Decides everything.")
-flags.DEFINE_integer("height", tiny_world.HEIGHT, "Pixels.")
-flags.DEFINE_integer("width", tiny_world.WIDTH, "Pixels.")
+flags.DEFINE_integer("height", shapes.HEIGHT, "Pixels.")
+flags.DEFINE_integer("width", shapes.WIDTH, "Pixels.")
 
 EVAL_CLIPS = 16
 CHUNK = 32  # frames of a chunk: eight latents
@@ -34,7 +35,7 @@ CHUNK = 32  # frames of a chunk: eight latents
 def main() -> None:
     _check_flags()
     output = pathlib.Path(FLAGS.output)
-    clips = tiny_world.clips(FLAGS.seed, FLAGS.clips)
+    clips = shapes.clips(FLAGS.seed, FLAGS.clips)
     names = [f"clip-{number:06d}" for number in range(FLAGS.clips)]
     size = FLAGS.height, FLAGS.width
     # Each process draws and encodes whole clips. Threads of JAX and absl forbid a fork.
@@ -47,7 +48,7 @@ def main() -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for number, shots in enumerate(tiny_world.clips(FLAGS.seed, EVAL_CLIPS, held_out=True)):
+    for number, shots in enumerate(shapes.clips(FLAGS.seed, EVAL_CLIPS, held_out=True)):
         folder = output / "eval" / f"clip-{number:06d}"
         _write_captions(folder, shots)
         durations = " ".join(str(max(1, shot.frames // CHUNK)) for shot in shots)
@@ -59,17 +60,17 @@ def main() -> None:
 
 
 def write(
-    output: pathlib.Path, name: str, shots: tuple[tiny_world.Shot, ...], size: tuple[int, int]
+    output: pathlib.Path, name: str, shots: tuple[shapes.Shot, ...], size: tuple[int, int]
 ) -> int:
     """Writes a clip's videos and captions; returns the number of its frames."""
     for number, shot in enumerate(shots):
         with VideoWriter(output / "video" / name / f"{number:06d}.mp4", *size) as writer:
-            writer.write(tiny_world.render(shot, 0, shot.frames, *size))
+            writer.write(shapes.render(shot, 0, shot.frames, *size))
     _write_captions(output / "caption" / name, shots)
     return sum(shot.frames for shot in shots)
 
 
-def _write_captions(folder: pathlib.Path, shots: tuple[tiny_world.Shot, ...]) -> None:
+def _write_captions(folder: pathlib.Path, shots: tuple[shapes.Shot, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, shot in enumerate(shots):
         (folder / f"{number:06d}.json").write_text(json.dumps({"caption": shot.caption}) + "\n")
@@ -94,10 +95,7 @@ def _check_flags() -> None:
     for part in ("video", "caption", "eval"):
         if (pathlib.Path(FLAGS.output) / part).exists():
             raise InputError(f"--output={FLAGS.output} already holds {part}; give another folder")
-    try:
-        pathlib.Path(FLAGS.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={FLAGS.output}: {error.strerror}; give a folder") from error
+    folders.make(FLAGS.output, "--output")
 
 
 if __name__ == "__main__":

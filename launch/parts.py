@@ -12,10 +12,10 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import quantized, store, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit, tokenizer, umt5, vae
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 from longlive_jax.sampling.script import Text
 

@@ -19,14 +19,14 @@ from absl import flags
 
 from launch import command, compile_cache, parts
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import workdir
-from longlive_jax.data.arrays import load_npz, save_npz
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.quant import matmul
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import batches as batches_lib
 from longlive_jax.sampling import decode, pictures, render, script, shots, stream
 

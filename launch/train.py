@@ -34,10 +34,10 @@ from launch import command, parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import umt5
 from longlive_jax.quant import matmul
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import script, stream
 from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop
 from longlive_jax.training.objectives import teacher_forcing

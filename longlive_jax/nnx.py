@@ -1,9 +1,9 @@
-"""The transformer as a Flax NNX module, for those who live in Flax. Same parameters, same numbers.
+"""The transformer as a Flax NNX module, for Flax users. Same parameters, same numbers.
 
     model = nnx.Transformer(cfg, params.init(dit.spec(cfg), key))
-    velocity = model(clean, noisy, timesteps, frames, context)
+    velocity = model(clean, noisy, timesteps, positions, text)
 
-The rest of the package uses the pure functions of `models.dit`; this holds their tree in
+The rest of the package uses the pure functions of `models.dit`; this keeps their tree in
 `flax.nnx.Param`s, so that `nnx.split`, `nnx.Optimizer`, LoRA filters and the like work on it.
 """
 
@@ -26,13 +26,15 @@ class Transformer(nnx.Module):
         """The parameters as the plain tree that the rest of the package takes."""
         return jax.tree.map(lambda p: p[...], self.params, is_leaf=_is_param)
 
-    def __call__(self, clean, noisy, timesteps, frames, context) -> jax.Array:
+    def __call__(self, clean, noisy, timesteps, positions, text) -> jax.Array:
         """Teacher forcing: shapes and dtypes as `models.dit.teacher_forcing`."""
-        return dit.teacher_forcing(self.tree(), self.cfg, clean, noisy, timesteps, frames, context)
+        return dit.teacher_forcing(
+            self.tree(), self.cfg, clean, noisy, timesteps, positions, text=text
+        )
 
-    def block_causal(self, latents, timesteps, frames, context) -> jax.Array:
+    def block_causal(self, latents, timesteps, positions, text) -> jax.Array:
         """Shapes and dtypes as `models.dit.block_causal`."""
-        return dit.block_causal(self.tree(), self.cfg, latents, timesteps, frames, context)
+        return dit.block_causal(self.tree(), self.cfg, latents, timesteps, positions, text=text)
 
 
 def _is_param(x) -> bool:

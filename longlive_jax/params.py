@@ -61,6 +61,19 @@ class ParamSpec:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
 
 
+def linear(
+    inputs: int,
+    outputs: int,
+    axes: tuple[str | None, str | None],
+    init: Callable | None = None,
+) -> Tree:
+    """The specs of `ops.linear`: weight [inputs, outputs], by default `xavier`, and bias, zero."""
+    return {
+        "weight": ParamSpec((inputs, outputs), axes, init or xavier(inputs, outputs)),
+        "bias": ParamSpec((outputs,), (None,)),
+    }
+
+
 def stack(specs: Tree, num_layers: int) -> Tree:
     """The specs of `num_layers` equal layers, with a leading axis named "layer"."""
 

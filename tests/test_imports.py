@@ -9,8 +9,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import those before it, and itself.
-ORDER = ["errors", "config", "mesh", "params", "formats", "kernels", "ops", "quant", "models", "nnx",
-         "diffusion", "data", "checkpoints", "sampling", "training"]  # fmt: skip
+ORDER = ["errors", "files", "captions", "formats", "recipes", "config", "data", "mesh", "params",
+         "kernels", "ops", "quant", "models", "nnx", "diffusion", "checkpoints", "sampling",
+         "training"]  # fmt: skip
 FILES = sorted((ROOT / "longlive_jax").rglob("*.py"))
 
 

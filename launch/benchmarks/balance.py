@@ -20,8 +20,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import dit, vae
-from longlive_jax.models.parallel import Parallel
-from longlive_jax.ops import teacher_forcing as tf
+from longlive_jax.ops import teacher_forcing as attention
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import feed
 
@@ -56,33 +55,31 @@ def run(cfg: config_lib.Config) -> dict:
 
 
 # Each takes a device's share of clean, noisy, target [batch, chunk, frame, h, w, channel],
-# timesteps, frames [batch, chunk, frame] and context [batch, chunk, text_len, text_dim]. In the
+# timesteps, positions [batch, chunk, frame] and text [batch, chunk, text_len, text_dim]. In the
 # naive layout there are 2 n chunks, clean then noisy, in `clean`, and `noisy` is not looked at.
 
 
-def _balanced(cfg, parallel, params, clean, noisy, target, timesteps, frames, context):
+def _balanced(cfg, params, clean, noisy, target, timesteps, positions, text, **on):
     velocity = dit.teacher_forcing(
-        params, cfg.model, clean, noisy, timesteps, frames, context,
-        parallel=parallel, remat=cfg.train.remat,
-    )  # fmt: skip
+        params, cfg.model, clean, noisy, timesteps, positions, text=text, **on
+    )
     return jnp.sum((velocity.astype(jnp.float32) - target) ** 2)
 
 
-def _naive(cfg, parallel, params, copies, noisy, target, timesteps, frames, context):
+def _naive(cfg, params, copies, noisy, target, timesteps, positions, text, **on):
     del noisy
-    params = dit._gather_globals(params, cfg.model, parallel)
-    x, e, modulation, angle = dit._embed(params, cfg.model, copies, timesteps, frames)
 
+    @dit.over_chunks
     def attend(*qkv):
         both = (jnp.swapaxes(y.reshape(len(y), 2, -1, *y.shape[2:]), 1, 2) for y in qkv)
-        out = jnp.swapaxes(tf.teacher_forcing(*both), 1, 2)
+        out = jnp.swapaxes(attention.teacher_forcing(*both), 1, 2)
         return out.reshape(qkv[0].shape)
 
-    attend = dit._training_attend(attend, parallel)
-    x = dit._train_blocks(
-        params, cfg.model, x, modulation, angle, attend, context, parallel, cfg.train.remat
+    plain, *others = dit.BRANCHES
+    branch = dataclasses.replace(plain, attention=plain.attention._replace(block_causal=attend))
+    velocity = dit.block_causal(
+        params, cfg.model, copies, timesteps, positions, text=text, branches=(branch, *others), **on
     )
-    velocity = dit._head(params["head"], cfg.model, x, e, copies.shape[3:5])
     error = jnp.mean((velocity.astype(jnp.float32) - target) ** 2, axis=(-3, -2, -1))
     return jnp.sum(jnp.where(timesteps > 0, error, 0)) * velocity[0, 0, 0].size
 
@@ -90,13 +87,18 @@ def _naive(cfg, parallel, params, copies, noisy, target, timesteps, frames, cont
 def _gradient(cfg, mesh, loss):
     """(params, inputs) -> loss and gradient, as the trainer computes them."""
     specs = dit.spec(cfg.model)
-    parallel = Parallel.training(cfg.compute_dtype)
+    sharding = dit.Sharding.training()
+    precision = dit.Precision(dtype=cfg.compute_dtype)
 
     def local(params, *inputs):
-        value, gradient = jax.value_and_grad(functools.partial(loss, cfg, parallel))(
-            params, *inputs
-        )
-        return parallel.sum(value), parallel.sum_gradients(gradient, specs)
+        def of(params):
+            return loss(
+                cfg, params, *inputs,
+                sharding=sharding, precision=precision, remat=cfg.train.remat,
+            )  # fmt: skip
+
+        value, gradient = jax.value_and_grad(of)(params)
+        return sharding.sum(value), sharding.sum_gradients(gradient, specs)
 
     place = params_lib.partition_specs(specs)
     chunk = mesh_lib.spec(("batch", "chunk"))

@@ -1,6 +1,7 @@
 """What `launch.bench kernels` knows of a kernel at one size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_fp8_hopper
+from longlive_jax import formats
+from longlive_jax.kernels.attention import HEAD_DIM, TILE
+from longlive_jax.kernels.rows import SLICE
 
 # The issue of a quantiser's speed is settled at this size.
 SQUARE = (8192, 8192)
@@ -62,20 +65,53 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def interpret() -> plgpu.InterpretGPUParams | None:
-    """The `interpret` of a kernel: set where there is no GPU."""
-    return plgpu.InterpretGPUParams() if on_cpu() else None
+def by_interpreter(kernel: Callable, **how) -> Callable:
+    """A kernel with these options, interpreted where there is no GPU."""
+    interpret = plgpu.InterpretGPUParams() if on_cpu() else None
+    return functools.partial(kernel, interpret=interpret, **how)
+
+
+def tokens(cfg: config_lib.Config) -> int:
+    """Of a chunk."""
+    return cfg.model.chunk_frames * _patches(cfg)
+
+
+def _patches(cfg):
+    return (cfg.video.height // 32) * (cfg.video.width // 32)
+
+
+def chunk(cfg: config_lib.Config) -> tuple[int, int]:
+    """Frames of a chunk, and patches of each; few on a CPU."""
+    return (2, 3) if on_cpu() else (cfg.model.chunk_frames, _patches(cfg))
+
+
+def width(columns: int, slices: int = 1) -> int:
+    """Of rows; on a CPU so many slices of kernels on rows."""
+    return slices * SLICE if on_cpu() else columns
+
+
+def product(*shape: int) -> formats.PendingMatmul:
+    keys = jax.random.split(jax.random.key(0), 4)
+    n = shape[-1:]
+    return formats.PendingMatmul(
+        sums=128 * jax.random.normal(keys[0], shape, jnp.bfloat16),
+        row=jnp.exp(jax.random.normal(keys[1], (*shape[:-1], 1)) / 4) / 128,
+        column=jnp.exp(jax.random.normal(keys[2], n) / 4),
+        bias=jax.random.normal(keys[3], n, jnp.bfloat16),
+    )
 
 
 def window(cfg: config_lib.Config):
     """A chunk's q, k, v [1, token, head, head_dim], and the cache's slots."""
     if on_cpu():
-        tokens, slots, heads = attention_fp8_hopper.TILE, 1, 1
+        length, slots, heads = TILE, 1, 1
     else:
-        heads = cfg.model.num_heads
-        patches = (cfg.video.height // 32) * (cfg.video.width // 32)
-        tokens = cfg.model.chunk_frames * patches
+        length, heads = tokens(cfg), cfg.model.num_heads
         slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
-    shape = (1, tokens, heads, attention_fp8_hopper.HEAD_DIM)
+    shape = (1, length, heads, HEAD_DIM)
     keys = jax.random.split(jax.random.key(0), 3)
     return *(jax.random.normal(key, shape, jnp.bfloat16) for key in keys), slots
+
+
+def nbytes(tree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -21,9 +21,9 @@ from launch.benchmarks import measure
 from launch.benchmarks.stream import chunk_inputs
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 
 ROUNDED = "noise rounded"
@@ -93,18 +93,22 @@ def _outputs(cfg, mesh, params, rounded=False):
 
 def _hidden(cfg, sampler, params, state, inputs):
     recipe = recipe_lib.get(cfg.quant.recipe)
-    parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
+    on = dict(
+        sharding=dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all]),
+        precision=dit.Precision(recipe, cfg.compute_dtype),
+    )
     model = cfg.model
 
     def states(params, state, inputs):
         latents, text = (x.astype(cfg.compute_dtype) for x in (inputs.noise, inputs.context))
         local = latents.shape[1]
         first = state.chunk * model.chunk_frames + jax.lax.axis_index(mesh_lib.SEQ) * local
-        frames = jnp.broadcast_to(first + jnp.arange(local), latents.shape[:2]).astype(jnp.int32)
-        timesteps = jnp.full(frames.shape, TIMESTEP)
-        text = dit.text_keys_values(params, model, text, parallel)
+        positions = jnp.broadcast_to(first + jnp.arange(local), latents.shape[:2])
+        positions = positions.astype(jnp.int32)
+        timesteps = jnp.full(positions.shape, TIMESTEP)
+        text = dit.text_keys_values(params, model, text, **on)
         return dit.hidden_states(
-            params, model, latents, timesteps, frames, text, state.cache, parallel
+            params, model, latents, timesteps, positions, text=text, cache=state.cache, **on
         )
 
     specs = (

@@ -6,7 +6,7 @@
     ...quantized_weight_metadata        int32 (4,): N, K, N', K'
 
 N is out and K in, N' and K' their next multiples of 128 and 64. q, k and v are apart. The file says
-by which scale rule its weights were quantised, which nothing else tells.
+by which scale rule its weights were quantised; no tensor shows it.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import layout
 from longlive_jax.checkpoints.tensor import Tensor, check_finite
 from longlive_jax.errors import InputError
 from longlive_jax.formats import from_hardware_order, nvfp4, to_hardware_order
-from longlive_jax.quant import recipe as recipe_lib
-from longlive_jax.quant.recipe import NVFP4, Recipe
+from longlive_jax.recipes import NVFP4, Recipe
 
 FORMAT = "longlive_generator_nvfp4"
 PREFIX = "model."  # of all keys
@@ -113,6 +113,11 @@ def _packed(group: Mapping[str, Tensor], name: str) -> Packed:
     return Packed(name, shape, group)
 
 
+def holds(own: Recipe | None) -> bool:
+    """Whether such files hold what the recipe makes of weights."""
+    return own is not None and isinstance(own.weight, NVFP4)
+
+
 def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
     """The recipe that quantises as the file was: `wanted`, or the one for inference.
 
@@ -124,7 +129,7 @@ def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
     """
     name = _DEFAULT if wanted is None else wanted
     chosen, rule = recipe_lib.get(name), _rule(saved)
-    if chosen is None or not isinstance(chosen.weight, NVFP4):
+    if not holds(chosen):
         raise InputError(
             f"--recipe={name}: {file} holds weights in NVFP4 already; leave --recipe out, or "
             f"{_OTHERWISE}"
@@ -137,9 +142,8 @@ def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
         )
     if rule not in (None, chosen.weight.rule):
         fitting = [
-            r.name for r in recipe_lib.RECIPES.values()
-            if r and isinstance(r.weight, NVFP4) and r.weight.rule == rule
-        ]  # fmt: skip
+            r.name for r in recipe_lib.RECIPES.values() if holds(r) and r.weight.rule == rule
+        ]
         way_out = (
             f"if it was trained in {' or '.join(fitting)}, give that as --recipe; else {_OTHERWISE}"
             if fitting
@@ -220,7 +224,7 @@ def entries(w: layout.Weight) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         them.
     """
     field = w.path[-1]
-    # The amax does not tell the weight's shape, and nothing of it depends on that.
+    # An amax has no shape of the weight, and its tensor needs none.
     rows, columns = w.shape[1:] or (1, 1)
     buffers = _entries((rows, columns * (2 if field == "values" else nvfp4.BLOCK)))
     weight = layout.Weight(w.path[:-1], w.layer, w.shape)

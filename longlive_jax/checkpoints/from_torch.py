@@ -1,5 +1,6 @@
 """The original's weight files to ours, one tensor at a time."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import files, four_over_six, layout, lora, names, quantized, store
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import four_over_six, layout, lora, names, quantized, sources
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
-from longlive_jax.quant import recipe as recipe_lib
-from longlive_jax.quant.recipe import Recipe
+from longlive_jax.recipes import Recipe
 
 _ROWS_BYTES = 128 << 20  # tables larger than this are read in several goes
 
@@ -26,16 +27,16 @@ class Source:
     part: parts_lib.Part
     spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
-    tensors: Mapping[str, Tensor | four_over_six.Packed]  # by the original's keys
+    tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
     files: tuple[str, ...]
     recipe: Recipe | None  # that quantises the linear layers' weights, or has done so in the file
     dtype: np.dtype  # that weights are cast to before they are quantised
 
-    def pieces(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[store.Piece]:
+    def pieces(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[layout.Piece]:
         """Our arrays for `store.save` with `recipe`, each read when asked for.
 
         Args:
-          progress: is told how many of the original's tensors have been read since the last call.
+          progress: called with the number of the original's tensors read since the last call.
 
         Raises:
           InputError: values that are not finite, or a file that changed.
@@ -48,7 +49,7 @@ class Source:
         for w in layout.weights(self.spec):
             if _packed(self.tensors[w.keys[0]]):
                 for field, array in four_over_six.fields(w, self.tensors, self.recipe):
-                    yield store.Piece((*w.path, field), w.layer, array[None])
+                    yield layout.Piece((*w.path, field), w.layer, array[None])
                 progress(len(w.keys))
                 continue
             sources = [self.tensors[k] for k in w.keys]
@@ -58,13 +59,13 @@ class Source:
                 step = max(1, _ROWS_BYTES // max(1, row))
                 for i in range(0, w.shape[0], step):
                     array = self._read(w.keys[0], i, min(i + step, w.shape[0]))
-                    yield store.Piece(w.path, i, array.astype(dtype, copy=False))
+                    yield layout.Piece(w.path, i, array.astype(dtype, copy=False))
             else:
                 arrays = [self._read(k).astype(dtype, copy=False) for k in w.keys]
                 array = w.from_torch(arrays)
                 del arrays
                 piece = array if w.layer is None else array[None]
-                yield store.Piece(w.path, w.layer or 0, piece)
+                yield layout.Piece(w.path, w.layer or 0, piece)
                 del array, piece
             progress(len(w.keys))
 
@@ -97,7 +98,7 @@ def open_part(
 
     Args:
       part: "dit", "vae" or "umt5".
-      source: file, folder or hf:// address; see `files.locate`.
+      source: file, folder or hf:// address; see `sources.locate`.
       use_ema: of a training checkpoint, take the moving average of the weights.
       lora_source: a LoRA to merge, in the same kinds of places.
       lora_alpha: its scale's numerator; default the file's, else its rank.
@@ -111,17 +112,15 @@ def open_part(
     """
     network = parts_lib.PARTS[part]
     section = network.config(config)
-    path = files.locate(source, part)
-    saved = files.read(path)
-    tensors = names.state_dict(saved, part, use_ema, path)
+    path = sources.locate(source, part)
+    saved = sources.read(path)
+    tensors: dict[str, Any] = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
         tensors = four_over_six.collect(tensors, path)
     spec = network.spec(section)
-    if part == "vae" and not any(k.startswith("encoder.") for k in tensors):
+    if part == "vae" and "encoder" not in (found := {k.partition(".")[0] for k in tensors}):
         # A decoder alone; conv1 belongs to the encoder, but some files keep it.
-        spec = {
-            k: v for k, v in spec.items() if k != "encoder" and (k != "conv1" or _conv1(tensors))
-        }
+        spec = {k: v for k, v in spec.items() if k not in {"encoder", "conv1"} - found}
     _check(network, section, spec, tensors, path)
     own = None if recipe is None else recipe_lib.get(recipe)
     if _quantized(spec, tensors, path):
@@ -134,14 +133,10 @@ def open_part(
     quantized.spec(spec, own)  # refuses sides that the blocks do not divide
     used = (path,)
     if lora_source is not None:
-        lora_path = files.locate(lora_source, "lora")
-        tensors = lora.merge(tensors, files.read(lora_path), lora_alpha, lora_path)
+        lora_path = sources.locate(lora_source, "lora")
+        tensors = lora.merge(tensors, sources.read(lora_path), lora_alpha, lora_path)
         used += (lora_path,)
     return Source(network, spec, section, tensors, used, own, config.compute_dtype)
-
-
-def _conv1(tensors: Mapping[str, Tensor]) -> bool:
-    return any(k.startswith("conv1.") for k in tensors)
 
 
 def _packed(tensor: Tensor | four_over_six.Packed) -> bool:
@@ -165,26 +160,24 @@ def _quantized(spec, tensors: Mapping[str, Tensor | four_over_six.Packed], path:
 def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> None:
     expected = layout.torch_shapes(spec)
     found = {k: t.shape for k, t in tensors.items()}
-    missing = [k for k in expected if k not in found]
-    extra = [k for k in found if k not in expected]
-    shaped = [k for k in expected if k in found and found[k] != expected[k]]
-    if missing or extra or shaped:
-        problems = [
-            f"{len(keys)} {what} ({', '.join(map(show, keys[:5]))}{', ...' if keys[5:] else ''})"
-            for what, keys, show in (
-                ("missing", missing, lambda k: f"{k} {expected[k]}"),
-                ("not expected", extra, lambda k: f"{k} {found[k]}"),
-                (
-                    "of another shape",
-                    shaped,
-                    lambda k: f"{k}: expected {expected[k]}, found {found[k]}",
-                ),
-            )
-            if keys
-        ]
+    problems = {
+        "missing": [f"{k} {s}" for k, s in expected.items() if k not in found],
+        "not expected": [f"{k} {s}" for k, s in found.items() if k not in expected],
+        "of another shape": [
+            f"{k}: expected {s}, found {found[k]}"
+            for k, s in expected.items()
+            if found.get(k, s) != s
+        ],
+    }
+    texts = [
+        f"{len(these)} {what} ({', '.join(these[:5])}{', ...' if these[5:] else ''})"
+        for what, these in problems.items()
+        if these
+    ]
+    if texts:
         raise InputError(
             f"{path}: does not hold the {network.name} that the config describes: of "
-            f"{len(expected)} weights, {'; '.join(problems)}. "
+            f"{len(expected)} weights, {'; '.join(texts)}. "
             + _advice(network, section, spec, found)
         )
     for key, t in tensors.items():
@@ -193,12 +186,13 @@ def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
-    sizes = network.sizes(found)
-    flags = network.overrides(sizes, section)
-    if not flags:
+    settings = network.overrides(network.sizes(found), section)
+    if not settings:
         return f"Is it the right file for --{network.name}?"
-    other = network.spec(dataclasses.replace(section, **sizes))
-    other = {k: v for k, v in other.items() if k in spec}
-    if layout.torch_shapes(other) == found:
-        return f"The file fits with {flags}"
+    flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())
+    with contextlib.suppress(InputError):  # no network has these sizes
+        other = network.spec(dataclasses.replace(section, **settings))
+        other = {k: v for k, v in other.items() if k in spec}
+        if layout.torch_shapes(other) == found:
+            return f"The file fits with {flags}"
     return f"Its sizes are those of {flags}, but it does not fit them either; is it damaged?"

@@ -7,6 +7,7 @@ ours [in, out], theirs (out, in); q, k, v are one matrix here and three there.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,14 @@ from longlive_jax import params as params_lib
 _FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v")}
 _EMBEDDINGS = ("token_embedding", "embedding")  # tables to look up, not matrices to multiply with
 _PATCH = (1, 2, 2)  # of the transformer's patch convolution: frames, rows, columns
+
+
+class Piece(NamedTuple):
+    """Rows `start` and on of one of our arrays; a layer is one row of a stacked array."""
+
+    path: params_lib.Path
+    start: int
+    array: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,29 +90,23 @@ class Weight:
             return "linear"
         return "plain"
 
-    def _from_torch(self, t: np.ndarray) -> np.ndarray:
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        """The original's axes in the order of ours."""
+        axes = range(len(self.torch_shape))
         match self._kind:
-            case "linear":
-                return t.T
+            case "linear" | "conv":
+                return (*axes[2:], 1, 0)
             case "patch":
-                return t.reshape(t.shape[0], -1).T
-            case "conv":
-                return np.moveaxis(t, (0, 1), (-1, -2))
-            case "gamma":
-                return t.reshape(-1)
-            case "modulation":
-                return t[0]
-        return t
+                return (*axes[1:], 0)
+        return tuple(axes)
+
+    def _from_torch(self, t: np.ndarray) -> np.ndarray:
+        return t.transpose(self._axes).reshape(*self.shape[:-1], -1)
 
     def _to_torch(self, a: np.ndarray) -> np.ndarray:
-        match self._kind:
-            case "linear":
-                return a.T
-            case "patch" | "gamma" | "modulation":
-                return (a.T if self._kind == "patch" else a).reshape(self.torch_shape)
-            case "conv":
-                return np.moveaxis(a, (-1, -2), (0, 1))
-        return a
+        theirs, axes = self.torch_shape, self._axes
+        return a.reshape([theirs[i] for i in axes]).transpose(np.argsort(axes))
 
 
 def weights(spec: params_lib.Tree) -> Iterator[Weight]:

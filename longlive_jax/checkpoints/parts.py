@@ -1,4 +1,4 @@
-"""The three networks that a checkpoint holds, and the settings that give them their shapes."""
+"""The kinds of network that weights are converted for, and the settings that give their shapes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,14 +8,14 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import dit, umt5, vae
 
-_HEAD_DIM = 128  # of every Wan transformer; no shape tells it
+_HEAD_DIM = 128  # of every Wan transformer; no shape depends on it
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the original's keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A network: its section of the config, its specs, and sizes read off the original's shapes."""
+    """A kind of network: its section of the config, its specs, and sizes by tensors' shapes."""
 
     name: str
     section: str
@@ -25,13 +25,11 @@ class Part:
     def config(self, config: config_lib.Config) -> Any:
         return getattr(config, self.section)
 
-    def overrides(self, found: Mapping[str, int], config: Any) -> str:
-        """The flags that turn `config` (a section) into one of sizes `found`; may be empty."""
+    def overrides(self, found: Mapping[str, int], config: Any) -> dict[str, int]:
+        """What turns `config` (a section) into one of sizes `found`; may be empty."""
         if self.name == "dit" and found.get("dim", config.dim) != config.dim:
             found = {**found, "num_heads": max(1, found["dim"] // _HEAD_DIM)}
-        return " ".join(
-            f"--config.{self.section}.{k}={v}" for k, v in found.items() if v != getattr(config, k)
-        )
+        return {k: v for k, v in found.items() if v != getattr(config, k)}
 
 
 def _dit_sizes(shapes: Shapes) -> dict[str, int]:

@@ -46,20 +46,14 @@ _TORCH_DTYPES = {
     "complex128": np.complex128,
 }
 _STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-    "ComplexFloatStorage": np.complex64,
-    "ComplexDoubleStorage": np.complex128,
-    "UntypedStorage": np.uint8,
-}
+    f"{kind}Storage": _TORCH_DTYPES[name]
+    for kind, name in (
+        ("Double", "double"), ("Float", "float"), ("Half", "half"), ("BFloat16", "bfloat16"),
+        ("Long", "long"), ("Int", "int"), ("Short", "short"), ("Char", "int8"), ("Byte", "uint8"),
+        ("Bool", "bool"), ("ComplexFloat", "complex64"), ("ComplexDouble", "complex128"),
+        ("Untyped", "uint8"),
+    )
+}  # fmt: skip
 _LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch.save before 1.6
 _RESAVE = "load it with the torch that wrote it, then torch.save(state_dict, NEW_FILE)"
 
@@ -249,8 +243,8 @@ class _Unpickler(pickle.Unpickler):
         del rest  # requires_grad, hooks, metadata
         return self._view(storage, storage.dtype, offset, size, stride)
 
-    def _tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype, *rest):
-        del grad, hooks, rest
+    def _tensor_v3(self, storage, offset, size, stride, *rest) -> tensor_lib.FileTensor:
+        _requires_grad, _hooks, dtype, *_ = rest
         return self._view(storage, dtype.dtype, offset, size, stride)
 
     def _view(self, storage: _Storage, dtype, offset, shape, strides) -> tensor_lib.FileTensor:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints.tensor import check_finite
 from longlive_jax.errors import InputError
-from longlive_jax.formats import NVFP4Tensor, Quantized, from_packed
+from longlive_jax.formats import Quantized
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.quant.linear import quantize_weight
-from longlive_jax.quant.recipe import LINEARS, Recipe
+from longlive_jax.recipes import LINEARS, Recipe
 
 _PATHS = {("blocks", *path.split("."), "weight"): path for path in LINEARS}
 
@@ -44,7 +44,8 @@ def spec(specs: params_lib.Tree, recipe: Recipe | None) -> params_lib.Tree:
     Raises:
       InputError: sides that the format's blocks do not divide.
     """
-    return weights_lib.as_dicts(_map_tensors(_pack_spec, weights_lib.quantize_specs(specs, recipe)))
+    specs = weights_lib.quantize_specs(specs, recipe)
+    return weights_lib.as_dicts(weights_lib.map_quantized(_pack_spec, specs))
 
 
 def pieces(
@@ -82,8 +83,7 @@ _quantize = jax.jit(quantize_weight, static_argnames="recipe")
 
 def _fields(tensor: Quantized) -> dict[str, jax.Array]:
     # Not in one program with the quantisation, which XLA would then repeat for the packing.
-    fields = weights_lib.as_dicts(tensor)
-    return fields | ({"values": tensor.packed()} if isinstance(tensor, NVFP4Tensor) else {})
+    return weights_lib.as_dicts(tensor.pack())
 
 
 def from_stored(
@@ -97,23 +97,22 @@ def from_stored(
     """
 
     def unpack(tensor: Quantized, where: Quantized) -> Quantized:
-        if not isinstance(tensor, NVFP4Tensor):
+        if not tensor.is_packed:
             return tensor
-        result = _unpack(where)(tensor.values, tensor.scales, tensor.amax)
+        result = _unpack(where)(tensor)
         tensor.values.delete()  # else all codes would be there twice
         return result
 
-    return _map_tensors(unpack, weights_lib.from_dicts(tree, specs), place)
+    return weights_lib.map_quantized(unpack, weights_lib.from_dicts(tree, specs), place)
 
 
 @functools.cache
-def _unpack(where: NVFP4Tensor):
-    one = functools.partial(from_packed, rule=where.rule, block=where.block, dtype=where.dtype)
+def _unpack(where: Quantized):
+    one = type(where).unpack
     if isinstance(where.values, jax.NamedSharding):
         # Each device its own: the two codes of a byte are neighbours.
-        result = jax.tree.map(lambda s: s.spec, where)
-        own = (result.values, result.scales, result.amax)
-        one = jax.shard_map(one, mesh=where.values.mesh, in_specs=own, out_specs=result)
+        own = jax.tree.map(lambda s: s.spec, where)
+        one = jax.shard_map(one, mesh=where.values.mesh, in_specs=(own,), out_specs=own)
     return jax.jit(one)
 
 
@@ -125,7 +124,7 @@ def check(params: params_lib.Tree, name: str) -> params_lib.Tree:
     """
     leaves, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    found = {name_of(p): _finite(leaf) for p, leaf in leaves if isinstance(leaf, Quantized)}
+    found = {name_of(p): leaf.is_finite() for p, leaf in leaves if isinstance(leaf, Quantized)}
     for where, finite in jax.device_get(found).items():
         if not finite:
             raise InputError(
@@ -136,27 +135,10 @@ def check(params: params_lib.Tree, name: str) -> params_lib.Tree:
     return params
 
 
-@jax.jit
-def _finite(tensor):
-    if isinstance(tensor, NVFP4Tensor):
-        return jnp.isfinite(tensor.amax).all() & jnp.isfinite(tensor.scales).all()
-    # XLA's CPU backend (jaxlib 0.12.0) may lose a NaN in a row's maximum; the value stays one.
-    return jnp.isfinite(tensor.scale).all() & ~jnp.isnan(tensor.values).any()
-
-
 def _pack_spec(tensor: Quantized) -> Quantized:
-    if not isinstance(tensor, NVFP4Tensor):
-        return tensor
-    values = tensor.values
-    shape = (*values.shape[:-1], values.shape[-1] // 2)
-    return tensor.replace(values=dataclasses.replace(values, shape=shape, dtype=jnp.uint8))
+    packed = jax.eval_shape(type(tensor).pack, params_lib.abstract(tensor))
 
+    def one(spec, array):
+        return dataclasses.replace(spec, shape=array.shape, dtype=array.dtype)
 
-def _map_tensors(function, tree, *others):
-    def one(leaf, *rest):
-        return function(leaf, *rest) if isinstance(leaf, Quantized) else leaf
-
-    def is_leaf(x):
-        return isinstance(x, Quantized) or params_lib.is_spec(x)
-
-    return jax.tree.map(one, tree, *others, is_leaf=is_leaf)
+    return jax.tree.map(one, tensor, packed)

@@ -11,6 +11,7 @@ import numpy as np
 
 from longlive_jax.checkpoints import tensor as tensor_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path
 
 DTYPES = {
     "F64": np.float64,
@@ -106,20 +107,13 @@ def write(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes
-    partial = f"{os.fspath(file)}.partial"
-    try:
-        with open(partial, "wb") as f:
-            f.write(struct.pack("<Q", len(encoded)) + encoded)
-            written = 0
-            for (name, (shape, dtype)), (got, array) in zip(entries.items(), arrays, strict=True):
-                if (name, tuple(shape), np.dtype(dtype)) != (got, array.shape, array.dtype):
-                    raise ValueError(f"{got} {array.shape} {array.dtype} at the place of {name}")
-                # numpy's tofile knows no ml_dtypes; bytes are bytes.
-                np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(f)
-                written += array.nbytes
-            assert written == offset, (written, offset)
-        os.replace(partial, file)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
+    with atomic_path(file) as partial, partial.open("wb") as f:
+        f.write(struct.pack("<Q", len(encoded)) + encoded)
+        written = 0
+        for (name, (shape, dtype)), (got, array) in zip(entries.items(), arrays, strict=True):
+            if (name, tuple(shape), np.dtype(dtype)) != (got, array.shape, array.dtype):
+                raise ValueError(f"{got} {array.shape} {array.dtype} at the place of {name}")
+            # numpy's tofile knows no ml_dtypes; bytes are bytes.
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(f)
+            written += array.nbytes
+        assert written == offset, (written, offset)

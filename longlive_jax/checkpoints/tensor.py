@@ -1,4 +1,4 @@
-"""A tensor that lies in a file and is read only when somebody asks for it."""
+"""A tensor that lies in a file and is read when its values are asked for."""
 
 import dataclasses
 import math
@@ -12,11 +12,15 @@ from longlive_jax.errors import InputError
 class Tensor(Protocol):
     """What readers of files hand out: shape and dtype now, values later."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the leading axis (default: all), as a row-major array."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +86,8 @@ def check_finite(array: np.ndarray, name: str) -> None:
     """
     flat = array.reshape(-1)
     step = 1 << 22  # bounds the memory of the mask
-    bad = sum(
-        step_size - int(np.count_nonzero(np.isfinite(chunk)))
-        for chunk in (flat[i : i + step] for i in range(0, flat.size, step))
-        for step_size in (chunk.size,)
-    )
+    finite = (np.isfinite(flat[i : i + step]).sum() for i in range(0, flat.size, step))
+    bad = flat.size - int(sum(finite))
     if bad:
         raise InputError(
             f"{name}: {bad} of {array.size} values are not finite (NaN or infinity); the file is "

@@ -12,7 +12,7 @@ import numpy as np
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import four_over_six, layout, quantized, safetensors, store
 from longlive_jax.errors import InputError
-from longlive_jax.quant.recipe import NVFP4, Recipe
+from longlive_jax.recipes import Recipe
 
 
 def export_store(
@@ -24,7 +24,7 @@ def export_store(
     """Writes a part of our checkpoint to `file`, bit for bit, reading one group at a time.
 
     Args:
-      progress: is told how many tensors have been written since the last call.
+      progress: called with the number of tensors written since the last call.
 
     Returns:
       The number of tensors written.
@@ -33,8 +33,8 @@ def export_store(
       InputError: as `check`; or the part is damaged.
     """
     stored = check(directory, part)
-    extents, pieces = stored.extents(), stored.pieces()
-    return _write(stored.spec(), stored.dtypes(), extents, pieces, file, progress, stored.recipe)
+    content = stored.spec(), stored.dtypes(), stored.extents(), stored.pieces()
+    return _write(file, *content, progress=progress, recipe=stored.recipe)
 
 
 def check(directory: str | os.PathLike, part: str) -> store.Stored:
@@ -44,7 +44,7 @@ def check(directory: str | os.PathLike, part: str) -> store.Stored:
       InputError: the checkpoint lacks the part, or its recipe is one of another format than NVFP4.
     """
     stored = store.Stored(directory, part)
-    if stored.recipe is not None and not isinstance(stored.recipe.weight, NVFP4):
+    if stored.recipe is not None and not four_over_six.holds(stored.recipe):
         raise InputError(
             f"{directory}: its {part} is quantised by recipe {stored.recipe.name!r}, and the "
             "original has no files of that; give the checkpoint that it was made of"
@@ -61,16 +61,17 @@ def export_tree(tree: params_lib.Tree, spec: params_lib.Tree, file: str | os.Pat
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params_lib.flatten(tree).items()}
     extents = [(w.path, w.layer or 0, 1 if w.layer is not None else w.shape[0])
                for w in layout.weights(spec)]  # fmt: skip
-    return _write(spec, dtypes, extents, store.tree_pieces(tree, spec), file, lambda n: None)
+    return _write(file, spec, dtypes, extents, store.tree_pieces(tree, spec))
 
 
 def _write(
+    file: str | os.PathLike,
     spec: params_lib.Tree,
     dtypes: Mapping[params_lib.Path, np.dtype],
     extents: Iterable[tuple[params_lib.Path, int, int]],
-    pieces: Iterable[store.Piece],
-    file: str | os.PathLike,
-    progress: Callable[[int], None],
+    pieces: Iterable[layout.Piece],
+    *,
+    progress: Callable[[int], None] = lambda n: None,
     recipe: Recipe | None = None,
 ) -> int:
     prefix = "" if recipe is None else four_over_six.PREFIX
@@ -109,13 +110,14 @@ def _weights(
 ) -> Iterator[tuple[layout.Weight, list]]:
     """Each weight as soon as all of its rows have come, with them."""
     leaves = params_lib.flatten(spec)
-    held: dict[params_lib.Path, dict[int, Any]] = {}
+    waiting: dict[params_lib.Path, dict[int, Any]] = {}
     for path, start, rows in pieces:
         s = leaves[path]
         if layout.is_stacked(s):
             for i, row in enumerate(rows):
                 yield layout.Weight(path, start + i, s.shape[1:]), [row]
             continue
-        held.setdefault(path, {})[start] = rows
-        if sum(map(len, held[path].values())) == s.shape[0]:
-            yield layout.Weight(path, None, s.shape), [r for _, r in sorted(held.pop(path).items())]
+        waiting.setdefault(path, {})[start] = rows
+        if sum(map(len, waiting[path].values())) == s.shape[0]:
+            whole = layout.Weight(path, None, s.shape)
+            yield whole, [rows for _, rows in sorted(waiting.pop(path).items())]

@@ -15,9 +15,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import directory as directory_lib
-from longlive_jax.data import versioned
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 
 FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
@@ -59,8 +58,7 @@ def read(directory: str | os.PathLike) -> Run:
 
 def write(directory: str | os.PathLike, run: Run) -> None:
     """Writes run.json in one step."""
-    content = {"format": FORMAT, "version": VERSION} | run._asdict()
-    directory_lib.write_json(pathlib.Path(directory) / RUN, content)
+    versioned.write(pathlib.Path(directory) / RUN, FORMAT, VERSION, run._asdict())
 
 
 def parts(directory: str | os.PathLike) -> str:

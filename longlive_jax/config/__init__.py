@@ -9,7 +9,7 @@ from longlive_jax.config.data import Data
 from longlive_jax.config.io import MOVED, from_config_dict, load_config, renamed, to_config_dict
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
-from longlive_jax.config.quant import KV_FORMATS, PAYLOADS, RECIPES, Quant
+from longlive_jax.config.quant import Quant
 from longlive_jax.config.sample import Sample
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import REMAT, TIMESTEPS, ErrorRecycling, Train
@@ -19,7 +19,7 @@ from longlive_jax.config.vae import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, V
 from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 
 __all__ = [
-    "FRAMES_PER_SECOND", "KV_FORMATS", "MOVED", "PATCH", "PAYLOADS", "RECIPES", "REMAT",
+    "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
     "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
     "ErrorRecycling", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
     "from_config_dict", "load_config", "renamed", "to_config_dict", "validate_training",

@@ -7,14 +7,7 @@ from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import Model
 from longlive_jax.config.section import OneOf, Section, divides
 from longlive_jax.config.video import Video
-
-KV_FORMATS = ("bf16", "fp8", "nvfp4")  # what `quant.kv` knows
-PAYLOADS = ("bf16", "nvfp4")  # what `quant.all_to_all` knows
-# Those of `quant.recipe`, and whether they say how gradients are computed.
-RECIPES = {
-    "bf16": True, "fp8": False, "fp8_train": True, "nvfp4_ar": True, "nvfp4_dmd": True,
-    "nvfp4_te": True, "nvfp4_w4a4": False,
-}  # fmt: skip
+from longlive_jax.recipes import KV_FORMATS, PAYLOADS, RECIPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +22,18 @@ class Quant(Section):
 
     def check(self, model: Model, video: Video, mesh: Mesh) -> None:
         """Refuses sizes that the formats' blocks do not divide."""
-        if self.kv == "fp8":
+        kv, payload = KV_FORMATS[self.kv], PAYLOADS[self.all_to_all]
+        if kv is not None and kv.tokens > 1:
             divides(
                 f"model.chunk_frames x patches of {video.height} x {video.width} pixels",
                 model.chunk_frames * video.patches,
-                "tokens that quant.kv='fp8' stores together",
-                16,
+                f"tokens that quant.kv={self.kv!r} stores together",
+                kv.tokens,
             )
-        if "nvfp4" in (self.kv, self.all_to_all):
-            divides("model.dim / model.num_heads", model.head_dim, "numbers a block", 16)
-        if self.recipe.startswith("nvfp4"):
-            divides("model.dim", model.dim, "numbers a block * mesh.fsdp", 16 * mesh.fsdp)
-            divides("model.ffn_dim", model.ffn_dim, "numbers a block", 16)
+        for fmt in filter(None, (kv, payload)):
+            divides("model.dim / model.num_heads", model.head_dim, "numbers a block", fmt.multiple)
+        recipe = RECIPES[self.recipe]
+        if recipe is not None and recipe.multiple > 1:
+            block = recipe.multiple
+            divides("model.dim", model.dim, "numbers a block * mesh.fsdp", block * mesh.fsdp)
+            divides("model.ffn_dim", model.ffn_dim, "numbers a block", block)

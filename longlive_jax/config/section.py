@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from longlive_jax.errors import InputError
@@ -36,11 +37,17 @@ class Range:
         return " and ".join(limits or ["finite"]) + (f"; {self.hint}" if self.hint else "")
 
 
-class OneOf(tuple):
-    """The values a setting may have: `Annotated[str, OneOf(("width", "halo"))]`."""
+class OneOf:
+    """The values a setting may have: `Annotated[str, OneOf(("width", "halo"))]`, or a table's."""
+
+    def __init__(self, values: Collection[str]):
+        self.values = values  # not a copy: a table may gain an entry
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.values
 
     def __str__(self) -> str:
-        return f"one of {', '.join(self)}"
+        return f"one of {', '.join(self.values)}"
 
 
 INT32_MAX = 2**31 - 1  # positions, steps and seeds are int32 on devices

@@ -1,8 +1,8 @@
 """What trainers ask of a config. Apart from its own checks: a sampler needs none of this."""
 
 from longlive_jax.config.config import Config
-from longlive_jax.config.quant import RECIPES
 from longlive_jax.config.section import divides, refuse
+from longlive_jax.recipes import RECIPES
 
 
 def validate_training(config: Config) -> None:
@@ -12,11 +12,12 @@ def validate_training(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, t, d, mesh = config.model, config.train, config.data, config.mesh
-    if not RECIPES[config.quant.recipe]:
+    recipe = RECIPES[config.quant.recipe]
+    if recipe is not None and recipe.gradients is None:
         refuse(
             f"quant.recipe={config.quant.recipe!r}",
             "is for sampling; train in one of "
-            + ", ".join(name for name, gradients in RECIPES.items() if gradients),
+            + ", ".join(name for name, r in RECIPES.items() if r is None or r.gradients),
         )
     divides("train.latent_frames", t.latent_frames, "model.chunk_frames", m.chunk_frames)
     chunks = t.latent_frames // m.chunk_frames

@@ -15,11 +15,11 @@ import numpy as np
 from absl import logging
 
 from longlive_jax import config as config_lib
+from longlive_jax.captions import clean
 from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from longlive_jax.data.source import Sample, first
 from longlive_jax.data.video import VideoFile, frame_indices, probe
 from longlive_jax.errors import InputError
-from longlive_jax.models.tokenizer import clean
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 STARTS = 50  # places in a file where a sample may start, about
@@ -51,7 +51,7 @@ class Rules:
 
     chunks: int
     chunk_frames: int  # latent frames
-    min_chunks: int  # real ones; those after them are padding
+    min_chunks: int  # valid ones; those after them are padding
     max_chunks_per_shot: int = 0
     single_shot: bool = False
 
@@ -71,7 +71,7 @@ class Segment:
 
 
 def plan(clips: Sequence[Clip], rules: Rules, rng: np.random.Generator) -> list[Segment]:
-    """A random sample of these clips: a segment for each real chunk, or [] if they are too short.
+    """A random sample of these clips: a segment for each valid chunk, or [] if they are too short.
 
     It starts at any of the candidates (`starts`) from which the clips fill it to the end. Where
     there are none, it starts with a first frame, and has at least `min_chunks` segments.
@@ -238,7 +238,7 @@ class VideoFolder:
             )
             try:
                 with VideoFile(clip.path, *self._size) as video:
-                    for frame in video.pick(indices):
+                    for frame in video.pick(indices.tolist()):
                         frames[done] = frame
                         done += 1
             except (InputError, OSError) as error:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from longlive_jax.data.atomic import atomic_path
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path
 
 # PIL widens these filters when it shrinks an image, which is what "antialiased" means. Each is the
 # original's choice for its kind: triangle for photographs (torchvision's antialiased bilinear),

@@ -1,6 +1,6 @@
 """Cached training data: latents and the prompts' embeddings, in files that are read at random.
 
-    DIR/latents-00000.arrayrecord   samples: latents with their name, prompts and real chunks
+    DIR/latents-00000.arrayrecord   samples: latents with their name, prompts and valid chunks
     DIR/text-00000.arrayrecord      the embedding of each distinct prompt, without its padding
     DIR/failures.jsonl              what could not be read
     DIR/progress.jsonl              until it is whole: settings, and a line for each whole file
@@ -11,8 +11,6 @@ and the bytes of one array, little-endian; a CRC-32 in the head covers all that 
 """
 
 import dataclasses
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -25,13 +23,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore (compiled)
 
 from longlive_jax import config as config_lib
-from longlive_jax.data import versioned
-from longlive_jax.data.atomic import atomic_path, no_space
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders, versioned
+from longlive_jax.files.atomic import atomic_path, no_space
 
 FORMAT, VERSION = "longlive_jax records", 1
 MANIFEST, PROGRESS, FAILURES = "manifest.json", "progress.jsonl", "failures.jsonl"
@@ -196,11 +194,7 @@ def write_manifest(folder: str | os.PathLike, **values) -> None:
     Raises:
       OSError: ENOSPC, naming the file.
     """
-    values = {"format": FORMAT, "version": VERSION} | values
-    with atomic_path(pathlib.Path(folder) / MANIFEST) as partial, partial.open("w") as file:
-        json.dump(values, file, indent=1, default=dataclasses.asdict)
-        file.flush()
-        os.fsync(file.fileno())
+    versioned.write(pathlib.Path(folder) / MANIFEST, FORMAT, VERSION, values)
 
 
 class Progress:
@@ -218,8 +212,8 @@ class Progress:
       lines: one a whole file, in the order they were added.
 
     Raises:
-      InputError: it is somebody else's folder, or held by another process, or was begun with
-        another setting, or cannot be written.
+      InputError: it is a folder of something else, or another process writes to it, or it was
+        begun with another setting, or cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike, head: Mapping[str, Any]):
@@ -233,7 +227,9 @@ class Progress:
                 self._append(head)
                 lines = [json.loads(json.dumps(head))]
             self.head, *self.lines = lines
-            check_settings(self.folder, self.head["settings"], head["settings"])
+            folders.check_settings(
+                f"--output={self.folder}", self.head["settings"], head["settings"]
+            )
         except BaseException:
             self._file.close()
             raise
@@ -276,45 +272,18 @@ class Progress:
         os.fsync(self._file.fileno())
 
 
-def _lock(folder):
-    """Opens progress.jsonl of an unfinished or new folder, and holds its lock."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
-        if strangers and PROGRESS not in strangers:
-            raise InputError(
-                f"--output={folder}: holds {strangers[0]!r} and no cached training data; give a "
-                "new folder"
-            )
-        file = (folder / PROGRESS).open("a+b")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise no_space(folder) from error
-        raise InputError(f"--output={folder}: {error.strerror}; give a folder to write") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise InputError(
-            f"--output={folder}: another process is writing to it; wait for it, or give another"
-        ) from error
+def _lock(folder: pathlib.Path):
+    """Opens progress.jsonl of an unfinished or new folder, and locks it."""
+    folders.make(
+        folder,
+        "--output",
+        "cached training data",
+        lambda files: any(file.name == PROGRESS for file in files),
+    )
+    taken = f"--output={folder}: another process is writing to it"
+    file = folders.open_locked(folder / PROGRESS, taken, "a+b")
     file.seek(0)
     return file
-
-
-def check_settings(folder: pathlib.Path, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
-    """Refuses settings that differ from those a folder was begun with.
-
-    Raises:
-      InputError: names the first setting that differs, with both values.
-    """
-    has = json.loads(json.dumps(has))
-    for name in sorted({*had, *has}):
-        if had.get(name) != has.get(name):
-            raise InputError(
-                f"--output={folder}: was begun with {name}={had.get(name)!r}, now it is "
-                f"{has.get(name)!r}; give the same again, or another --output"
-            )
 
 
 class Records:
@@ -343,7 +312,7 @@ class Records:
         Longer ones are cut to the config's `train.latent_frames`.
 
         Returns:
-          A Sample with latents and, unless the text encoder is trained, context; both in the dtype
+          A Sample with latents and, unless the text encoder is trained, text; both in the dtype
           they were stored in, float32 or bfloat16.
 
         Raises:
@@ -357,15 +326,15 @@ class Records:
             prompts=prompts,
             chunks=min(fields["chunks"], self._chunks),
             latents=latents[: self._latent_frames],
-            context=None if self._text is None else self._context(prompts),
+            text=None if self._text is None else self._embeddings(prompts),
         )
 
-    def _context(self, prompts):
+    def _embeddings(self, prompts: Sequence[str]) -> np.ndarray:
         rows = {prompt: self._text.read(self._prompts[prompt])[1] for prompt in set(prompts)}
-        context = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
-        for padded, prompt in zip(context, prompts):
+        text = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
+        for padded, prompt in zip(text, prompts):
             padded[: len(rows[prompt])] = rows[prompt]
-        return context
+        return text
 
 
 def _check(path, manifest, cfg):

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -32,10 +32,10 @@ class Sample:
 
     name: of the folder it came from.
     prompts: one a chunk.
-    chunks: real ones; those after them are padding, to be masked.
+    chunks: valid ones; those after them are padding, to be masked.
     frames: uint8 [1 + 4 (latent_frames - 1), height, width, 3], or None.
     latents: [latent_frames, h, w, channel], normalised, or None.
-    context: [chunk, text_len, text_dim], the prompts' embeddings, or None.
+    text: [chunk, text_len, text_dim], the prompts' embeddings, or None.
     failures: (path, reason) of what could not be read on the way to this sample.
     """
 
@@ -44,7 +44,7 @@ class Sample:
     chunks: int
     frames: np.ndarray | None = None
     latents: np.ndarray | None = None
-    context: np.ndarray | None = None
+    text: np.ndarray | None = None
     failures: tuple[tuple[str, str], ...] = ()
 
 
@@ -53,6 +53,7 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Number of records, at least one."""
+        ...
 
     def sample(self, index: int, key: int) -> Sample:
         """A sample of record `index`; `key` decides what is random. A pure function of both.
@@ -60,6 +61,7 @@ class Source(Protocol):
         Raises:
           InputError: no record at all gives a sample.
         """
+        ...
 
 
 def batches(
@@ -114,9 +116,11 @@ def _batches(dataset: grain.IterDataset, count: int) -> Iterator[list[Sample]]:
         iterator.close()
 
 
-def _sample(fields: dict) -> Sample:
+def _sample(fields: dict[str, Any]) -> Sample:
     # Of shared memory Grain makes a subclass of np.ndarray. A plain view keeps it alive.
-    plain = {k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}
+    plain: dict[str, Any] = {
+        k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()
+    }
     return Sample(**plain)
 
 
@@ -153,7 +157,8 @@ def _start_worker(index: int, count: int) -> None:
 
 def _follow_parent() -> None:
     """Ends this process when its parent is gone, however that ended."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
 """Video files in and out. The only module that knows PyAV.
 
-Writing: `VideoWriter`. Reading: `read_video` (the original's choice of frames), `VideoFile` (frames
-in order, never the whole file), `probe`.
+Writing: `VideoWriter`. Reading: `VideoFile` (frames in order, never the whole file), `probe`; which
+frames are read: `frame_indices`.
 """
 
 import contextlib
@@ -9,20 +9,23 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import os
 import pathlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from longlive_jax.data.atomic import no_space, partial_file
 from longlive_jax.data.images import VIDEO_FILTER, resize
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import no_space, partial_file
 
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
@@ -208,7 +211,7 @@ def _encode(file: _File, chunks: Iterator, shape: tuple[int, int, int], fps: Fra
     height, width, _ = shape
     codec, options = _encoder(height, width)
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / fps
@@ -248,7 +251,7 @@ def _encoder(height: int, width: int) -> tuple[str, dict[str, str]]:
         context.options = nvenc[1]
         context.open()
         return nvenc
-    except (av.FFmpegError, ValueError):
+    except (FFmpegError, ValueError):
         return "libx264", {"preset": "veryfast", "crf": "18"}
 
 
@@ -277,7 +280,9 @@ class VideoFile:
 
     Args:
       path: any format that FFmpeg reads.
-      height, width: stretch frames to this size, antialiased; both or neither.
+      height, width: stretch frames to this size; both or neither. PIL's antialiased cubic filter:
+        the kind that the original's decoder uses (decord: swscale's default), in an implementation
+        whose result does not depend on the CPU.
 
     Attributes:
       info: VideoInfo of the file as it is stored.
@@ -327,11 +332,9 @@ class VideoFile:
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """The frames of these indices, uint8 [height, width, 3] each. Ascending is fast."""
-        index, frame = -1, None
-        for wanted in indices:
-            if wanted != index:
-                frame, index = self._frame(int(wanted)), wanted
-            yield frame
+        for index, times in itertools.groupby(indices):
+            frame = self._frame(int(index))
+            yield from (frame for _ in times)
 
     def close(self) -> None:
         self._decoder.close()
@@ -342,11 +345,11 @@ class VideoFile:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _rewind(self) -> Iterator[av.VideoFrame]:
+    def _rewind(self) -> Generator[av.VideoFrame]:
         self._next = 0  # index of the frame that the decoder gives next
         return self._decode()
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame]:
         with self._errors(), self._open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -396,7 +399,7 @@ class VideoFile:
     def _errors(self):
         try:
             yield
-        except (av.FFmpegError, OSError, UnicodeError) as error:
+        except (FFmpegError, OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = self.path.stat().st_size
             raise InputError(
@@ -448,38 +451,3 @@ def frame_indices(
     if num_frames is None:
         indices = indices[indices < source_frames]
     return np.minimum(indices, source_frames - 1)
-
-
-def read_video(
-    path: str | os.PathLike,
-    height: int,
-    width: int,
-    num_frames: int | None = None,
-    fps: float = 24,
-    start: int = 0,
-) -> np.ndarray:
-    """Frames of a video at `fps`, stretched to a size: uint8 [frame, height, width, 3].
-
-    Frames are picked by `frame_indices` and resized by PIL's antialiased cubic filter: the kind
-    that the original's decoder uses (decord: swscale's default), in an implementation whose result
-    does not depend on the CPU.
-
-    Args:
-      num_frames: how many; the last frame repeats where the video is shorter. None: to the end.
-      start: the first source frame.
-
-    Raises:
-      InputError: the file is unreadable (see `VideoFile`), or `start` is not inside it.
-    """
-    if num_frames is not None and num_frames < 1:
-        raise InputError(f"{path}: {num_frames=} must be at least 1")
-    if not fps > 0:
-        raise InputError(f"{path}: {fps=} must be positive")
-    with VideoFile(path, height, width) as video:
-        if not 0 <= start < len(video):
-            raise InputError(f"{path}: {start=} of a video of {len(video)} frames")
-        indices = frame_indices(len(video), video.info.fps, num_frames, fps, start)
-        frames = np.empty((len(indices), height, width, 3), np.uint8)
-        for k, frame in enumerate(video.pick(indices)):
-            frames[k] = frame
-    return frames

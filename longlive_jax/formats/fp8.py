@@ -4,8 +4,10 @@ A number is value * scale. The largest magnitude that shares a scale goes to the
 number (E4M3: 448, for weights and activations; E5M2: 57344, for gradients).
 """
 
+import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import struct
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
-from longlive_jax.formats.tensor import Quantized
+from longlive_jax.formats.tensor import Format, Quantized, trailing
 
 DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
@@ -34,21 +36,54 @@ class FP8Tensor(Quantized):
     scale: jax.Array
     dtype: np.dtype = struct.field(pytree_node=False)
 
-    @functools.partial(jax.jit, static_argnames="dtype")
-    def dequantize(self, dtype=None) -> jax.Array:
-        """The numbers, in `dtype` (default: the tensor's own), computed in float32."""
-        scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
-        y = self.values.astype(jnp.float32) * scale
-        return y.astype(self.dtype if dtype is None else dtype)
+    rounds_sums: ClassVar[bool] = True
 
-    def shardings(self, sharding: jax.sharding.NamedSharding) -> "FP8Tensor":
-        """A NamedSharding for each leaf, from that of the dequantised array.
+    def factor(self) -> jax.Array:
+        return trailing(self.scale, self.ndim)
 
-        For `jax.shard_map` take their `.spec`.
-        """
-        names = [None if n == 1 else name for n, name in zip(self.scale.shape, sharding.spec)]
-        scale = jax.NamedSharding(sharding.mesh, jax.P(*names), memory_kind=sharding.memory_kind)
-        return self.replace(values=sharding, scale=scale)
+    def transposed(self) -> "FP8Tensor":
+        if self.scale.ndim == self.ndim:
+            return super().transposed()
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2))
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8(Format):
+    """How `quantize_fp8` is called. `rows`: a scale a row, instead of one a tensor."""
+
+    dtype: str = "float8_e4m3fn"
+    rows: bool = False
+
+    title: ClassVar[str] = "FP8"
+    tensor: ClassVar[type[Quantized]] = FP8Tensor
+    native: ClassVar[float] = 8.9
+    otherwise: ClassVar[str] = "by the compiler's own conversion"
+
+    @property
+    def per_tensor(self) -> bool:
+        return not self.rows
+
+    @property
+    def fused(self) -> bool:
+        return self == FP8(rows=True)
+
+    def quantize(self, x, lead=0, agree=lambda amax: amax, keys=None) -> FP8Tensor:
+        """x in FP8, to nearest. A tensor's scale is rounded up to a power of two."""
+        if self.rows:
+            return quantize_fp8(x, self.dtype, axis=-1)
+        amax = agree(exact.largest_magnitude(x, tuple(range(lead, x.ndim))))
+        one = functools.partial(quantize_fp8, dtype=jnp.dtype(self.dtype))
+        for _ in range(lead):
+            one = jax.vmap(one)
+        return one(x, amax=_with_power_of_two_scale(amax, self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8Pair(Format):
+    """Keys and values in E4M3, one scale a head, packed as `kernels.attention_fp8` takes them."""
+
+    tensor: ClassVar[type[Quantized]] = FP8Tensor
+    tokens: ClassVar[int] = 16
 
 
 def quantize_fp8(
@@ -91,6 +126,21 @@ def _quantize(x, amax, dtype, axis):
     # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.
     y = jnp.clip(y * inverse, -largest, largest)
     return FP8Tensor(values=y.astype(dtype), scale=scale, dtype=x.dtype)
+
+
+def _with_power_of_two_scale(amax, dtype):
+    """amax, or the next number above it whose FP8 scale is a power of two.
+
+    A product of two such scales is exact in bfloat16, which `quant.matmul.scaled` multiplies in. At
+    most one binade of the format is given away; in all others a float has the same relative
+    precision.
+    """
+    largest = float(jnp.finfo(dtype).max)
+    mantissa = jnp.uint32((1 << 23) - 1)
+    bits = jax.lax.bitcast_convert_type(exact.divide_by(amax, largest), jnp.uint32)
+    scale = jax.lax.bitcast_convert_type(bits + mantissa & ~mantissa, jnp.float32)
+    enlarged = scale * largest  # exact
+    return jnp.where(jnp.isfinite(amax) & jnp.isfinite(enlarged), enlarged, amax)
 
 
 def _validate(x, dtype, axis, amax):

@@ -12,9 +12,11 @@ Every step is rounded as the original's float32 arithmetic rounds it, on every b
 `exact`), so codes, scales and amax are the original's bit for bit.
 """
 
+import dataclasses
 import functools
 import math
 import operator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from jax.extend.random import threefry_2x32
 from longlive_jax.errors import InputError
 from longlive_jax.formats import exact
 from longlive_jax.formats import hadamard as hadamard_lib
-from longlive_jax.formats.tensor import Quantized
+from longlive_jax.formats.tensor import Format, Quantized, trailing
 
 BLOCK = 16
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
@@ -62,6 +64,8 @@ class NVFP4Tensor(Quantized):
     block: tuple[int, int] = struct.field(pytree_node=False)
     dtype: np.dtype = struct.field(pytree_node=False)
 
+    is_packed: ClassVar[bool] = True
+
     @functools.partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype=None) -> jax.Array:
         """The numbers, in `dtype` (default: the tensor's own), computed in float32.
@@ -70,10 +74,21 @@ class NVFP4Tensor(Quantized):
         """
         groups = _split(self.values.astype(jnp.float32), -1, BLOCK)
         scaled = groups * self.scales.astype(jnp.float32)[..., None]
-        amax = self.amax.reshape(self.amax.shape + (1,) * (groups.ndim - self.amax.ndim))
         # 2^-12 in both factors keeps the product finite for any amax.
+        amax = trailing(self.amax, groups.ndim)
         y = exact.divide_by(scaled * 2.0**-12 * amax, _denominator(self.rule) * 2.0**-12)
         return y.reshape(self.shape).astype(self.dtype if dtype is None else dtype)
+
+    def operand(self) -> jax.Array:
+        """Codes times the scales of their blocks, bfloat16 [..., n].
+
+        A 4-bit float times an E4M3 scale has 6 significant bits: exact in bfloat16.
+        """
+        blocks = self.values.astype(jnp.bfloat16).reshape(*self.scales.shape, BLOCK)
+        return (blocks * self.scales.astype(jnp.bfloat16)[..., None]).reshape(self.shape)
+
+    def factor(self) -> jax.Array:
+        return trailing(self.amax / _denominator(self.rule), self.ndim)
 
     def codes(self) -> jax.Array:
         """uint8 [..., n]: sign << 3 | exponent << 1 | mantissa."""
@@ -89,14 +104,25 @@ class NVFP4Tensor(Quantized):
         pairs = _split(self.codes(), -1, 2)
         return pairs[..., 0] | pairs[..., 1] << 4
 
-    def shardings(self, sharding: jax.sharding.NamedSharding) -> "NVFP4Tensor":
-        """A NamedSharding for each leaf, from that of the dequantised array.
+    def pack(self) -> "NVFP4Tensor":
+        """With `packed` for `values`."""
+        return dataclasses.replace(self, values=self.packed())
 
-        A device must hold whole blocks. For `jax.shard_map` take their `.spec`.
-        """
-        spec = jax.P(*sharding.spec[: self.amax.ndim])
-        amax = jax.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        return self.replace(values=sharding, scales=sharding, amax=amax)
+    def unpack(self) -> "NVFP4Tensor":
+        return from_packed(
+            self.values, self.scales, self.amax, self.rule, self.block, dtype=self.dtype
+        )
+
+    @jax.jit
+    def is_finite(self) -> jax.Array:
+        return jnp.isfinite(self.amax).all() & jnp.isfinite(self.scales).all()
+
+    def transposed(self) -> "NVFP4Tensor":
+        if self.block != (BLOCK, BLOCK):
+            return super().transposed()
+        blocks = jnp.swapaxes(self.scales[..., ::BLOCK, :], -1, -2)
+        scales = jnp.repeat(blocks, BLOCK, axis=-2)
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), scales=scales)
 
 
 def quantize_nvfp4(
@@ -136,6 +162,67 @@ def quantize_nvfp4(
     if hadamard:
         x = hadamard_lib.random_hadamard(x)
     return _quantize(x, amax, key, rule, tuple(block))
+
+
+def quantize_each(
+    x: jax.Array,
+    amax: jax.Array,
+    rule: str = "mse",
+    block: tuple[int, int] = (1, BLOCK),
+    keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of tensors [n, ...] by `quantize_nvfp4`, each with its own amax [n].
+
+    keys: [n, group, ..], to round stochastically: for tensors, and for groups that x's next axes
+      count; None: to nearest.
+    """
+
+    def one(x, amax, key=None):
+        q = quantize_nvfp4(x, rule, block, key=key, amax=amax)
+        return q.values, q.scales
+
+    for _ in range(0 if keys is None else keys.ndim - 1):
+        one = jax.vmap(one, (0, None, 0))
+    return jax.vmap(one)(x, amax, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4(Format):
+    """How `quantize_nvfp4` is called. `stochastic`: rounding by a key, not to nearest."""
+
+    rule: str = "mse"
+    block: tuple[int, int] = (1, BLOCK)
+    hadamard: bool = False
+    stochastic: bool = False
+
+    title: ClassVar[str] = "NVFP4"
+    tensor: ClassVar[type[Quantized]] = NVFP4Tensor
+    native: ClassVar[float] = 10.0
+    multiple: ClassVar[int] = BLOCK
+
+    def quantize(
+        self, x, lead=0, agree=lambda amax: amax, keys=None, each=quantize_each
+    ) -> NVFP4Tensor:
+        """x in NVFP4. `each`: what quantises, such as `kernels.quantize_nvfp4.quantize_each`."""
+        if self.hadamard:
+            x = hadamard_lib.random_hadamard(x)
+        amax = agree(exact.largest_magnitude(x, tuple(range(lead, x.ndim))))
+        tensors, keys = x.reshape(-1, *x.shape[lead:]), self.keys_of_each(keys, lead)
+        values, scales = each(tensors, amax.reshape(-1), self.rule, self.block, keys)
+        return NVFP4Tensor(
+            values=values.reshape(x.shape),
+            scales=scales.reshape(*x.shape[:-1], -1),
+            amax=amax,
+            rule=self.rule,
+            block=self.block,
+            dtype=x.dtype,
+        )
+
+    def keys_of_each(self, keys: jax.Array | None, lead: int) -> jax.Array | None:
+        """Keys [tensor, group] of [.., group]; None of none, and where nothing is drawn."""
+        if keys is None or not self.stochastic:
+            return None
+        return keys.reshape(-1, *keys.shape[lead:])
 
 
 def seed(key: jax.Array) -> jax.Array:
@@ -207,7 +294,7 @@ def from_packed(
         scales=scales,
         amax=amax,
         rule=rule,
-        block=tuple(block),
+        block=(block[0], block[1]),
         dtype=jnp.dtype(dtype),
     )
 

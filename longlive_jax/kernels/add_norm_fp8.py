@@ -1,8 +1,7 @@
 """A residual sum with an FP8 product, its layer norm, and that in FP8 by rows: one pass, on Hopper.
 
-By XLA the sum is written, and read again by what normalises it (`kernels.quantize_fp8`, whose
-arithmetic is used here). Here a row of it stays in registers in between, and leaves twice, as it is
-and as codes.
+By XLA the sum is written, and read again by `quantize_fp8`, which normalises it. Here a row of it
+stays in registers in between, and leaves twice, as it is and as codes.
 
 A program is one warpgroup that goes through a run of rows, which come to it by TMA. What the run's
 rows share, gate, scale, shift and the product's scales and bias of columns, stays in registers.
@@ -18,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
-from longlive_jax.kernels import quantize_fp8 as lib
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import rows as lib
+from longlive_jax.kernels.chip import takes
 
 MAX_COLUMNS = 5 * lib.SLICE  # with what a run's rows share, in registers, without spilling any
 # Rows that a program goes through at most, and that have their place in its shared memory: all
@@ -30,11 +29,10 @@ AT_MOST, IN_FLIGHT = 18, 2
 
 
 def supports(
-    x: jax.Array, y: Product, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
+    x: jax.Array, y: PendingMatmul, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
 ) -> bool:
     """Whether the kernel takes these: bfloat16 rows of 1,024s, local, on a Hopper GPU."""
-    local = all(map(is_local, jax.tree.leaves((x, y))))
-    return is_hopper() and local and not _misfit(x, y, gate, scale, shift)
+    return takes(x, y) and not _misfit(x, y, gate, scale, shift)
 
 
 def _misfit(x, y, gate, scale, shift):
@@ -67,7 +65,7 @@ def _runs(shape, shapes):
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
     x: jax.Array,
-    y: Product,
+    y: PendingMatmul,
     gate: jax.Array | None,
     scale: jax.Array,
     shift: jax.Array,
@@ -96,45 +94,36 @@ def kernel(
     """
     if misfit := _misfit(x, y, gate, scale, shift):
         raise InputError(f"add_norm_fp8 kernel: {misfit}; or use ops.quantized")
-    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    tiles = (n // lib.LANES, lib.LANES)
     shapes = [z.shape for z in (gate, scale, shift) if z is not None]
     runs, shared = _runs(x.shape, shapes), jnp.broadcast_shapes(*shapes)
     gate = jnp.float32(1) if gate is None else gate.astype(jnp.float32)
-    column, bias = (z.reshape((1,) * (x.ndim - 1) + (n,)) for z in (y.column, y.bias))
+    column, bias = (z.reshape((1,) * (x.ndim - 1) + z.shape) for z in (y.column, y.bias))
 
     def of_runs(z):
         """[run, n / 128, 128], of what broadcasts."""
-        return jnp.broadcast_to(z.astype(jnp.float32), shared).reshape(runs, *tiles)
+        return lib.tiled(jnp.broadcast_to(z.astype(jnp.float32), shared))
 
-    at_most = min(AT_MOST, rows // runs)
+    rows = math.prod(x.shape[:-1]) // runs
+    at_most = min(AT_MOST, rows)
+    values, scales = lib.codes_of(x.shape)
     total, values, scales = plgpu.kernel(
-        functools.partial(_kernel, rows=rows // runs, at_most=at_most, eps=eps),
-        out_type=(
-            jax.ShapeDtypeStruct((rows, *tiles), jnp.bfloat16),
-            jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-        ),
-        grid=(runs, pl.cdiv(rows // runs, at_most)),
+        functools.partial(_kernel, rows=rows, at_most=at_most, eps=eps),
+        out_type=(jax.ShapeDtypeStruct(values.shape, x.dtype), values, scales),
+        grid=(runs, pl.cdiv(rows, at_most)),
         grid_names=("run", "part"),
         kernel_name="add_norm_fp8",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # No thread reads what another has stored: around stores nothing need wait.
-            unsafe_no_auto_barriers=True,
-        ),
+        compiler_params=lib.COMPILER,
         interpret=interpret,
     )(
-        x.reshape(rows, *tiles),
-        y.sums.reshape(rows, *tiles),
-        y.row.reshape(rows),
+        lib.tiled(x),
+        lib.tiled(y.sums),
+        y.row.reshape(-1),
         of_runs(column * gate),
         of_runs(bias.astype(jnp.float32) * gate),
         of_runs(scale),
         of_runs(shift),
     )
-    return total.reshape(x.shape), values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+    return total.reshape(x.shape), *lib.untiled(values, scales, x.shape)
 
 
 def _kernel(x, sums, rates, *refs, rows, at_most, eps):

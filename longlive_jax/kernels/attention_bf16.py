@@ -1,32 +1,51 @@
-"""bfloat16 attention over a KV cache where it lies: interface, plain-JAX oracle and fallback.
+"""bfloat16 attention over a KV cache where it lies, on Hopper.
 
-The kernel is in `attention_bf16_hopper`. Softmax is float32, with a running maximum and sum, in one
-pass over the keys; both products add up in float32. Rounded are the probabilities, to bfloat16 once
-the running maximum is taken off, and the result.
+Softmax is float32, with a running maximum and sum, in one pass over the keys; both products add up
+in float32. Rounded are the probabilities, to bfloat16 once the running maximum is taken off, and
+the result. Probabilities go from the first product to the second in registers, as they lie: an
+accumulator, once bfloat16, is an operand.
 
-Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
-`filled` are real. The cache is read where it lies, all layers of it: nothing is copied, and slots
-that are not real are not read.
+How a program is built, and what the compiler wants of it, is in `attention`. The oracle and what
+runs elsewhere are in `ops.cached_attention`.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import operator
+import types
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from longlive_jax.errors import InputError
-from longlive_jax.kernels import attention_bf16_hopper as hopper
-from longlive_jax.kernels.attention_hopper import divides
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import attention as shared
+from longlive_jax.kernels.attention import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS
 
-
-def supports(q: jax.Array, tokens: int) -> bool:
-    """Whether the kernel runs such queries over slots of so many tokens on this machine."""
-    return is_hopper() and is_local(q) and q.dtype == hopper.DTYPE and divides(q.shape, tokens)
+DTYPE = jnp.bfloat16
 
 
-def attention(
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernel is scheduled; results do not depend on it, but for the order of sums.
+
+    tile: keys a step, 64 or 128.
+    stages: tiles of keys and of values in shared memory: 2 or 3 of 128 keys, 2 to 6 of 64.
+    """
+
+    tile: int = 128
+    stages: int = 2
+
+
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, past_k: jax.Array, past_v: jax.Array
+) -> bool:
+    """Whether the kernel takes these: all bfloat16, local, in whole tiles, on a Hopper GPU."""
+    return shared.supports(q, k.shape[1]) and all(x.dtype == DTYPE for x in (k, v, past_k, past_v))
+
+
+def kernel(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -34,89 +53,104 @@ def attention(
     past_v: jax.Array,
     layer: jax.Array,
     filled: jax.Array,
-    dense: Callable[..., jax.Array],
+    tuning: Tuning = Tuning(),
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """softmax(q keys^T / sqrt(head_dim)) values over a chunk's keys and values and the cached ones.
-
-    By the kernel where `supports` says so and all is bfloat16, else by `dense` on the chunk's and
-    the layer's keys and values, copied together in the chunk's dtypes.
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
 
     Args:
-      q: [row, query, head, head_dim].
-      k, v: [row, token, head, head_dim].
-      past_k, past_v: the cache, all layers: [layer, row, slot, token, head, head_dim].
+      q: bfloat16 [row, query, head, 128], queries a multiple of 128.
+      k, v: bfloat16 [row, token, head, 128], the chunk's, tokens a multiple of 128.
+      past_k, past_v: bfloat16 [layer, row, slot, token, head, 128], the cache's.
       layer: int32 [], the layer to read.
-      filled: int32 [row], how many of its slots are real, from the first.
-      dense: (q, k, v, kv_len) -> out, such as `ops.attention.attention`.
+      filled: int32 [row], how many of its slots are visible, from the first. Others are not read.
+      interpret: run on the CPU, by JAX's interpreter.
 
     Returns:
-      [row, query, head, head_dim] in q's dtype.
+      bfloat16 [row, query, head, 128].
 
     Raises:
-      InputError: shapes that do not belong together.
+      InputError: other numbers of queries, tokens or channels.
     """
-    _validate(q, k, v, past_k, past_v)
-    arrays = (q, k, v, past_k, past_v)
-    if supports(q, k.shape[1]) and all(x.dtype == hopper.DTYPE for x in arrays):
-        return hopper.attention(*arrays, layer, filled)
-    return by_dense(*arrays, layer, filled, dense)
+    layers, rows, slots, tokens, heads = past_k.shape[:5]
+    shared.validate("attention_bf16", q.shape, tokens)
+    body = functools.partial(
+        _body, tiles=tokens // tuning.tile, slots=slots, tuning=tuning, interpret=interpret
+    )
+    run = shared.program("attention_bf16", body, q, _scratch(tuning, interpret), interpret)
+    past = (layers * rows * slots, tokens, heads, HEAD_DIM)
+    place = shared.place(layer, filled)
+    return run(q, k, v, past_k.reshape(past), past_v.reshape(past), place)
 
 
-def by_dense(q, k, v, past_k, past_v, layer, filled, dense) -> jax.Array:
-    """`attention` without the kernel."""
-    keys, values = _join(k, past_k, layer), _join(v, past_v, layer)
-    return dense(q, keys, values, (1 + filled) * k.shape[1])
+def _scratch(tuning, interpret):
+    rows_of_128_bytes = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    stages = tuning.stages
 
+    def operand(*shape):
+        return plgpu.SMEM(shape, DTYPE, transforms=rows_of_128_bytes)
 
-def reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    past_k: jax.Array,
-    past_v: jax.Array,
-    layer: jax.Array,
-    filled: jax.Array,
-) -> jax.Array:
-    """What the kernel approaches: all in float32 but its result, in q's dtype, a head at a time.
-
-    Arguments as `attention`'s.
-    """
-    _validate(q, k, v, past_k, past_v)
-    keys, values = _join(k, past_k, layer), _join(v, past_v, layer)
-    real = jnp.arange(keys.shape[1])[None, :] < ((1 + filled) * k.shape[1])[:, None]
-
-    def attend(head):
-        q, k, v = (x.astype(jnp.float32) for x in head)
-        logits = jnp.einsum("rqd,rkd->rqk", q, k, precision="highest") * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(real[:, None], logits, -jnp.inf), axis=-1)
-        # What is not real may be no number, which a weight of 0 would not stop.
-        v = jnp.where(real[..., None], v, 0)
-        return jnp.einsum("rqk,rkd->rqd", weights, v, precision="highest")
-
-    out = lax.map(attend, tuple(jnp.moveaxis(x, 2, 0) for x in (q, keys, values)))
-    return jnp.moveaxis(out, 0, 2).astype(q.dtype)
-
-
-def _join(fresh, table, layer):
-    """A chunk's and a layer's [row, token, ...] -> [row, (1 + slot) * token, ...], as the chunk."""
-    past = lax.dynamic_index_in_dim(table, layer, keepdims=False).astype(fresh.dtype)
-    return jnp.concatenate([fresh, past.reshape(len(fresh), -1, *fresh.shape[2:])], axis=1)
-
-
-def _validate(q, k, v, past_k, past_v):
-    rows, _, heads, head_dim = q.shape
-    layers, _, slots, tokens = past_k.shape[:4]
-    fresh = (rows, tokens, heads, head_dim)
-    past = (layers, rows, slots, tokens, heads, head_dim)
-    expected = {
-        "k": (k, fresh),
-        "v": (v, fresh),
-        "past_k": (past_k, past),
-        "past_v": (past_v, past),
+    return {
+        "queries": operand(2, ROWS, HEAD_DIM),  # at last the result
+        "keys": operand(stages, tuning.tile, HEAD_DIM),
+        "values": operand(stages, tuning.tile, HEAD_DIM),
+        # On the GPU probabilities stay in registers, which the interpreter cannot multiply.
+        "probabilities": None if interpret is None else operand(2, ROWS, tuning.tile),
+        **shared.barriers(tuning),
     }
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise InputError(
-                f"attention_bf16: {name} is {array.shape}; with q {q.shape} and {slots} slots of "
-                f"{tokens} tokens it must be {shape}"
-            )
+
+
+def _body(q, k, v, past_k, past_v, place, out, *, tiles, slots, tuning, interpret, **smem):
+    """One program: 128 queries of one head. Two warpgroups multiply, the third fetches."""
+    smem = types.SimpleNamespace(**smem)
+    row, head, block = (lax.axis_index(name) for name in ("row", "head", "block"))
+    warpgroup = lax.axis_index("warpgroup")
+    first, filled = (place[0] + row) * slots, place[1 + row]
+
+    @pl.when(warpgroup == 2)
+    def fetch():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def tile(k, v, row, n):
+            here = (row, pl.ds(n * tuning.tile, tuning.tile), head)
+            return k.at[here], v.at[here]
+
+        chunk, cache = (k, v, row), (past_k, past_v, first)
+        shared.send_window(smem, tuning.stages, tiles, filled, tile, chunk, cache)
+
+    @pl.when(warpgroup < 2)
+    def multiply():
+        plgpu.set_max_registers(240, action="increase")
+        mine = (row, pl.ds(block * QUERIES + warpgroup * ROWS, ROWS), head)
+        io = smem.queries.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[mine], io, smem.q_here.at[warpgroup])
+        plgpu.barrier_wait(smem.q_here.at[warpgroup])
+        steps = _Steps(smem, warpgroup, tuning, interpret)
+        total, mass = steps.over_window((1 + filled) * tiles)
+        shared.write(total * shared.wide(1 / mass, HEAD_DIM), io, out.at[mine])
+
+
+class _Steps(shared.Steps):
+    """A warpgroup's work on the tiles of keys and values."""
+
+    def over_window(self, tiles):
+        """All tiles of the chunk and of the cache. Returns total and mass."""
+        x = self.only_logits(0)
+        top = self.largest(x, LOG2_SCALE)
+        p, mass = self.softmax(x, LOG2_SCALE, top)
+        self.await_values(0)
+
+        def over_tile(n, carry):
+            p, top, mass, total, decay = self.step(n, LOG2_SCALE, *carry)
+            return p, top, mass, total * shared.wide(decay, HEAD_DIM)
+
+        start = (p, top, mass, shared.zeros())
+        p, _, mass, total = lax.fori_loop(1, tiles, over_tile, start)
+        return self.only_product(tiles - 1, p, total), jnp.sum(mass, axis=1)
+
+    def values(self, n):
+        return self.smem.values.at[self.stage(n)]
+
+    def softmax(self, x, scale, top):
+        p = jnp.exp2(x * scale - shared.wide(top, self.tuning.tile))
+        return p.astype(DTYPE), shared.fold(operator.add, p)

@@ -1,7 +1,7 @@
-"""Attention in FP8 over FP8 keys and values: interface, plain-JAX oracle and fallback.
+"""Attention in FP8 over FP8 keys and values where they lie, on Hopper.
 
-The kernel is in `attention_fp8_hopper`. Softmax is float32, with a running maximum and sum, in one
-pass over the keys. What is rounded, besides the keys and values that are handed in:
+Softmax is float32, with a running maximum and sum, in one pass over the keys. What is rounded,
+besides the keys and values that are given:
 
   q     to E4M3, one scale a token and head.
   P     the probabilities, to E4M3: 2^8 times exp(logit - running maximum), so that the largest is
@@ -17,21 +17,48 @@ How they are stored. The second product contracts tokens and wants them contiguo
 first product leaves them in registers; the order of keys being free, the keys' tokens are permuted
 instead. `pack` does both, once, when they are stored, and no register moves between lanes.
 
-Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
-`filled` are real. The cache is read where it lies, all layers of it: nothing is copied.
+The tensor cores keep 13 bits of an FP8 sum, cut at every instruction: summed there over 28,160
+keys, outputs are 1.4 % too small (H200). So they sum a slot's keys only, a quarter of that, and
+slots are summed outside, in bfloat16: float32 would not fit, registers are all but used up.
+
+How a program is built, and what the compiler wants of it, is in `attention`. The oracle and what
+runs elsewhere are in `ops.cached_attention`.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import operator
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor
-from longlive_jax.kernels import attention_fp8_hopper as hopper
-from longlive_jax.kernels.attention_hopper import divides
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import attention as shared
+from longlive_jax.kernels.attention import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS, TILE
+
+E4M3 = jnp.float8_e4m3fn
+LARGEST = 448.0  # E4M3's
+TINY = 2.0**-100  # least magnitude of a query row that gets a scale of its own
+GAIN = 8.0  # log2 of what probabilities are multiplied by
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernel is scheduled; results do not depend on it.
+
+    stages: tiles of keys and of values in shared memory, 2 to 5.
+    """
+
+    stages: int = 4
 
 
 def pack(k: FP8Tensor, v: FP8Tensor) -> tuple[FP8Tensor, FP8Tensor]:
@@ -76,12 +103,14 @@ def _permute(x, split):
     return jnp.swapaxes(pairs, -5, -4).reshape(x.shape)
 
 
-def supports(q: jax.Array, tokens: int) -> bool:
-    """Whether the kernel runs such queries over slots of so many tokens on this machine."""
-    return is_hopper() and is_local(q) and q.dtype == jnp.bfloat16 and divides(q.shape, tokens)
+def supports(
+    q: jax.Array, k: FP8Tensor, v: FP8Tensor, past_k: FP8Tensor, past_v: FP8Tensor
+) -> bool:
+    """Whether the kernel takes these: bfloat16 queries, local, in whole tiles, on a Hopper GPU."""
+    return shared.supports(q, k.shape[1])
 
 
-def attention(
+def kernel(
     q: jax.Array,
     k: FP8Tensor,
     v: FP8Tensor,
@@ -89,140 +118,218 @@ def attention(
     past_v: FP8Tensor,
     layer: jax.Array,
     filled: jax.Array,
-    dense: Callable[..., jax.Array],
+    tuning: Tuning = Tuning(),
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """softmax(q keys^T / sqrt(head_dim)) values over a chunk's keys and values and the cached ones.
-
-    By the kernel where `supports` says so, else by `dense` on what the codes stand for.
+    """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
 
     Args:
-      q: [row, query, head, head_dim].
-      k, v: packed (`pack`): k's values E4M3 [row, token, head, head_dim], scale
-        [row, 1, head, 1]; v's values E4M3 [row, head, head_dim, token], scale [row, head, 1, 1].
-      past_k, past_v: packed, the cache, all layers: [layer, row, slot, ...] of the same.
+      q: bfloat16 [row, query, head, 128], queries a multiple of 128.
+      k, v: the chunk's, packed (`pack`), in E4M3, tokens a multiple of 128: k [row, token, head,
+        128], scale [row, 1, head, 1]; v [row, head, 128, token], scale [row, head, 1, 1].
+      past_k, past_v: the cache's, packed: [layer, row, slot, ...] of the same.
       layer: int32 [], the layer to read.
-      filled: int32 [row], how many of its slots are real, from the first.
-      dense: (q, k, v, kv_len) -> out, such as `ops.attention.attention`.
+      filled: int32 [row], how many of its slots are visible, from the first. Others are not read.
+      interpret: run on the CPU, by JAX's interpreter.
 
     Returns:
-      [row, query, head, head_dim] in q's dtype.
+      bfloat16 [row, query, head, 128].
 
     Raises:
-      InputError: shapes or dtypes that do not belong together.
+      InputError: other numbers of queries, tokens or channels.
     """
-    _validate(q, k, v, past_k, past_v)
-    if supports(q, k.shape[1]):
-        return hopper.attention(q, k, v, past_k, past_v, layer, filled)
-    return by_dense(q, k, v, past_k, past_v, layer, filled, dense)
-
-
-def by_dense(q, k, v, past_k, past_v, layer, filled, dense) -> jax.Array:
-    """`attention` without the kernel."""
-    past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
-    keys = _join(*(unpack_keys(x.dequantize(q.dtype)) for x in (k, past_k)))
-    values = _join(*(unpack_values(x.dequantize(q.dtype)) for x in (v, past_v)))
-    return dense(q, keys, values, (1 + filled) * k.shape[1])
-
-
-def _layer_of(x, layer):
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), x)
-
-
-def _join(fresh, past):
-    """[row, token, ...] and [row, slot, token, ...] -> [row, (1 + slot) * token, ...]."""
-    return jnp.concatenate([fresh, past.reshape(len(fresh), -1, *fresh.shape[2:])], axis=1)
-
-
-def reference(
-    q: jax.Array,
-    k: FP8Tensor,
-    v: FP8Tensor,
-    past_k: FP8Tensor,
-    past_v: FP8Tensor,
-    layer: jax.Array,
-    filled: jax.Array,
-) -> jax.Array:
-    """What the kernel computes, in float32, rounded where it rounds. Arguments as `attention`'s."""
-    _validate(q, k, v, past_k, past_v)
-    past_k, past_v = _layer_of(past_k, layer), _layer_of(past_v, layer)
-    x = q.astype(jnp.float32)
-    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), hopper.TINY)
-    codes = _rounded(x * (hopper.LARGEST / amax), hopper.E4M3)
-    logits_scale = jnp.moveaxis(amax, 1, 2) * (hopper.LOG2_SCALE / hopper.LARGEST)
-
-    def tiled(codes):
-        """[row, slot, token, head, d] -> [slot, tile, row, key, head, d], float32."""
-        rows, slots, _, heads, d = codes.shape
-        codes = codes.astype(jnp.float32).reshape(rows, slots, -1, hopper.TILE, heads, d)
-        return jnp.moveaxis(codes, 0, 2)
-
-    def slots(fresh, past):
-        return jnp.concatenate([fresh[:, None], past], axis=1)
-
-    def over_tile(carry, tile):
-        sums, top, mass, k_scale = carry
-        k, v = tile
-        logits = jnp.einsum("rqhd,rkhd->rhqk", codes, k, precision="highest")
-        logits = logits * (logits_scale * k_scale[:, :, None, None])
-        new = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-        decay, p = jnp.exp2(top - new), jnp.exp2(logits - (new - hopper.GAIN))
-        p_codes = _rounded(p, hopper.E4M3)
-        out = jnp.einsum("rhqk,rkhd->rhqd", p_codes, v, precision="highest")
-        mass = mass * decay + jnp.sum(p, axis=-1, keepdims=True)
-        return (sums * decay + out, new, mass, k_scale), None
-
-    def over_slot(carry, slot):
-        n, k, v, k_scale, v_scale = slot
-        total, top, mass = carry
-        start = (jnp.zeros_like(total), top, mass, k_scale)
-        (sums, new, new_mass, _), _ = lax.scan(over_tile, start, (k, v))
-        decay = jnp.where(n == 0, 0, jnp.exp2(top - new))
-        total = _rounded(total, jnp.bfloat16) * decay + sums * v_scale[:, :, None, None]
-        real = (n <= filled)[:, None, None, None]
-        updated = (total, new, new_mass)
-        return jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, carry), None
-
-    def by_slot(fresh, past):
-        """Scales [row, slot, head] -> [slot, row, head]."""
-        return jnp.moveaxis(slots(fresh, past).reshape(len(q), -1, q.shape[2]), 1, 0)
-
-    keys = tiled(slots(unpack_keys(k.values), unpack_keys(past_k.values)))
-    values = tiled(slots(unpack_values(v.values), unpack_values(past_v.values)))
-    scales = by_slot(k.scale, past_k.scale), by_slot(v.scale, past_v.scale)
-    shape = (len(q), q.shape[2], q.shape[1], 1)
-    start = (
-        jnp.zeros((*shape[:3], hopper.HEAD_DIM), jnp.float32),
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
+    layers, rows, slots, tokens, heads = past_k.shape[:5]
+    shared.validate("attention_fp8", q.shape, tokens)
+    at_layer = functools.partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
+    k_scale = jnp.concatenate(
+        [k.scale.reshape(rows, 1, heads), at_layer(past_k.scale)[:, :, 0, :, 0]], axis=1
     )
-    (total, _, mass), _ = lax.scan(over_slot, start, (jnp.arange(len(keys)), keys, values, *scales))
-    return jnp.moveaxis(total / mass, 1, 2).astype(q.dtype)
+    v_scale = jnp.concatenate(
+        [v.scale.reshape(rows, 1, heads), at_layer(past_v.scale)[..., 0, 0]], axis=1
+    )
+    body = functools.partial(
+        _body, tiles=tokens // TILE, slots=slots, tuning=tuning, interpret=interpret
+    )
+    scratch = _scratch(q.dtype, tuning, interpret)
+    run = shared.program("attention_fp8", body, q, scratch, interpret)
+    return run(
+        q,
+        k.values,
+        v.values.reshape(rows * heads, HEAD_DIM, tokens),
+        past_k.values.reshape(layers * rows * slots, tokens, heads, HEAD_DIM),
+        past_v.values.reshape(layers * rows * slots * heads, HEAD_DIM, tokens),
+        k_scale,
+        v_scale,
+        shared.place(layer, filled),
+    )
 
 
-def _rounded(x, dtype):
-    # On a GPU XLA drops a conversion and its way back: the barrier stands between them.
-    return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
-
-
-def _validate(q, k, v, past_k, past_v):
-    rows, _, heads, head_dim = q.shape
-    layers, _, slots, tokens = past_k.shape[:4]
-    expected = {
-        "k": (k.values, (rows, tokens, heads, head_dim)),
-        "k's scale": (k.scale, (rows, 1, heads, 1)),
-        "v": (v.values, (rows, heads, head_dim, tokens)),
-        "v's scale": (v.scale, (rows, heads, 1, 1)),
-        "past_k": (past_k.values, (layers, rows, slots, tokens, heads, head_dim)),
-        "past_k's scale": (past_k.scale, (layers, rows, slots, 1, heads, 1)),
-        "past_v": (past_v.values, (layers, rows, slots, heads, head_dim, tokens)),
-        "past_v's scale": (past_v.scale, (layers, rows, slots, heads, 1, 1)),
+def _scratch(dtype, tuning, interpret):
+    rows_of_128_bytes = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+    stages = tuning.stages
+    operand = functools.partial(plgpu.SMEM, transforms=rows_of_128_bytes)
+    return {
+        "io": plgpu.SMEM((2, ROWS, HEAD_DIM), dtype),
+        "queries": operand((2, ROWS, HEAD_DIM), E4M3),
+        "keys": operand((stages, TILE, HEAD_DIM), E4M3),
+        "values": operand((stages, HEAD_DIM, TILE), E4M3),
+        # On the GPU probabilities stay in registers, which the interpreter cannot multiply.
+        "probabilities": None if interpret is None else operand((2, ROWS, TILE), E4M3),
+        **shared.barriers(tuning),
     }
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise InputError(
-                f"attention_fp8: {name} is {array.shape}; with q {q.shape} and {slots} slots of "
-                f"{tokens} tokens it must be {shape}"
+
+
+def _body(
+    q, k, v, past_k, past_v, k_scale, v_scale, place, out, *, tiles, slots, tuning, interpret,
+    **smem
+):  # fmt: skip
+    """One program: 128 queries of one head. Two warpgroups multiply, the third fetches."""
+    smem = types.SimpleNamespace(**smem)
+    row, head, block = (lax.axis_index(name) for name in ("row", "head", "block"))
+    warpgroup = lax.axis_index("warpgroup")
+    first, filled = (place[0] + row) * slots, place[1 + row]
+
+    @pl.when(warpgroup == 2)
+    def fetch():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def tile(k, v, row, n):
+            keys = pl.ds(n * TILE, TILE)
+            return k.at[row, keys, head], v.at[row * q.shape[2] + head, :, keys]
+
+        chunk, cache = (k, v, row), (past_k, past_v, first)
+        shared.send_window(smem, tuning.stages, tiles, filled, tile, chunk, cache)
+
+    @pl.when(warpgroup < 2)
+    def multiply():
+        plgpu.set_max_registers(240, action="increase")
+        mine = (row, pl.ds(block * QUERIES + warpgroup * ROWS, ROWS), head)
+        logits_scale = _load_queries(q.at[mine], smem, warpgroup)
+        steps = _Steps(smem, warpgroup, tuning, interpret)
+        total, mass = steps.over_window(
+            lambda slot: (logits_scale * k_scale[row, slot, head], v_scale[row, slot, head]),
+            tiles,
+            1 + filled,
+        )
+        total = total * shared.wide(1 / mass, HEAD_DIM)
+        shared.write(total, smem.io.at[warpgroup], out.at[mine])
+
+
+def _load_queries(q, smem, warpgroup):
+    """Leaves this warpgroup's queries in shared memory as codes. Returns the scale of each row."""
+    plgpu.copy_gmem_to_smem(q, smem.io.at[warpgroup], smem.q_here.at[warpgroup])
+    plgpu.barrier_wait(smem.q_here.at[warpgroup])
+    x = plgpu.load(smem.io.at[warpgroup], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1), TINY)
+    x = x * shared.wide(LARGEST / amax, HEAD_DIM)
+    smem.queries[warpgroup] = x.astype(E4M3)
+    plgpu.commit_smem()
+    return plgpu.layout_cast(amax, plgpu.Layout.WGMMA.reduce(1)) * (LOG2_SCALE / LARGEST)
+
+
+class _Steps(shared.Steps):
+    """A warpgroup's work on the tiles of keys and values."""
+
+    def over_window(self, scales, tiles, slots):
+        """All tiles of the chunk and of the cache. Returns total and mass.
+
+        scales: slot -> of its logits, [64], and of its values.
+        """
+        scale, _ = scales(0)
+        x = self.only_logits(0)
+        top = self.largest(x, scale)
+        p, mass = self.softmax(x, scale, top)
+        self.await_values(0)
+
+        def over_slot(slot, *carry):
+            """A slot's tiles but the first."""
+            scale, _ = scales(slot)
+
+            def over_tile(i, carry):
+                p, top, mass, sums, decay = self.step(slot * tiles + i, scale, *carry)
+                return p, top, mass, sums * shared.wide(decay, HEAD_DIM)
+
+            return lax.fori_loop(1, tiles, over_tile, carry)
+
+        def next_slot(slot, carry):
+            """Adds a slot's sums to the total when those of the next slot's first tile begin."""
+            *carry, total, total_top = carry
+            p, top, mass, sums = over_slot(slot, *carry)
+            first = (slot + 1) * tiles
+            p, new, mass, sums, _ = self.step(first, scales(slot + 1)[0], p, top, mass, sums)
+            total = added(slot, total, total_top, sums, top)
+            return p, new, mass, shared.zeros(), total.astype(jnp.bfloat16), top
+
+        def added(slot, total, total_top, sums, top):
+            decay = shared.wide(jnp.exp2(total_top - top), HEAD_DIM)
+            return total.astype(jnp.float32) * decay + sums * scales(slot)[1]
+
+        total = shared.zeros().astype(jnp.bfloat16)
+        start = (p, top, mass, shared.zeros(), total, top)
+        *carry, total, total_top = lax.fori_loop(0, slots - 1, next_slot, start)
+        p, top, mass, sums = over_slot(slots - 1, *carry)
+        sums = self.only_product(slots * tiles - 1, p, sums)
+        return added(slots - 1, total, total_top, sums, top), jnp.sum(mass, axis=1)
+
+    def values(self, n):
+        return self.smem.values.at[self.stage(n)].transpose((1, 0))
+
+    def softmax(self, x, scale, top):
+        p = jnp.exp2(x * shared.wide(scale, TILE) - shared.wide(top - GAIN, TILE))
+        sums = shared.fold(operator.add, p)
+        if self.interpret is None:
+            return _operand(p), sums
+        # The same order of tokens that `_operand` gives.
+        p = p.reshape(ROWS, TILE // 16, 2, 4, 2).swapaxes(2, 3).reshape(ROWS, TILE)
+        return p.astype(E4M3), sums
+
+
+def _operand(p):
+    """Probabilities as a product left them, rounded to E4M3, as the left operand of the next.
+
+    A lane holds, of every 16 columns, 2c, 2c + 1, 2c + 8 and 2c + 9, and the operand's layout puts
+    4c to 4c + 3 there. The registers are taken as they are: columns change their order, lanes keep
+    their numbers.
+    """
+    layout = plgpu.Layout.WGMMA_8BIT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(p.shape, E4M3, layout=layout),
+    )
+    def convert(_, p):
+        pairs = registers_of_operand(p.registers, p.shape)
+        codes = np.empty(pairs.shape[:-1], dtype=object)
+        for index in np.ndindex(codes.shape):
+            codes[index] = _round4(
+                *(vector.extract(pair, [], [i]) for pair in pairs[index] for i in range(2))
             )
-    for name, x in {"k": k, "v": v, "past_k": past_k, "past_v": past_v}.items():
-        if x.values.dtype != hopper.E4M3:
-            raise InputError(f"attention_fp8: {name} is {x.values.dtype}; it must be float8_e4m3fn")
+        return mgpu.FragmentedArray(
+            _registers=codes.reshape(layout.to_mgpu().registers_shape(p.shape)),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return convert(p)
+
+
+def registers_of_operand(registers, shape):
+    """Registers of a product (pairs of columns) by those of an operand: [..., low and high pair].
+
+    Both lie by 64 rows, by columns (8, or 16 in the operand), by upper and lower 8 rows of 16.
+    """
+    rows, columns = shape[0] // 64, shape[1] // 16
+    return registers.reshape(rows, columns, 2, 2).swapaxes(2, 3)
+
+
+def _round4(*x):
+    """Four float32 to a register of four E4M3, the first lowest."""
+    i32 = ir.IntegerType.get_signless(32)
+    ptx = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+        " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    packed = vector.broadcast(
+        ir.VectorType.get((1,), i32), llvm.inline_asm(i32, list(x), ptx, "=r,f,f,f,f")
+    )
+    return vector.bitcast(ir.VectorType.get((4,), ir.Float8E4M3FNType.get()), packed)

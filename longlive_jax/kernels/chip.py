@@ -19,3 +19,8 @@ def is_local(x: jax.Array) -> bool:
     """
     mesh = jax.typeof(x).sharding.mesh
     return mesh.empty or mesh.are_all_axes_manual
+
+
+def takes(*arrays: object) -> bool:
+    """Whether a kernel may run on these pytrees of arrays: all local, on a Hopper GPU."""
+    return is_hopper() and all(map(is_local, jax.tree.leaves(arrays)))

@@ -27,14 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, nvfp4
 from longlive_jax.kernels import mosaic
-from longlive_jax.kernels.chip import is_hopper, is_local
-
-ROWS = 128  # blocks of a program, one a thread
+from longlive_jax.kernels.blocks import NAN, ROWS, fills
+from longlive_jax.kernels.chip import takes
 
 _WORDS = 2  # of 8 codes each: a block's
 # Exponents, biased, under which a small float's bits make its number, divided by 4 and by 256.
 _E2M1, _E4M3 = 124, 112
-_NAN = 0x7F  # E4M3's
 
 
 def dequantize(q: NVFP4Tensor, dtype: jnp.dtype) -> jax.Array:
@@ -46,8 +44,7 @@ def dequantize(q: NVFP4Tensor, dtype: jnp.dtype) -> jax.Array:
 def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:
     """Whether the kernel expands q [layer, ...], a bfloat16 tensor's, to dtype: on Hopper GPUs."""
     return (
-        is_hopper()
-        and is_local(q.values)
+        takes(q.values)
         and q.dtype == jnp.bfloat16 == dtype
         and q.rule in nvfp4.ADAPTIVE
         and q.block == (1, nvfp4.BLOCK)
@@ -57,17 +54,12 @@ def supports(q: NVFP4Tensor, dtype: jnp.dtype) -> bool:
 
 def expands(q: NVFP4Tensor) -> bool:
     """Whether `expand` takes q: local, on a Hopper GPU, in whole programs."""
-    return is_hopper() and is_local(q.values) and _fills(q.values.size)
+    return takes(q.values) and fills(q.values.size)
 
 
 def _divides(q):
     """Whether a tensor's blocks are whole programs."""
-    tensors = q.amax.size
-    return q.amax.ndim > 0 and tensors > 0 and _fills(q.values.size // tensors)
-
-
-def _fills(numbers):
-    return numbers % (ROWS * nvfp4.BLOCK) == 0 < numbers
+    return q.amax.ndim > 0 and q.amax.size > 0 and fills(q.values.size, q.amax.size)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -124,7 +116,7 @@ def expand(q: NVFP4Tensor, interpret: plgpu.InterpretGPUParams | None = None) ->
     Raises:
       InputError: another size.
     """
-    if not _fills(q.values.size):
+    if not fills(q.values.size):
         raise InputError(
             f"dequantize_nvfp4 expand: {q.shape} holds {q.values.size} numbers; it must be a "
             f"multiple of {ROWS * nvfp4.BLOCK}: multiply codes and scales by XLA"
@@ -144,10 +136,7 @@ def _call(name, body, q, given, blocks, interpret):
         grid_names=("program",),
         kernel_name=name,
         scratch_types={"tile": plgpu.SMEM((ROWS, nvfp4.BLOCK), jnp.bfloat16)},
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # the one that is needed comes before the copy
-        ),
+        compiler_params=mosaic.NO_BARRIERS,  # the one that is needed comes before the copy
         interpret=interpret,
     )(_words(q), lax.bitcast_convert_type(q.scales, jnp.uint8).reshape(-1, 1), *given)
 
@@ -177,7 +166,7 @@ def _program(words_ref, scales_ref, out_ref, tile, first, factor, rest):
     program = lax.axis_index("program")
     rows = pl.ds((first + program) * ROWS, ROWS)
     words, scales = (
-        plgpu.load(ref.at[rows, :], layout=mosaic.a_row_a_thread(ref.shape[1]), optimized=False)
+        mosaic.load(ref.at[rows, :], mosaic.a_row_a_thread(ref.shape[1]))
         for ref in (words_ref, scales_ref)
     )
     words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
@@ -194,7 +183,7 @@ def _dequantize(words, scales, factor, rest):
 
     That times factor, by way of the scale, and then times rest.
     """
-    scale = jnp.where(scales == _NAN, jnp.nan, _small_float(scales << 20, _E4M3)) * factor
+    scale = jnp.where(scales == NAN, jnp.nan, _small_float(scales << 20, _E4M3)) * factor
     columns = []
     for word in (words[:, :1], words[:, 1:]):
         for i in range(8):

@@ -1,7 +1,7 @@
 """GELU of an FP8 product that waits for its scales and bias, and its codes by rows, on Hopper.
 
 XLA's pass over the FFN's widest array, in which it applies scales and bias, would cost as much as
-the kernel behind it: that is `kernels.quantize_fp8`, whose arithmetic is used here.
+the kernel behind it, `quantize_fp8`.
 
 A program is one warpgroup and takes one row through shared memory, where GELU replaces the sums.
 Many share a multiprocessor and fill each other's waits.
@@ -9,24 +9,22 @@ Many share a multiprocessor and fill each other's waits.
 Nothing is rounded between the product's sums and GELU's result, which is, to bfloat16.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
-from longlive_jax.kernels import quantize_fp8 as lib
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.formats import PendingMatmul
+from longlive_jax.kernels import rows as lib
+from longlive_jax.kernels.chip import takes
 
 AT_ONCE = 2  # slices that a thread works on at a time, if they divide a row's
 
 
-def supports(x: Product) -> bool:
+def supports(x: PendingMatmul) -> bool:
     """Whether the kernel takes such a product: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
-    return is_hopper() and all(map(is_local, jax.tree.leaves(x))) and not _misfit(x)
+    return takes(x) and not _misfit(x)
 
 
 def _misfit(x):
@@ -34,7 +32,7 @@ def _misfit(x):
 
 
 def kernel(
-    x: Product, interpret: plgpu.InterpretGPUParams | None = None
+    x: PendingMatmul, interpret: plgpu.InterpretGPUParams | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel itself, on one device's arrays (on a mesh: in a manual `jax.shard_map`).
 
@@ -50,32 +48,21 @@ def kernel(
     """
     if misfit := _misfit(x):
         raise InputError(f"gelu_fp8 kernel: {misfit}; or use ops.quantized.gelu_quantize_rows")
-    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    tiles = (n // lib.LANES, lib.LANES)
+    sums = lib.tiled(x.sums)
     values, scales = plgpu.kernel(
         _kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((rows, *tiles), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-        ),
-        grid=(rows,),
+        out_type=lib.codes_of(x.shape),
+        grid=sums.shape[:1],
         grid_names=("row",),
         kernel_name="gelu_fp8",
-        scratch_types={"fetched": plgpu.SMEM(tiles, jnp.bfloat16), "here": plgpu.Barrier()},
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # No thread reads what another has stored: around stores nothing need wait.
-            unsafe_no_auto_barriers=True,
-        ),
+        scratch_types={
+            "fetched": plgpu.SMEM(sums.shape[1:], jnp.bfloat16),
+            "here": plgpu.Barrier(),
+        },
+        compiler_params=lib.COMPILER,
         interpret=interpret,
-    )(
-        x.sums.reshape(rows, *tiles),
-        x.row.reshape(rows),
-        x.column.reshape(tiles),
-        x.bias.reshape(tiles),
-    )
-    return values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+    )(sums, x.row.reshape(-1), *map(lib.tiled_columns, (x.column, x.bias)))
+    return lib.untiled(values, scales, x.shape)
 
 
 def _kernel(sums, rates, column, bias, values, scales, *, fetched, here):

@@ -1,4 +1,6 @@
-"""Pieces of Mosaic GPU that several kernels use: stores, a layout, magnitudes, rings of stages."""
+"""Pieces of Mosaic GPU for all kernels: compilers, loads, stores, a layout, magnitudes, rings."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,15 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LANE = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+# Where no thread reads what another has stored: around stores nothing need wait.
+NO_BARRIERS = dataclasses.replace(LANE, unsafe_no_auto_barriers=True)
+
+
+def load(ref, layout) -> jax.Array:
+    """What lies in memory, in registers by this layout."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store(ref, value: jax.Array) -> None:

@@ -6,7 +6,6 @@ cache. Many programs share a multiprocessor and fill each other's waits.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,15 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
-from longlive_jax.kernels import quantize_fp8 as lib
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import rows as lib
+from longlive_jax.kernels.chip import takes
 
 
-def supports(x: Product, weight: jax.Array) -> bool:
+def supports(x: PendingMatmul, weight: jax.Array) -> bool:
     """Whether the kernel takes these: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
-    return is_hopper() and all(map(is_local, jax.tree.leaves(x))) and not _misfit(x, weight)
+    return takes(x) and not _misfit(x, weight)
 
 
 def _misfit(x, weight):
@@ -34,7 +33,7 @@ def _misfit(x, weight):
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
-    x: Product,
+    x: PendingMatmul,
     weight: jax.Array,
     eps: float = 1e-6,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -58,25 +57,16 @@ def kernel(
     """
     if misfit := _misfit(x, weight):
         raise InputError(f"norm_product kernel: {misfit}; or use ops.norm")
-    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    tiles = (n // lib.LANES, lib.LANES)
+    sums = lib.tiled(x.sums)
     out = plgpu.kernel(
         functools.partial(_kernel, eps=eps),
-        out_type=jax.ShapeDtypeStruct((rows, *tiles), x.dtype),
-        grid=(rows,),
+        out_type=jax.ShapeDtypeStruct(sums.shape, x.dtype),
+        grid=sums.shape[:1],
         grid_names=("row",),
         kernel_name="norm_product",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads what another has stored
-        ),
+        compiler_params=lib.COMPILER,
         interpret=interpret,
-    )(
-        x.sums.reshape(rows, *tiles),
-        x.row.reshape(rows),
-        *(y.reshape(tiles) for y in (x.column, x.bias, weight)),
-    )
+    )(sums, x.row.reshape(-1), *map(lib.tiled_columns, (x.column, x.bias, weight)))
     return out.reshape(x.shape)
 
 

@@ -22,16 +22,14 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import mosaic
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import rows as lib
+from longlive_jax.kernels.chip import takes
 
 HEAD_DIM = 128
-SLICE = 1024  # numbers that a warpgroup takes at a time: 8 a thread
-MAX_DIM = 6 * SLICE  # in registers, without spilling any
-
 _THREADS = 128
-_WORD = SLICE // _THREADS
+_WORD = lib.SLICE // _THREADS
 _PAIRS = _WORD // 2
 _WIDE, _NARROW = mosaic.a_row_a_thread(_WORD), mosaic.a_row_a_thread(1)
 # Of a row's angles [16, 4]: every 16 threads have all.
@@ -42,11 +40,10 @@ _ANGLES = plgpu.Layout.TILED(
 
 
 def supports(
-    qkv: jax.Array | Product, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array
+    qkv: jax.Array | PendingMatmul, weight_q: jax.Array, weight_k: jax.Array, angle: jax.Array
 ) -> bool:
     """Whether the kernel takes these: bfloat16, local, heads of 128, on a Hopper GPU."""
-    local = all(map(is_local, jax.tree.leaves(qkv)))
-    return is_hopper() and local and not _misfit(qkv, weight_q, weight_k, angle, angle)
+    return takes(qkv) and not _misfit(qkv, weight_q, weight_k, angle, angle)
 
 
 def _misfit(qkv, weight_q, weight_k, cos, sin):
@@ -54,8 +51,9 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}; it must be bfloat16: cast it"
     dim = qkv.shape[-1] // 3
-    if qkv.shape[-1] % (3 * SLICE) or dim > MAX_DIM or 0 in qkv.shape:
-        return f"qkv {qkv.shape} must end in 3 * dim, dim a multiple of {SLICE} up to {MAX_DIM}"
+    if qkv.shape[-1] % (3 * lib.SLICE) or dim > lib.MAX_NORMED or 0 in qkv.shape:
+        most = lib.MAX_NORMED
+        return f"qkv {qkv.shape} must end in 3 * dim, dim a multiple of {lib.SLICE} up to {most}"
     if weight_q.shape != (dim,) or weight_k.shape != (dim,):
         return f"weights are {weight_q.shape} and {weight_k.shape}; they must be ({dim},)"
     if cos.shape != (*qkv.shape[:-1], HEAD_DIM // 2) or sin.shape != cos.shape:
@@ -70,7 +68,7 @@ def _misfit(qkv, weight_q, weight_k, cos, sin):
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def kernel(
-    qkv: jax.Array | Product,
+    qkv: jax.Array | PendingMatmul,
     weight_q: jax.Array,
     weight_k: jax.Array,
     cos: jax.Array,
@@ -99,29 +97,25 @@ def kernel(
     """
     if misfit := _misfit(qkv, weight_q, weight_k, cos, sin):
         raise InputError(f"norm_rotate kernel: {misfit}; or use ops.rotated")
-    rows, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
+    tokens, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
     shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
     sums, scales = qkv, ()
-    if isinstance(qkv, Product):
+    if isinstance(qkv, PendingMatmul):
         columns = (y.reshape(3, words, _WORD) for y in (qkv.column, qkv.bias))
-        sums, scales = qkv.sums, (qkv.row.reshape(rows), *columns)
+        sums, scales = qkv.sums, (qkv.row.reshape(-1), *columns)
     outs = plgpu.kernel(
         functools.partial(_kernel, eps=eps),
-        out_type=(jax.ShapeDtypeStruct((rows, words, _WORD), qkv.dtype),) * 3,
-        grid=(rows,),
+        out_type=(jax.ShapeDtypeStruct((tokens, words, _WORD), qkv.dtype),) * 3,
+        grid=(tokens,),
         grid_names=("row",),
         kernel_name="norm_rotate",
         scratch_types={"shared_cos": shared, "shared_sin": shared},
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # `_spread` has the one that is needed
-        ),
+        compiler_params=lib.COMPILER,  # `_spread` has the one barrier that is needed
         interpret=interpret,
     )(
-        sums.reshape(rows, 3, words, _WORD),
+        sums.reshape(tokens, 3, words, _WORD),
         *(weight.reshape(words, _WORD) for weight in (weight_q, weight_k)),
-        *(x.reshape(rows, HEAD_DIM // _WORD, _PAIRS) for x in (cos, sin)),
+        *(x.reshape(tokens, HEAD_DIM // _WORD, _PAIRS) for x in (cos, sin)),
         *scales,
     )
     return tuple(x.reshape(*qkv.shape[:-1], -1, HEAD_DIM) for x in outs)
@@ -130,8 +124,8 @@ def kernel(
 def _kernel(qkv, weight_q, weight_k, cos, sin, *refs, shared_cos, shared_sin, eps):
     *scales, q, k, v = refs
     row = lax.axis_index("row")
-    parts = [_load(qkv.at[row, part], _WIDE) for part in range(3)]
-    c, s = (_load(x.at[row], _ANGLES) for x in (cos, sin))
+    parts = [mosaic.load(qkv.at[row, part], _WIDE) for part in range(3)]
+    c, s = (mosaic.load(x.at[row], _ANGLES) for x in (cos, sin))
     rate = scales[0][row] if scales else None
 
     # One after the other: the columns of all three would take a third more registers.
@@ -150,9 +144,9 @@ def _kernel(qkv, weight_q, weight_k, cos, sin, *refs, shared_cos, shared_sin, ep
 
 def _scaled(x, rate, column, bias):
     """A row [n, 8] of a product's sums, times its scales, plus its bias, in bfloat16."""
-    column, bias = (_slices(_load(ref, _WIDE)) for ref in (column, bias))
+    column, bias = (_slices(mosaic.load(ref, _WIDE)) for ref in (column, bias))
     made = [
-        _rounded(y.astype(jnp.float32) * rate * c + b.astype(jnp.float32))
+        lib.rounded(y.astype(jnp.float32) * rate * c + b.astype(jnp.float32))
         for y, c, b in zip(_slices(x), column, bias)
     ]
     return jnp.concatenate(made, axis=0)
@@ -163,7 +157,7 @@ def _spread(angles, shared):
     for x, ref in zip(angles, shared):
         mosaic.store(ref, jnp.concatenate([x] * (_THREADS // len(x)), axis=0))
     plgpu.commit_smem()
-    return [_columns(_load(ref, mosaic.a_row_a_thread(_PAIRS))) for ref in shared]
+    return [_columns(mosaic.load(ref, mosaic.a_row_a_thread(_PAIRS))) for ref in shared]
 
 
 def _normed(x, weight, eps):
@@ -171,12 +165,12 @@ def _normed(x, weight, eps):
 
     The mean is not negative. Its magnitude, which costs nothing, keeps `eps` a sum by itself.
     """
-    weight = _slices(_load(weight, _WIDE))
+    weight = _slices(mosaic.load(weight, _WIDE))
     x = x.astype(jnp.float32)
     mean = jnp.sum(jnp.sum(x * x, axis=1)) * (1 / x.size)
     rate = lax.rsqrt(jnp.abs(mean) + eps)
     x = [y * rate * w.astype(jnp.float32) for y, w in zip(_slices(x), weight)]
-    return [(_rounded(y), rate * -0.0) for y in x]
+    return [(lib.rounded(y), rate * -0.0) for y in x]
 
 
 def _rotated(x, cos, sin, zero):
@@ -189,19 +183,6 @@ def _rotated(x, cos, sin, zero):
     swapped = _join([x[i ^ 1] for i in range(_WORD)])
     made = (_join(x) * cos + zero) + (swapped * sin + zero)
     return plgpu.layout_cast(made, _WIDE).astype(jnp.bfloat16)
-
-
-def _rounded(x):
-    """[128, 8] in bfloat16, two numbers an instruction.
-
-    The barrier hides that float32 of them is wanted next. (Of a slice, one register: of several it
-    permutes numbers below 32 bits.)
-    """
-    return lax.optimization_barrier(x.astype(jnp.bfloat16))
-
-
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _slices(x):

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor, exact, quantize_fp8
 from longlive_jax.kernels import attention_fp8, mosaic
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels.chip import takes
 
 TILE = 128  # tokens
 HEAD_DIM = 128
@@ -41,7 +41,6 @@ _SPREAD = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
 _LINES = 8  # tokens that a warpgroup measures at a time: 16 bytes a thread
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 _GRID = ("row", "tile", "head")
-_COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def pack(k: jax.Array, v: jax.Array) -> tuple[FP8Tensor, FP8Tensor]:
@@ -89,7 +88,7 @@ def quantize_heads(x: jax.Array) -> FP8Tensor:
 
 def supports(x: jax.Array) -> bool:
     """Whether the kernel takes such keys and values: bfloat16, local, on a Hopper GPU, in tiles."""
-    return is_hopper() and is_local(x) and x.dtype == jnp.bfloat16 and _divides(x.shape)
+    return takes(x) and x.dtype == jnp.bfloat16 and _divides(x.shape)
 
 
 def _divides(shape):
@@ -140,7 +139,7 @@ def _largest(k, v, interpret):
         grid_names=("which", *_GRID),
         kernel_name="pack_fp8_largest",
         scratch_types={"tile": plgpu.SMEM((TILE, HEAD_DIM), k.dtype), "here": plgpu.Barrier()},
-        compiler_params=_COMPILER,
+        compiler_params=mosaic.LANE,
         interpret=interpret,
     )(k, v)
     return lax.bitcast_convert_type(jnp.max(bits, axis=2).astype(jnp.uint16), jnp.bfloat16)
@@ -158,7 +157,7 @@ def _largest_body(k, v, out, *, tile, here):
 
     def magnitudes(first):
         layout = plgpu.Layout.WG_STRIDED((_LINES, HEAD_DIM), vec_size=8)
-        x = plgpu.load(tile.at[pl.ds(first, _LINES), :], layout=layout, optimized=False)
+        x = mosaic.load(tile.at[pl.ds(first, _LINES), :], layout)
         return mosaic.magnitude(x)
 
     largest = functools.reduce(lax.max, map(magnitudes, range(0, TILE, _LINES)))
@@ -181,7 +180,7 @@ def _keys(k, inverse, interpret):
             "codes": plgpu.SMEM((b, _GROUPS, a, c, HEAD_DIM), _E4M3),
             "here": plgpu.Barrier(num_arrivals=b),
         },
-        compiler_params=_COMPILER,
+        compiler_params=mosaic.LANE,
         interpret=interpret,
     )(k.reshape(groups, a, b, c, columns), inverse)
     return codes.reshape(k.shape)
@@ -198,7 +197,7 @@ def _keys_body(k, inverse, out, *, tile, codes, here):
     plgpu.barrier_wait(here)
     layout = plgpu.Layout.WG_STRIDED(tile.shape[1:], vec_size=8)
     for i in halves:
-        x = plgpu.load(tile.at[i], layout=layout, optimized=False)
+        x = mosaic.load(tile.at[i], layout)
         mosaic.store(codes.at[i], _encode(x, inverse))
     plgpu.commit_smem()
     for i in halves:
@@ -220,7 +219,7 @@ def _values(v, inverse, interpret):
             "codes": plgpu.SMEM((HEAD_DIM, TILE), _E4M3, transforms=_SPREAD),
             "here": plgpu.Barrier(),
         },
-        compiler_params=_COMPILER,
+        compiler_params=mosaic.LANE,
         interpret=interpret,
     )(v, inverse)
     return codes.reshape(rows, heads, HEAD_DIM, tokens)
@@ -233,7 +232,7 @@ def _values_body(v, inverse, out, *, tile, codes, here):
     inverse = inverse[row, head]
     plgpu.barrier_wait(here)
     channels = tile.transpose((1, 0))
-    x = plgpu.load(channels, layout=mosaic.a_row_a_thread(1), optimized=False).astype(jnp.float32)
+    x = mosaic.load(channels, mosaic.a_row_a_thread(1)).astype(jnp.float32)
     mosaic.store(codes, _encode(plgpu.layout_cast(x, mosaic.a_row_a_thread(_WORD)), inverse))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(codes, out.at[row * lax.axis_size("head") + head, :, tokens])

@@ -9,7 +9,7 @@ writes codes and scales of the transposed array, the bits of
 A program is one warpgroup and takes a tile through shared memory; several programs share a
 multiprocessor and fill each other's waits. A thread owns a channel: of a token, neighbouring
 threads read neighbouring numbers. It has 16 tokens, a block, at a time, which it transforms and
-quantises as `kernels.quantize_nvfp4` does its own.
+quantises as `quantize_nvfp4` does its own.
 
 The largest magnitude of what is transformed takes a read of its own, and the transform is then
 computed anew: to keep it would be a write, and the same read.
@@ -26,19 +26,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.formats import hadamard, nvfp4
-from longlive_jax.kernels import mosaic, threefry
-from longlive_jax.kernels import quantize_nvfp4 as blocks
-from longlive_jax.kernels.chip import is_hopper, is_local
+from longlive_jax.kernels import blocks, mosaic, threefry
+from longlive_jax.kernels.chip import takes
 
 CHANNELS = 128  # of a tile: one a thread
 TILES = (64, 128)  # tokens of a tile. The first is used, and must divide the tokens of a group.
 
 _BITS = 0x7FFFFFFF  # of a float32's magnitude
-_COMPILER = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-    # No thread reads what another has stored: around stores nothing need wait.
-    unsafe_no_auto_barriers=True,
-)
 
 
 def supports(x: jax.Array, rule: str = "mse", block: tuple[int, int] = (1, nvfp4.BLOCK)) -> bool:
@@ -47,8 +41,7 @@ def supports(x: jax.Array, rule: str = "mse", block: tuple[int, int] = (1, nvfp4
     Tokens must be a multiple of `TILES[0]`, n of 128, and a block one column's.
     """
     return (
-        is_hopper()
-        and is_local(x)
+        takes(x)
         and x.dtype == jnp.bfloat16
         and rule in nvfp4.RULES
         and tuple(block) == (1, nvfp4.BLOCK)
@@ -110,7 +103,7 @@ def kernel(
             "scales": plgpu.SMEM((of_tile, CHANNELS, 1), jnp.uint8),
             "here": plgpu.Barrier(),
         },
-        compiler_params=_COMPILER,
+        compiler_params=mosaic.NO_BARRIERS,
         interpret=interpret,
     )(*blocks.constants_and(seeds, amax, rule, interpret), x)
     return codes, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
@@ -139,7 +132,7 @@ def largest_magnitude(
             "largest": plgpu.SMEM((CHANNELS, 1), jnp.uint32),
             "here": plgpu.Barrier(),
         },
-        compiler_params=_COMPILER,
+        compiler_params=mosaic.NO_BARRIERS,
         interpret=interpret,
     )(x)
     # Rounded last: of what is rounded the largest is the largest, rounded.
@@ -192,7 +185,7 @@ def _write(ref, of_blocks, channels):
     """A thread's bytes [block, thread, byte], which it has stored itself, to its row of `ref`."""
     count, _, size = of_blocks.shape
     layout = mosaic.a_row_a_thread(size)
-    parts = [plgpu.load(of_blocks.at[i], layout=layout, optimized=False) for i in range(count)]
+    parts = [mosaic.load(of_blocks.at[i], layout) for i in range(count)]
     row = jnp.concatenate(parts, axis=1)
     row = plgpu.layout_cast(row, mosaic.a_row_a_thread(min(count * size, 16)))
     here = pl.ds(lax.axis_index("tile") * count * size, count * size)
@@ -207,12 +200,12 @@ def _largest_body(x, out, *, tile, largest, here):
     def step(i, _):
         y = _transform(_block(tile, i))
         bits = lax.bitcast_convert_type(y, jnp.uint32) & np.uint32(_BITS)
-        so_far = plgpu.load(largest, layout=layout, optimized=False)
+        so_far = mosaic.load(largest, layout)
         mosaic.store(largest, jnp.maximum(so_far, blocks.fold(jnp.maximum, bits)))
 
     lax.fori_loop(0, tile.shape[0] // nvfp4.BLOCK, step, None)
     _, channels = _place(tile)
-    result = plgpu.load(largest, layout=layout, optimized=False)
+    result = mosaic.load(largest, layout)
     mosaic.store(out.at[lax.axis_index("tile"), channels], result)
 
 
@@ -230,7 +223,7 @@ def _fetch(x, tile, here):
 def _block(tile, i):
     """16 tokens of a channel a thread: float32 [channels, 16]."""
     columns = tile.at[pl.ds(i * nvfp4.BLOCK, nvfp4.BLOCK), :].transpose((1, 0))
-    x = plgpu.load(columns, layout=mosaic.a_row_a_thread(1), optimized=False)
+    x = mosaic.load(columns, mosaic.a_row_a_thread(1))
     return x.astype(jnp.float32)
 
 

@@ -1,37 +1,25 @@
 """Prompts to token ids, as the UMT5 text encoder was trained: cleaning, EOS, padding."""
 
-import html
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 
-import ftfy
 import numpy as np
 import tokenizers
 from absl import logging
 
+from longlive_jax.captions import clean
 from longlive_jax.errors import InputError
+from longlive_jax.models import sentencepiece
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 MAX_TOKENS = 512  # of UMT5 as Wan2.2 uses it, EOS included
-FILE = "tokenizer.json"
-
-
-def clean(text: str) -> str:
-    """The cleaning that every caption of the training data went through.
-
-    ftfy repairs broken encodings and rewrites curly quotes, full-width punctuation and the like;
-    HTML entities are resolved twice, for text that was escaped twice; runs of white space become
-    one space.
-    """
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
+NAME, FILE, SENTENCEPIECE = "tokenizer", "tokenizer.json", "spiece.model"
 
 
 class Tokenizer:
-    """UMT5's tokenizer, read from a `tokenizer.json`."""
+    """UMT5's tokenizer, read from a `tokenizer.json` or a `spiece.model`."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         # A tokenizer.json may carry truncation and padding of its own; ours are in `__call__`.
@@ -41,26 +29,20 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a `tokenizer.json`, or the one in the folder `path`.
+        """Reads such a file, or the one in the folder `path`.
 
         Raises:
           InputError: no such file, not a tokenizer, or one of another model.
         """
         path = pathlib.Path(path)
         if path.is_dir():
-            path = path / FILE
+            path = path / (FILE if (path / FILE).is_file() else SENTENCEPIECE)
         if not path.is_file():
             raise InputError(
-                f"tokenizer: {path} is not a file; give UMT5's {FILE}, which the released model "
-                f"keeps in google/umt5-xxl/"
+                f"tokenizer: {path} is not a file; give UMT5's {FILE} or {SENTENCEPIECE}, which "
+                "the released model keeps in google/umt5-xxl/"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(
-                f"tokenizer: {path} cannot be read as a {FILE} of the tokenizers library: "
-                f"{str(error)[:200]}"
-            ) from error
+        backend = tokenizers.Tokenizer.from_buffer(as_json(path))
         for token, expected in ((PAD, PAD_ID), (EOS, EOS_ID)):
             found = backend.token_to_id(token)
             if found != expected:
@@ -125,6 +107,26 @@ class Tokenizer:
                 "It begins: %s", name, len(tokens) + 1, text_len, text[:60]
             )  # fmt: skip
         return [*tokens[: text_len - 1], EOS_ID]
+
+
+def as_json(path: str | os.PathLike) -> bytes:
+    """The content of a `tokenizer.json`; what it would be, of a `spiece.model`.
+
+    Raises:
+      InputError: it is neither of them.
+    """
+    content = pathlib.Path(path).read_bytes()
+    try:
+        # A spiece.model begins with the tag of its first piece, a line feed.
+        if content[:1] == b"\n" and content.lstrip()[:1] != b"{":
+            return sentencepiece.read(content).to_str().encode()
+        tokenizers.Tokenizer.from_buffer(content)
+        return content
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            f"tokenizer: {path} cannot be read as a {FILE} of the tokenizers library, or as a "
+            f"{SENTENCEPIECE}: {str(error)[:200]}"
+        ) from error
 
 
 def train_tiny(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:

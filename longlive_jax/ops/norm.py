@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import norm_product
 
 
@@ -79,13 +79,17 @@ def _rms_norm_bwd(eps, residuals, g):
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
-def rms_norm_of(x: jax.Array | Product, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
+@functools.singledispatch
+def rms_norm_of(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
     """`rms_norm`. Of a product scales and bias are part of what is computed, rounded once.
 
     On a Hopper GPU `kernels.norm_product` takes a product, where its `supports` says so.
     """
-    if not isinstance(x, Product):
-        return rms_norm(x, weight, eps)
+    return rms_norm(x, weight, eps)
+
+
+@rms_norm_of.register
+def _(x: PendingMatmul, weight, eps=1e-6):
     if norm_product.supports(x, weight):
         return norm_product.kernel(x, weight, eps=eps)
     return rms_norm(x.astype(jnp.float32), weight, eps).astype(x.dtype)

@@ -4,8 +4,10 @@ Each function is a composition of `formats.quantize_fp8(axis=-1)` behind an oper
 package, rounding to bfloat16 included, and returns its values and scales. On a Hopper GPU
 `kernels.quantize_fp8` (of a product `gelu_fp8` and `add_norm_fp8`) does it, where its `supports`
 says so: bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a manual
-`jax.shard_map`). Elsewhere XLA does, as composed.
+`jax.shard_map`). Elsewhere XLA does, as composed. What `formats.quantize_fp8` refuses, all refuse.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +25,35 @@ def quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     """`formats.quantize_fp8(x, axis=-1)`, in E4M3: the same bits.
 
     x: [..., n], bfloat16 or float32. Values float8_e4m3fn [..., n], scale float32 [..., 1].
-
-    Raises:
-      InputError: what `formats.quantize_fp8` refuses.
     """
     if not lib.supports(x):
         return formats.quantize_fp8(x, axis=-1)
     return _tensor(x, *lib.kernel(x))
 
 
-def gelu_quantize_rows(x: jax.Array | formats.Product) -> formats.FP8Tensor:
+@functools.singledispatch
+def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     """`quantize_rows` of `gelu(x)`, which is computed in float32 and rounded to x's dtype once.
 
     A product's scales and bias are part of that computation: nothing is rounded in between.
 
     The kernel's exponential is the chip's fast one: a number may be bfloat16's next one, and its
     code E4M3's, where it was near a tie.
-
-    Raises:
-      InputError: what `formats.quantize_fp8` refuses.
     """
-    if isinstance(x, formats.Product) and gelu_fp8.supports(x):
+    if lib.supports(x):
+        return _tensor(x, *lib.kernel(x, activation=lib.GELU))
+    return _gelu_quantize_by_xla(x)
+
+
+@gelu_quantize_rows.register
+def _(x: formats.PendingMatmul):
+    if gelu_fp8.supports(x):
         return _tensor(x, *gelu_fp8.kernel(x))
-    if isinstance(x, formats.Product) or not lib.supports(x):
-        return formats.quantize_fp8(gelu(x.astype(jnp.float32)).astype(x.dtype), axis=-1)
-    return _tensor(x, *lib.kernel(x, activation=lib.GELU))
+    return _gelu_quantize_by_xla(x)
+
+
+def _gelu_quantize_by_xla(x):
+    return formats.quantize_fp8(gelu(x.astype(jnp.float32)).astype(x.dtype), axis=-1)
 
 
 def layer_norm_quantize_rows(
@@ -57,9 +63,6 @@ def layer_norm_quantize_rows(
 
     `scale` and `shift` broadcast against x and have its rank, as in `ops.norm`. The kernel takes
     one of each for a run of consecutive rows: their leading axes are x's, the rest 1, the last n.
-
-    Raises:
-      InputError: what `formats.quantize_fp8` refuses.
     """
     if not lib.supports(x, scale, shift):
         return formats.quantize_fp8(layer_norm(x, scale, shift, eps), axis=-1)
@@ -68,7 +71,7 @@ def layer_norm_quantize_rows(
 
 def add_layer_norm_quantize_rows(
     x: jax.Array,
-    y: jax.Array | formats.Product,
+    y: jax.Array | formats.PendingMatmul,
     gate: jax.Array | None,
     scale: jax.Array,
     shift: jax.Array,
@@ -78,11 +81,8 @@ def add_layer_norm_quantize_rows(
 
     `gate`, `scale` and `shift` broadcast against x and have its rank. The kernel takes a product,
     and one of each for a run of consecutive rows, as `layer_norm_quantize_rows` does.
-
-    Raises:
-      InputError: what `formats.quantize_fp8` refuses.
     """
-    if isinstance(y, formats.Product) and add_norm_fp8.supports(x, y, gate, scale, shift):
+    if isinstance(y, formats.PendingMatmul) and add_norm_fp8.supports(x, y, gate, scale, shift):
         total, *made = add_norm_fp8.kernel(x, y, gate, scale, shift, eps=eps)
         return total, _tensor(total, *made)
     total = residual.add(x, y, gate)

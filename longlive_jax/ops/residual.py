@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 
 
-def add(x: jax.Array, y: jax.Array | Product, gate: jax.Array | None = None) -> jax.Array:
+def add(x: jax.Array, y: jax.Array | PendingMatmul, gate: jax.Array | None = None) -> jax.Array:
     """x + y * gate by float32, rounded to x's dtype once. gate broadcasts; None: 1."""
-    if gate is None and not isinstance(y, Product):
+    if gate is None:
         return x + y  # the same number, and XLA may leave it to the library that multiplies y
-    y = y.astype(jnp.float32)
-    if gate is not None:
-        y = y * gate.astype(jnp.float32)
+    y = y.astype(jnp.float32) * gate.astype(jnp.float32)
     return (x.astype(jnp.float32) + y).astype(x.dtype)

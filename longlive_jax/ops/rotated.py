@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import norm_rotate as lib
 from longlive_jax.ops import rope
 from longlive_jax.ops.norm import rms_norm
@@ -18,7 +18,7 @@ from longlive_jax.ops.norm import rms_norm
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def norm_rotate(
-    qkv: jax.Array | Product,
+    qkv: jax.Array | PendingMatmul,
     weight_q: jax.Array,
     weight_k: jax.Array,
     angle: jax.Array,
@@ -43,7 +43,7 @@ def norm_rotate(
 
 
 def composed(
-    qkv: jax.Array | Product,
+    qkv: jax.Array | PendingMatmul,
     weight_q: jax.Array,
     weight_k: jax.Array,
     angle: jax.Array,

@@ -1,87 +1,102 @@
-"""How the KV cache stores keys and values, as they are, in FP8 or in NVFP4; what devices exchange.
+"""How the KV cache stores keys and values, as they are or quantised, and what devices exchange.
 
 A chunk's are quantised once, when the clean pass writes them, and stored as attention takes them:
 keys rotated, neither smoothed nor transformed. (The original subtracts from the keys of the chunk
 being denoised, and from no others, their mean over head_dim, which changes what is attended to.)
 
-  nvfp4  blocks of 16 along head_dim by the rule "mse", and one largest magnitude a video and chunk,
-         over tokens and heads, as in the original. 0.28 of bfloat16's bytes.
-  fp8    E4M3, one scale a video, chunk and head: a float has the same relative precision at any
-         size, so that finer scales would gain nothing. 0.50 of bfloat16's bytes.
+A format is a value of `recipes.KV_FORMATS` or `PAYLOADS`; None: nothing is quantised.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.formats import (
-    NVFP4Tensor,
-    Quantized,
-    exact,
-    from_packed,
-    nvfp4,
-)
-from longlive_jax.kernels import dequantize_nvfp4, pack_fp8
-from longlive_jax.kernels.quantize_nvfp4 import quantize_each
+from longlive_jax.formats import Format, Quantized
+from longlive_jax.ops import cached_attention
+from longlive_jax.quant import operands
 
 Stored = jax.Array | Quantized
+Pair = tuple[Stored, Stored]
 
 
-def store_pair(k: Stored, v: Stored, name: str, axis: str | None = None) -> tuple[Stored, Stored]:
+@functools.singledispatch
+def store_pair(fmt: Format | None, k: Stored, v: Stored, axis: str | None = None) -> Pair:
     """k and v [row, token, head, head_dim] as the cache keeps them. Every leaf begins with `row`.
 
-    Args:
-      name: one of `config.KV_FORMATS`; "fp8": packed, as `kernels.attention_fp8` takes them.
-      axis: as `store`'s.
+    axis: as `store`'s.
     """
-    if name == "fp8":
-        return pack_fp8.pack(*(load(x, x.dtype) for x in (k, v)))
-    return store(k, name, axis), store(v, name, axis)
+    return store(fmt, k, axis), store(fmt, v, axis)
 
 
-def store(x: Stored, name: str, axis: str | None = None) -> Stored:
+def store(fmt: Format | None, x: Stored, axis: str | None = None) -> Stored:
     """x [row, token, head, head_dim] as devices exchange it. Every leaf begins with `row`.
 
     Args:
-      name: one of `config.PAYLOADS`; "bf16": x itself, whatever its dtype.
-      axis: mesh axis, inside a manual `jax.shard_map`, over which heads (or tokens, with "nvfp4")
-        are spread; None: none is.
+      fmt: None: x itself, whatever its dtype.
+      axis: mesh axis, inside a manual `jax.shard_map`, over which heads or tokens are spread, so
+        that codes do not depend on the mesh; None: none is.
     """
-    if isinstance(x, NVFP4Tensor):  # as it came from another device
-        if name == "nvfp4":
-            return x
-        x = load(x, x.dtype)
-    if name == "nvfp4":
-        amax = exact.largest_magnitude(x, (1, 2, 3))
-        # So that codes do not depend on the mesh.
-        amax = amax if axis is None else jax.lax.pmax(amax, axis)
-        values, scales = quantize_each(x, amax, "mse")
-        return NVFP4Tensor(values, scales, amax, "mse", (1, nvfp4.BLOCK), x.dtype)
-    return x
+    if fmt is not None and isinstance(x, fmt.tensor):  # as it came from another device
+        return x
+    x = load(x, x.dtype)
+    return x if fmt is None else operands.quantize(fmt, x, 1, () if axis is None else (axis,))
 
 
 def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
     """The numbers [..., token, head, head_dim] that were stored, rounded to `dtype`."""
-    if isinstance(stored, NVFP4Tensor):
-        return dequantize_nvfp4.dequantize(stored, dtype)
     if isinstance(stored, Quantized):
-        return stored.dequantize(dtype)
+        return operands.dequantize(stored, dtype)
     return stored.astype(dtype)
 
 
-def load_layer(table: Stored, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def load_slice(table: Stored, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`load` of one layer of a table [layer, ..., token, head, head_dim]: [1, ..., head_dim]."""
-    if isinstance(table, NVFP4Tensor) and dequantize_nvfp4.supports(table, dtype):
-        return dequantize_nvfp4.kernel(table, layer)[None]
     one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, layer, 1), table)
     return load(one, dtype)
 
 
-def exchange(send, stored: Stored) -> Stored:
+load_layer = functools.singledispatch(load_slice)
+
+
+@functools.singledispatch
+def axes(fmt: Format | None) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Logical axes of a chunk's keys, and of its values, as `store_pair` leaves them."""
+    del fmt
+    return (None, "heads", None), (None, "heads", None)
+
+
+@functools.singledispatch
+def attend(
+    fmt: Format | None,
+    q: jax.Array,
+    own: Pair,
+    past: Pair,
+    layer: Any,
+    visible: jax.Array,
+) -> jax.Array:
+    """Attention of q [row, token, head, head_dim] over a chunk's own keys and values and the past.
+
+    Args:
+      own: keys and values of the chunk, of q's shape.
+      past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
+      layer: int or int32 [], the one whose past it is.
+      visible: the slots to read, as `ops.cached_attention` takes it: a count or a mask.
+    """
+    k, v = (load(x, x.dtype) for x in own)
+    if fmt is None:
+        past_k, past_v = (load(table, table.dtype) for table in past)
+    else:
+        # Not before q is there: the compiler would expand all layers at once, and hold them.
+        layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
+        past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)
+        layer = 0
+    return cached_attention.attend(q, (k, v), (past_k, past_v), layer, visible)
+
+
+@functools.singledispatch
+def exchange(stored: Stored, send: Callable[[jax.Array], jax.Array]) -> Stored:
     """`send`, an all-to-all that leaves head_dim alone, of what `store` made of tokens or heads."""
-    if not isinstance(stored, NVFP4Tensor):
-        return send(stored)
-    # One message, and of bytes: not every backend sends floats of 4 or 8 bits.
-    codes, scales = stored.packed(), jax.lax.bitcast_convert_type(stored.scales, jnp.uint8)
-    sent = send(jnp.concatenate([codes, scales], axis=-1))
-    codes, scales = jnp.split(sent, [codes.shape[-1]], axis=-1)
-    return from_packed(codes, scales, stored.amax, stored.rule, dtype=stored.dtype)
+    return jax.tree.map(lambda x: send(x) if x.ndim == stored.ndim else x, stored)

@@ -12,32 +12,25 @@ Where nothing is quantised `ops.linear` runs, and nothing here does.
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax.errors import InputError
-from longlive_jax.formats import FP8Tensor, NVFP4Tensor, Product, Quantized, exact
-from longlive_jax.kernels import dequantize_nvfp4
+from longlive_jax.formats import PendingMatmul, Quantized, exact
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
-from longlive_jax.quant.matmul import (
-    column_scales,
-    matmul,
-    multiplies_fp8,
-    row_scales,
-    scaled,
-    unscaled,
-)
-from longlive_jax.quant.recipe import FP8, NVFP4, Recipe
+from longlive_jax.quant.matmul import is_native, matmul, scaled, scales_of_rows, unscaled
+from longlive_jax.recipes import Recipe
 
 SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
 
 
 def linear(
-    params: Mapping[str, jax.Array | Quantized],
+    params: Mapping[str, Any],
     x: jax.Array | Quantized,
     recipe: Recipe | None = None,
     key: jax.Array | None = None,
@@ -80,13 +73,13 @@ def linear(
 
 
 def product(
-    params: Mapping[str, jax.Array | Quantized],
+    params: Mapping[str, Any],
     x: jax.Array | Quantized,
     recipe: Recipe | None = None,
     key: jax.Array | None = None,
     axes: Sequence[str] = (),
-) -> jax.Array | Product:
-    """`linear`, for what can take a `Product`: for inference, where a kernel may finish it.
+) -> jax.Array | PendingMatmul:
+    """`linear`, for what can take a `PendingMatmul`: for inference, where a kernel may finish it.
 
     That is on a Hopper GPU. Anywhere else, and with a gradient, it is `linear`, which rounds the
     product before it adds the bias; what finishes one rounds once.
@@ -99,10 +92,10 @@ def product(
         x = quantize_activation(x, recipe, axes)
     weight = _quantized(params["weight"], recipe)
     sums = unscaled(operands.in_memory(x), weight, x.dtype)
-    return Product(
+    return PendingMatmul(
         sums=sums.reshape(*x.shape[:-1], -1),
-        row=row_scales(x),
-        column=column_scales(weight).reshape(-1),
+        row=scales_of_rows(x),
+        column=scales_of_rows(weight).reshape(-1),
         bias=params["bias"].astype(x.dtype),
     )
 
@@ -112,7 +105,7 @@ def quantize_activation(x: jax.Array, recipe: Recipe, axes: Sequence[str] = ()) 
 
     Args: as `linear`.
     """
-    return operands.quantize(x, recipe.activation, 1, axes)
+    return operands.quantize(recipe.activation, x, 1, axes)
 
 
 def quantize_weight(weight: jax.Array, recipe: Recipe) -> Quantized:
@@ -122,13 +115,13 @@ def quantize_weight(weight: jax.Array, recipe: Recipe) -> Quantized:
       InputError: sides that the format's blocks do not divide.
     """
     parts = weight.T.reshape(recipe.parts, -1, weight.shape[0])
-    return operands.quantize(parts, recipe.weight, 1)
+    return operands.quantize(recipe.weight, parts, 1)
 
 
 def _library_scales(recipe):
     """Whether a GPU's library ends a product with its scales and bias: one scale an operand."""
-    fp8 = isinstance(recipe.weight, FP8) and recipe.gradients is not None
-    return fp8 and recipe.parts == 1 and multiplies_fp8()
+    one = recipe.weight.per_tensor and recipe.parts == 1
+    return one and recipe.gradients is not None and is_native(recipe.weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -186,10 +179,10 @@ def _product_fwd(recipe, axes, weight, x, keys):
     saved = None
     if not isinstance(weight, Quantized):
         wgrad = gradients.saved == "wgrad"
-        saved = operands.columns(x, gradients.activation, 1, axes) if wgrad else rows
+        saved = operands.columns(gradients.activation, x, 1, axes) if wgrad else rows
         saved = checkpoint_name(saved, SAVED)
     product = scaled if _library_scales(recipe) and len(x) == 1 else matmul
-    return product(rows, w, x.dtype), (w, saved, keys)
+    return product(rows, w, x.dtype).astype(x.dtype), (w, saved, keys)
 
 
 def _product_bwd(recipe, axes, residuals, dy):
@@ -199,12 +192,12 @@ def _product_bwd(recipe, axes, residuals, dy):
     dy = jnp.moveaxis(dy.reshape(*dy.shape[:-1], recipe.parts, -1), -2, 0)
     dgrad_keys, wgrad_keys = _split(keys, recipe)
     parts = range(recipe.parts)
-    if isinstance(gradients.dgrad, FP8):
+    if gradients.dgrad.per_tensor:
         # Apart, so that XLA sees one scale for each.
-        dy_rows = [operands.quantize(dy[p], gradients.dgrad, 1, axes) for p in parts]
+        dy_rows = [operands.quantize(gradients.dgrad, dy[p], 1, axes) for p in parts]
     else:
-        dy_rows = operands.quantize(dy, gradients.dgrad, 2, axes, dgrad_keys)
-    w = operands.transpose(w)
+        dy_rows = operands.quantize(gradients.dgrad, dy, 2, axes, dgrad_keys)
+    w = w.transposed()
     dx = _add(scaled(dy_rows[p], w[p : p + 1], dy.dtype) for p in parts).astype(dy.dtype)
     if saved is None:
         return None, dx, None
@@ -212,20 +205,20 @@ def _product_bwd(recipe, axes, residuals, dy):
     if gradients.saved == "wgrad":
         x_columns = saved
     elif gradients.activation is None:
-        x_columns = operands.merge(operands.swap(saved))
+        x_columns = saved.transposed().merged()
     else:
-        x = dequantize_nvfp4.dequantize(saved, dy.dtype)
-        x_columns = operands.columns(x, gradients.activation, 1, axes)
+        x = operands.dequantize(saved, dy.dtype)
+        x_columns = operands.columns(gradients.activation, x, 1, axes)
     samples = range(dy.shape[1])
     if gradients.wgrad is None:
-        columns = [operands.merge(operands.swap(rows)) for rows in dy_rows]
+        columns = [rows.transposed().merged() for rows in dy_rows]
         dw = [
             _add(matmul(x_columns[i], part[i : i + 1], jnp.float32) for i in samples)
             for part in columns
         ]
         dw = jnp.concatenate(dw, axis=-1)
     else:
-        dy_columns = operands.columns(dy, gradients.wgrad, 2, axes, wgrad_keys)
+        dy_columns = operands.columns(gradients.wgrad, dy, 2, axes, wgrad_keys)
         dw = _add(matmul(x_columns[i], dy_columns[:, i], jnp.float32) for i in samples)
     return dw.astype(dy.dtype), dx, None
 
@@ -241,7 +234,7 @@ def _quantized(weight, recipe):
     """The forward's operand of a weight that may be one already."""
     if not isinstance(weight, Quantized):
         return quantize_weight(weight, recipe)
-    wanted = NVFP4Tensor if isinstance(recipe.weight, NVFP4) else FP8Tensor
+    wanted = recipe.weight.tensor
     if not isinstance(weight, wanted):
         raise InputError(
             f"quant: the weight is an {type(weight).__name__}, recipe {recipe.name!r} multiplies "

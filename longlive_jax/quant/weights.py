@@ -7,6 +7,7 @@ whatever maps over specs (shardings, `params.gather`) maps over these too.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.formats import Quantized
 from longlive_jax.params import ParamSpec
 from longlive_jax.quant.linear import quantize_weight
-from longlive_jax.quant.recipe import LINEARS, Recipe
+from longlive_jax.recipes import LINEARS, Recipe
 
 
 def quantize_specs(
@@ -72,7 +73,7 @@ def quantize_params(
       dtype: the compute dtype, which weights are cast to first.
     """
 
-    def one(weight: jax.Array, own: Recipe, spec: Quantized) -> Quantized:
+    def one(weight: jax.Array, own: Recipe, spec: Any) -> Quantized:
         place = None if mesh is None else params_lib.shardings(spec, mesh, rules)
         # Layers of equal shape share a program.
         own = dataclasses.replace(own, index=0)
@@ -98,34 +99,39 @@ def _program(recipe, dtype, place):
 
 def is_quantized(tree: params_lib.Tree) -> bool:
     """Whether `quantize_params` made it."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
-    return any(isinstance(leaf, Quantized) for leaf in leaves)
+    return any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf))
+
+
+def map_quantized(function, tree: params_lib.Tree, *others: params_lib.Tree) -> params_lib.Tree:
+    """`tree`, of arrays or of specs, with `function(weight, *others' weight)` of quantised ones."""
+
+    def one(leaf, *rest):
+        return function(leaf, *rest) if isinstance(leaf, Quantized) else leaf
+
+    return jax.tree.map(one, tree, *others, is_leaf=_is_leaf)
+
+
+def _is_leaf(x):
+    return isinstance(x, Quantized) or params_lib.is_spec(x)
 
 
 def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:
     """A tree of arrays, or of specs, with dicts for quantised weights: for a checkpoint's paths."""
 
-    def one(leaf):
-        if not isinstance(leaf, Quantized):
-            return leaf
-        fields = (field for field in dataclasses.fields(leaf))
-        return {
-            f.name: getattr(leaf, f.name) for f in fields if f.metadata.get("pytree_node", True)
-        }
+    def one(q):
+        fields = (f for f in dataclasses.fields(q) if f.metadata.get("pytree_node", True))
+        return {f.name: getattr(q, f.name) for f in fields}
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Quantized))
+    return map_quantized(one, tree)
 
 
 def from_dicts(tree: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
     """The inverse of `as_dicts`. specs: `quantize_specs` of the recipe that quantised the tree."""
 
-    def one(spec, leaf):
-        return spec.replace(**leaf) if isinstance(spec, Quantized) else leaf
+    def one(spec: Any, leaf):
+        return dataclasses.replace(spec, **leaf) if isinstance(spec, Quantized) else leaf
 
-    def is_leaf(x):
-        return isinstance(x, Quantized) or params_lib.is_spec(x)
-
-    return jax.tree.map(one, specs, tree, is_leaf=is_leaf)
+    return jax.tree.map(one, specs, tree, is_leaf=_is_leaf)
 
 
 def _map(function, recipe, tree, *others):

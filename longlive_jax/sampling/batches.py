@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.arrays import load_npz
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz
 from longlive_jax.sampling.script import Script, shorten
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
-from longlive_jax.kernels import attention_bf16, attention_fp8
-from longlive_jax.ops.attention import attention
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.formats import Format
 from longlive_jax.quant import kv
 
 EMPTY = -1
@@ -22,9 +22,8 @@ class KVCache:
     """Keys and values of the visible past.
 
     k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
-      guidance (prompt, negative prompt), else one. Sharded by batch and by head. With `format`
-      "fp8" or "nvfp4" (see `quant.kv`) FP8Tensors or NVFP4Tensors of that shape. Those in FP8 are
-      packed (`kernels.attention_fp8.pack`): v [layer, branch, batch, slot, head, head_dim, token].
+      guidance (prompt, negative prompt), else one. Sharded by batch and by head. With a `format`
+      quantised arrays of that shape, or as `quant.kv.store_pair` packs them.
     chunk: int32 [batch, slot], index of the chunk a slot holds, EMPTY if none. Filled slots come
       first, so the visible keys are a prefix.
     """
@@ -32,11 +31,9 @@ class KVCache:
     k: kv.Stored
     v: kv.Stored
     chunk: jax.Array
-    format: str = struct.field(pytree_node=False)
+    format: Format | None = struct.field(pytree_node=False)
 
-    # Logical axes, for the mesh. An array of fewer axes has the first of them.
-    AXES = (None, None, "batch", None, None, "heads", None)
-    PACKED_AXES = (None, None, "batch", None, "heads", None, None)
+    AXES = (None, None, "batch", None)  # logical, for the mesh; then those of `quant.kv.axes`
 
     def attend(self, layer, q: kv.Stored, k: kv.Stored, v: kv.Stored) -> jax.Array:
         """Attention of one layer's chunk over its own keys and values and the visible past's.
@@ -49,18 +46,8 @@ class KVCache:
         """
         q, branches = kv.load(q, q.dtype), self.k.shape[1]
         filled = jnp.tile(jnp.sum(self.chunk != EMPTY, axis=1, dtype=jnp.int32), branches)
-        past = [jax.tree.map(_merge_rows, table) for table in (self.k, self.v)]
-
-        if self.format == "fp8":
-            fresh = kv.store_pair(k, v, "fp8")
-            return attention_fp8.attention(q, *fresh, *past, layer, filled, attention)
-        fresh = [kv.load(x, x.dtype) for x in (k, v)]
-        if self.format == "nvfp4":
-            # Not before q is there: the compiler would expand all layers at once, and hold them.
-            layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
-            past = [kv.load_layer(table, layer, q.dtype) for table in past]
-            layer = 0
-        return attention_bf16.attention(q, *fresh, *past, layer, filled, attention)
+        past = jax.tree.map(_merge_rows, (self.k, self.v))
+        return kv.attend(self.format, q, (k, v), past, layer, filled)
 
     def write(
         self, layer, slot: jax.Array, k: kv.Stored, v: kv.Stored, axis: str | None = None
@@ -80,7 +67,7 @@ class KVCache:
                 table = jax.lax.dynamic_update_slice(table, update, where)
             return table
 
-        k, v = kv.store_pair(k, v, self.format, axis)
+        k, v = kv.store_pair(self.format, k, v, axis)
         return self.replace(k=jax.tree.map(into, self.k, k), v=jax.tree.map(into, self.v, v))
 
     def oldest(self, protected: jax.Array) -> jax.Array:
@@ -102,11 +89,12 @@ def init(cfg: config_lib.Config, branches: int, batch: int, tokens: int, heads: 
     slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
     lead = (cfg.model.num_layers, branches, batch, slots)
     chunk = jax.ShapeDtypeStruct((1, tokens, heads, cfg.model.head_dim), cfg.compute_dtype)
-    stored = jax.eval_shape(lambda x: kv.store_pair(x, x, cfg.quant.kv), chunk)
+    fmt = recipe_lib.KV_FORMATS[cfg.quant.kv]
+    stored = jax.eval_shape(lambda x: kv.store_pair(fmt, x, x), chunk)
     k, v = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), stored)
     return KVCache(
         k=k,
         v=v,
         chunk=jnp.full((batch, slots), EMPTY, jnp.int32),
-        format=cfg.quant.kv,
+        format=fmt,
     )

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.arrays import load_npz
 from longlive_jax.data.images import read_image, to_float
 from longlive_jax.data.video import VideoFile, frame_indices
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.sampling import decode
 from longlive_jax.sampling.batches import Batch

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.models import dit, umt5, vae, vae_spec
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import decode, stream
 
 Lower = Callable[[], jax.stages.Lowered]

@@ -15,9 +15,10 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
+from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling.kv_cache import EMPTY, KVCache
@@ -67,7 +68,8 @@ def chunk_step(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> tuple[StreamState, jax.Array]:
     """Denoises one chunk and commits it to the cache.
 
@@ -75,16 +77,16 @@ def chunk_step(
       The state and the chunk's latents, float32 [batch, frame, h, w, channel].
     """
     state = _enter_shot(state, inputs.cut, cfg)
-    text = _text(params, inputs, cfg, parallel)
+    text = _text(params, inputs, cfg, sharding, precision)
     sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
-    frames = _frames(state, inputs.noise.shape[1], parallel)
-    held = _HeldFrame(state, inputs, parallel)
+    frames = _frames(state, inputs.noise.shape[1], sharding)
+    held = _HeldFrame(state, inputs, sharding)
 
     def denoise(carry, step):
         sample, history = carry
         timestep, weights = step
         velocity = _velocity(
-            params, state, text, held(sample), timestep, frames, held, cfg, parallel
+            params, state, text, held(sample), timestep, frames, held, cfg, sharding, precision
         )
         sample, history = unipc.step(weights, held(sample), velocity, history)
         return (sample, history), None
@@ -93,7 +95,7 @@ def chunk_step(
     steps = (jnp.asarray(timesteps), jnp.asarray(unipc.weights(sigmas)))
     (sample, _), _ = jax.lax.scan(denoise, start, steps)
     latents = held(sample)
-    return _commit(params, state, text, latents, inputs.cut, cfg, parallel), latents
+    return _commit(params, state, text, latents, inputs.cut, cfg, sharding, precision), latents
 
 
 def ingest(
@@ -102,12 +104,13 @@ def ingest(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
     """Commits a chunk of an existing video; `inputs.noise` holds its clean latents."""
     state = _enter_shot(state, inputs.cut, cfg)
-    text = _text(params, inputs, cfg, parallel)
-    return _commit(params, state, text, inputs.noise, inputs.cut, cfg, parallel)
+    text = _text(params, inputs, cfg, sharding, precision)
+    return _commit(params, state, text, inputs.noise, inputs.cut, cfg, sharding, precision)
 
 
 def recache(
@@ -116,14 +119,15 @@ def recache(
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
-    parallel: dit.Parallel = dit.Parallel(),
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
     """Runs the clean pass of the visible past again, oldest first, under `inputs.context`.
 
     For a prompt change inside a shot: otherwise cached keys and values keep the old prompt's
     influence until they leave the window. Each chunk sees the visible ones before it.
     """
-    text = _text(params, inputs, cfg, parallel)
+    text = _text(params, inputs, cfg, sharding, precision)
     old = state.cache.chunk
     order = jnp.argsort(jnp.where(old == EMPTY, jnp.iinfo(jnp.int32).max, old), axis=1)
 
@@ -134,12 +138,13 @@ def recache(
     branches = state.cache.k.shape[1]
 
     def again(slot, cache):
-        frames = _positions(position[:, slot], latents.shape[2], parallel)
+        frames = _positions(position[:, slot], latents.shape[2], sharding)
         x = _branches(latents[:, slot], branches).astype(cfg.compute_dtype)
         slots = jnp.full(old.shape[:1], slot, jnp.int32)
         cache = dit.commit(
-            params, cfg.model, x, _branches(frames, branches), text, cache, slots, parallel
-        )
+            params, cfg.model, x, _branches(frames, branches),
+            text=text, cache=cache, slot=slots, sharding=sharding, precision=precision,
+        )  # fmt: skip
         return cache.replace(chunk=cache.chunk.at[:, slot].set(chunk[:, slot]))
 
     cache = state.cache.replace(chunk=jnp.full_like(old, EMPTY))
@@ -157,15 +162,16 @@ def _enter_shot(state, cut, cfg):
     return state.replace(offset=state.offset + gap)
 
 
-def _text(params, inputs, cfg, parallel):
+def _text(params, inputs, cfg, sharding, precision):
     """`dit.text_keys_values` of branch * batch rows."""
     context = inputs.context
     if inputs.negative is not None:
         context = jnp.concatenate([context, inputs.negative])
-    return dit.text_keys_values(params, cfg.model, context.astype(cfg.compute_dtype), parallel)
+    context = context.astype(cfg.compute_dtype)
+    return dit.text_keys_values(params, cfg.model, context, sharding=sharding, precision=precision)
 
 
-def _velocity(params, state, text, sample, timestep, frames, held, cfg, parallel):
+def _velocity(params, state, text, sample, timestep, frames, held, cfg, sharding, precision):
     branches = state.cache.k.shape[1]
     timesteps = held.zero(jnp.broadcast_to(timestep, frames.shape))
     x, timesteps, frames = (_branches(y, branches) for y in (sample, timesteps, frames))
@@ -175,9 +181,10 @@ def _velocity(params, state, text, sample, timestep, frames, held, cfg, parallel
         x.astype(cfg.compute_dtype),
         timesteps,
         frames,
-        text,
-        state.cache,
-        parallel,
+        text=text,
+        cache=state.cache,
+        sharding=sharding,
+        precision=precision,
     ).astype(jnp.float32)
     if branches == 1:
         return velocity
@@ -185,15 +192,16 @@ def _velocity(params, state, text, sample, timestep, frames, held, cfg, parallel
     return negative + cfg.sample.guidance_scale * (prompt - negative)
 
 
-def _commit(params, state, text, latents, cut, cfg, parallel):
+def _commit(params, state, text, latents, cut, cfg, sharding, precision):
     """The clean pass, then the books: which slot holds what."""
     branches = state.cache.k.shape[1]
     slot, shot = next_slot(state.cache, state.chunk, state.shot, cut, cfg)
-    frames = _frames(state, latents.shape[1], parallel)
+    frames = _frames(state, latents.shape[1], sharding)
     x = _branches(latents, branches).astype(cfg.compute_dtype)
     cache = dit.commit(
-        params, cfg.model, x, _branches(frames, branches), text, state.cache, slot, parallel
-    )
+        params, cfg.model, x, _branches(frames, branches),
+        text=text, cache=state.cache, slot=slot, sharding=sharding, precision=precision,
+    )  # fmt: skip
     here = jnp.arange(cache.chunk.shape[1])[None, :] == slot[:, None]
     wide = here.reshape(*here.shape, *(1,) * (state.latents.ndim - 2))
     first = state.chunk * cfg.model.chunk_frames + state.offset
@@ -229,29 +237,29 @@ def next_slot(
     return cache.oldest(sink & (held != EMPTY)), shot
 
 
-def _frames(state, local_frames, parallel):
+def _frames(state, local_frames, sharding):
     """Temporal positions of this device's frames of the chunk, int32 [batch, frame]."""
-    size = 1 if parallel.seq is None else jax.lax.axis_size(parallel.seq)
-    return _positions(state.chunk * (local_frames * size) + state.offset, local_frames, parallel)
+    size = 1 if sharding.seq is None else jax.lax.axis_size(sharding.seq)
+    return _positions(state.chunk * (local_frames * size) + state.offset, local_frames, sharding)
 
 
-def _positions(first, local_frames, parallel):
-    return first[:, None] + _local(local_frames, parallel)[None, :]
+def _positions(first, local_frames, sharding):
+    return first[:, None] + _local(local_frames, sharding)[None, :]
 
 
-def _local(local_frames, parallel):
+def _local(local_frames, sharding):
     """Indices, within the chunk, of the frames that this device holds."""
-    rank = 0 if parallel.seq is None else jax.lax.axis_index(parallel.seq)
+    rank = 0 if sharding.seq is None else jax.lax.axis_index(sharding.seq)
     return rank * local_frames + jnp.arange(local_frames, dtype=jnp.int32)
 
 
 class _HeldFrame:
     """Image-to-video: keeps the video's first frame at the given latent, at timestep 0."""
 
-    def __init__(self, state, inputs, parallel):
+    def __init__(self, state, inputs, sharding):
         self.latent = inputs.first_frame
         if self.latent is not None:
-            first = _local(inputs.noise.shape[1], parallel) == 0
+            first = _local(inputs.noise.shape[1], sharding) == 0
             self.mask = (first & (state.chunk == 0))[None, :]
 
     def __call__(self, sample):
@@ -296,8 +304,9 @@ class Sampler:
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
 
         def compile(fn, in_specs, out_specs):
-            parallel = dit.Parallel.sampling(cfg.compute_dtype, recipe, cfg.quant.all_to_all)
-            fn = functools.partial(fn, cfg=cfg, parallel=parallel)
+            sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
+            precision = dit.Precision(recipe, cfg.compute_dtype)
+            fn = functools.partial(fn, cfg=cfg, sharding=sharding, precision=precision)
             # Without differentiation there is nothing for varying-axes types to check.
             fn = jax.shard_map(
                 fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -348,8 +357,8 @@ class Sampler:
             yield state, latents
 
 
-def _rollout(params, state, inputs, *, cfg, parallel):
-    step = functools.partial(chunk_step, params, cfg=cfg, parallel=parallel)
+def _rollout(params, state, inputs, *, cfg, sharding, precision):
+    step = functools.partial(chunk_step, params, cfg=cfg, sharding=sharding, precision=precision)
     return jax.lax.scan(step, state, inputs)
 
 
@@ -385,11 +394,16 @@ _FRAMES = _spec("batch", "frame", None, None, None)
 def state_specs(cfg: config_lib.Config) -> StreamState:
     """A PartitionSpec for each array of a StreamState."""
     cache = jax.eval_shape(lambda: kv_cache.init(cfg, 1, 1, 16, cfg.model.num_heads))
-    packed = KVCache.PACKED_AXES if cache.format == "fp8" else KVCache.AXES
+
+    def specs(table, axes):  # an array of fewer axes has the first of them
+        axes = (*KVCache.AXES, *axes)
+        return jax.tree.map(lambda leaf: _spec(*axes[: leaf.ndim]), table)
+
+    k, v = map(specs, (cache.k, cache.v), kv.axes(cache.format))
     return StreamState(
         cache=cache.replace(
-            k=jax.tree.map(lambda leaf: _spec(*KVCache.AXES[: leaf.ndim]), cache.k),
-            v=jax.tree.map(lambda leaf: _spec(*packed[: leaf.ndim]), cache.v),
+            k=k,
+            v=v,
             chunk=_spec("batch", None),
         ),
         chunk=jax.P(),

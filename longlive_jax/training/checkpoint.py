@@ -15,9 +15,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import config as config_lib
-from longlive_jax.checkpoints import directory as directory_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
@@ -59,7 +59,7 @@ def acquire(
     if jax.process_index() != 0:
         yield
         return
-    with directory_lib.locked(root, f"--workdir={root}: another process trains in it"):
+    with folders.locked(root, f"--workdir={root}: another process trains in it"):
         where = os.path.abspath(checkpoint) if checkpoint else old.checkpoint
         workdir.write(root, workdir.Run(settings, where, network))
         yield

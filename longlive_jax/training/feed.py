@@ -179,7 +179,7 @@ class Prefetcher:
                 "mask": place(like.mask, lambda sample: pairs[id(sample)][1]),
             }
         if cfg.data.cached:
-            return {"text": place(like.text, lambda sample: sample.context)}
+            return {"text": place(like.text, lambda sample: sample.text)}
         rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
         return {"text": place(like.text, lambda sample: rows[id(sample)])}
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from longlive_jax.data.atomic import atomic_path
+from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import cost
 from longlive_jax.training.feed import decode_names
 from longlive_jax.training.objective import Objective

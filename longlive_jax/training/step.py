@@ -17,7 +17,7 @@ import optax
 from flax import struct
 
 from longlive_jax import params as params_lib
-from longlive_jax.models.parallel import Parallel
+from longlive_jax.models.sharding import Sharding
 from longlive_jax.training import state as state_lib
 from longlive_jax.training.objective import Moment, Objective
 from longlive_jax.training.state import NetworkState, TrainState
@@ -175,9 +175,9 @@ class Step:
                 values = {k: v for k, v in values.items() if k not in outputs}
                 return value, ((value, values), outputs)
 
-            parallel = Parallel.training()
+            sharding = Sharding.training()
             (_, (sums, outputs)), gradient = jax.value_and_grad(loss, has_aux=True)(params[name])
-            return parallel.sum_gradients(gradient, specs), parallel.sum(sums), outputs
+            return sharding.sum_gradients(gradient, specs), sharding.sum(sums), outputs
 
         arguments = (moment.params, moment.frozen, inputs, moment.key)
         # Gradients are reduced by hand, so varying-axes types have nothing to do.

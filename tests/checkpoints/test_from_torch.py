@@ -297,7 +297,7 @@ def test_missing_extra_and_misshaped_weights_in_one_message(tmp_path):
     value["img_emb.proj.0.weight"] = np.ones(5, np.float32)
     value["head.head.bias"] = np.ones(17, np.float32)
     message = _refused("dit", value, tmp_path)
-    assert "of 69 weights, 8 missing (blocks.0.cross_attn.norm_k.weight (48,)," in message
+    assert "of 69 weights, 8 missing (blocks.0.self_attn.norm_k.weight (48,)," in message
     assert message.count("norm_") == 5
     assert "1 not expected (img_emb.proj.0.weight (5,))" in message
     assert "1 of another shape (head.head.bias: expected (16,), found (17,))" in message
@@ -336,8 +336,8 @@ def test_light_vae_message(tmp_path):
         # Shapes alone: no file of this size is needed to read them.
         tensors = {k: _shape_only(shapes[k]) for k in keys}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(from_torch.files, "read", lambda path, t=tensors: t)
-            patch.setattr(from_torch.files, "locate", lambda source, part: source)
+            patch.setattr(from_torch.sources, "read", lambda path, t=tensors: t)
+            patch.setattr(from_torch.sources, "locate", lambda source, part: source)
             with pytest.raises(InputError, match=f"The file fits with {flags}$"):
                 from_torch.open_part("vae", "light.pth", config)
 

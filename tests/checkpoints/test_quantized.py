@@ -13,6 +13,7 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import (
     four_over_six,
     from_torch,
@@ -25,7 +26,6 @@ from longlive_jax.checkpoints import (
 from longlive_jax.errors import InputError
 from longlive_jax.formats import quantize_nvfp4
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights as weights_lib
 from tests.checkpoints import tiny, torch_file
 
@@ -106,7 +106,7 @@ def convert(directory, file, config=CONFIG, **kwargs):
 
 def load(directory, name, mesh=None, **kwargs):
     return store.load(
-        directory, "dit", SPEC, mesh, "bfloat16", mesh_lib.SAMPLING_RULES, CONFIG.model,
+        directory, "dit", SPEC, mesh, "bfloat16", mesh_lib.SAMPLING_RULES, config=CONFIG.model,
         recipe=recipe_lib.get(name), **kwargs,
     )  # fmt: skip
 

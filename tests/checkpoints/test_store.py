@@ -1,5 +1,6 @@
 """Our checkpoint: what is saved is loaded, anywhere, in any dtype; writes are all or nothing."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import from_torch, safetensors, store, to_torch
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 from tests.checkpoints import tiny, torch_file
 
 
@@ -126,7 +128,7 @@ def test_stacked_groups_load_and_export_too(tmp_path):
 
 
 def test_groups_are_split_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_GROUP_BYTES", 30_000)
+    monkeypatch.setattr(store.writer, "_GROUP_BYTES", 30_000)
     monkeypatch.setattr(from_torch, "_ROWS_BYTES", 5_000)
     file = tiny.write_safetensors(tmp_path / "f.safetensors", tiny.weights("umt5"))
     _convert(tmp_path / "ckpt", "umt5", file)
@@ -188,14 +190,14 @@ def test_an_unfinished_write_changes_nothing(tmp_path, monkeypatch, when, first)
                 raise _Killed
             yield piece
 
-    write_json = store.directory_lib.write_json
+    write_json = versioned.write_json
 
     def killed(file, value):
         if when in file.name:
             raise _Killed
         write_json(file, value)
 
-    monkeypatch.setattr(store.directory_lib, "write_json", killed)
+    monkeypatch.setattr(versioned, "write_json", killed)
     with pytest.raises(_Killed):
         store.save(root, "umt5", pieces(), source.spec, section=source.section)
     monkeypatch.undo()
@@ -215,7 +217,7 @@ def test_an_unfinished_write_changes_nothing(tmp_path, monkeypatch, when, first)
 
 def test_two_writers(tmp_path):
     with (
-        store.directory_lib.writing(tmp_path / "ckpt"),
+        store.directory.writing(tmp_path / "ckpt"),
         pytest.raises(InputError, match="another process is writing"),
     ):
         _convert(tmp_path / "ckpt", "umt5", _golden_file(tmp_path))
@@ -259,7 +261,7 @@ def test_missing_part_and_checkpoint(tmp_path):
 )
 def test_other_sizes(checkpoint, part, change, flags):
     section = tiny.section(part)
-    other = type(section)(**{f: getattr(section, f) for f in section.__dataclass_fields__} | change)
+    other = dataclasses.replace(section, **change)
     with pytest.raises(InputError) as error:
         store.load(checkpoint, part, tiny.SPECS[part](other), config=other)
     assert "other sizes than the config" in str(error.value)
@@ -268,9 +270,7 @@ def test_other_sizes(checkpoint, part, change, flags):
 
 def test_heads_that_no_shape_tells(checkpoint):
     section = tiny.section("dit")
-    other = type(section)(
-        **{f: getattr(section, f) for f in section.__dataclass_fields__} | {"num_heads": 8}
-    )
+    other = dataclasses.replace(section, num_heads=8)
     with pytest.raises(InputError, match=r"num_heads is 8 by the config, 4 in .*model.num_heads=4"):
         store.load(checkpoint, "dit", tiny.SPECS["dit"](other), config=other)
 

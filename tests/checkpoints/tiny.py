@@ -1,5 +1,6 @@
 """The golden networks: their configs, and their weights under the original's keys."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -52,7 +53,7 @@ def flags(part="dit"):
     tiny = section(part)
     return [
         f"--config.{SECTIONS[part]}.{k}={getattr(tiny, k)}"
-        for k in tiny.__dataclass_fields__
+        for k in (field.name for field in dataclasses.fields(tiny))
         if not k.startswith("latent") and k != "chunk_frames"
     ]
 

@@ -203,7 +203,7 @@ def test_a_sample_of_several_shots(world):
     assert sample.prompts == ("a shot 0", "a shot 0", f"{PREFIX}a shot 1")
     assert sample.frames.shape == (21, *SIZE, 3) and sample.frames.dtype == np.uint8
     assert numbers(sample.frames) == [*range(13), *range(8)]
-    assert sample.latents is None and sample.context is None
+    assert sample.latents is None and sample.text is None
 
 
 def test_samples_depend_on_their_key_alone(world):

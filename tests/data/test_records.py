@@ -169,10 +169,10 @@ def test_samples(folder):
         assert sample.prompts == tuple(prompts[:2])
         assert sample.chunks == min(chunks, 2)
         assert sample.frames is None
-        assert sample.latents.dtype == sample.context.dtype == jnp.bfloat16
+        assert sample.latents.dtype == sample.text.dtype == jnp.bfloat16
         np.testing.assert_array_equal(sample.latents, latents[:4])
-        assert sample.context.shape == (2, 6, 8)
-        for context, prompt in zip(sample.context, prompts):
+        assert sample.text.shape == (2, 6, 8)
+        for context, prompt in zip(sample.text, prompts):
             which = PROMPTS.index(prompt)
             np.testing.assert_array_equal(context[: TOKENS[which]], embedding(which))
             assert not context[TOKENS[which] :].any()
@@ -190,7 +190,7 @@ def test_a_whole_sample(folder):
 def test_without_embeddings(tmp_path):
     folder = make(tmp_path / "r", text=False)
     sample = records.Records(folder, config(train_text_encoder=True)).sample(0, 0)
-    assert sample.context is None
+    assert sample.text is None
     assert sample.prompts == tuple(clip(0)[1][:2])
     with pytest.raises(InputError, match=r"train.text_encoder=True"):
         records.Records(folder, CONFIG)
@@ -210,7 +210,7 @@ def test_it_is_read_by_grain(folder):
             assert (a.name, a.prompts, a.chunks) == (b.name, b.prompts, b.chunks)
             assert b.latents.dtype == jnp.bfloat16
             np.testing.assert_array_equal(a.latents, b.latents)
-            np.testing.assert_array_equal(a.context, b.context)
+            np.testing.assert_array_equal(a.text, b.text)
     for iterator in read.values():
         iterator.close()
 

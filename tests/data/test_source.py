@@ -64,7 +64,7 @@ def check(sample):
     assert type(sample.frames) is np.ndarray
     np.testing.assert_array_equal(sample.frames, expected.frames)
     assert (sample.prompts, sample.chunks) == (expected.prompts, expected.chunks)
-    assert sample.latents is None and sample.context is None
+    assert sample.latents is None and sample.text is None
     return record, key
 
 

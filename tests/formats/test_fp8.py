@@ -131,8 +131,8 @@ def test_sharded_like_the_array_it_stands_for(axis, scale_spec):
     x = normal(3)
     expected = quantize_fp8(x, axis=axis)
     sharding = jax.NamedSharding(mesh, jax.P("data", "seq"))
-    placed = jax.device_put(expected, expected.shardings(sharding))
-    assert placed.scale.sharding.spec == scale_spec
+    scale = jax.NamedSharding(mesh, scale_spec)
+    placed = jax.device_put(expected, expected.replace(values=sharding, scale=scale))
     with jax.set_mesh(mesh):
         made = jax.jit(lambda x: quantize_fp8(x, axis=axis))(jax.device_put(x, sharding))
         y = jax.jit(lambda t: t.dequantize())(placed)

@@ -403,8 +403,8 @@ def test_sharded_like_the_array_it_stands_for():
     x, key = normal(9, (2, 32, 64)), jax.random.key(0)
     quantize = functools.partial(formats.quantize_nvfp4, block=SQUARES, hadamard=True)
     expected = quantize(x, key=key)
-    placed = jax.device_put(expected, expected.shardings(sharding))
-    assert placed.amax.sharding.spec == jax.P()
+    amax = jax.NamedSharding(mesh, jax.P())
+    placed = jax.device_put(expected, expected.replace(values=sharding, scales=sharding, amax=amax))
     with jax.set_mesh(mesh):
         made = jax.jit(lambda x, key: quantize(x, key=key))(jax.device_put(x, sharding), key)
         y, packed = jax.jit(lambda t: (t.dequantize(), t.packed()))(placed)
@@ -412,8 +412,6 @@ def test_sharded_like_the_array_it_stands_for():
         assert leaf.sharding.spec == sharding.spec
     assert_same(made, expected)
     np.testing.assert_array_equal(y, expected.dequantize())
-    stack = expected.replace(amax=jnp.ones(2))
-    assert stack.shardings(sharding).amax.spec == jax.P("data")
 
 
 def test_an_amax_of_shape_one_is_one_number():

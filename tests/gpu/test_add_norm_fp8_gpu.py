@@ -11,8 +11,8 @@ import pytest
 from longlive_jax.kernels import add_norm_fp8 as lib
 from longlive_jax.ops import quantized, residual
 from tests.gpu.test_quantize_fp8_gpu import OTHER_CODES
+from tests.kernels.rows import check, layer_norm_quantize
 from tests.kernels.test_add_norm_fp8 import arguments
-from tests.kernels.test_quantize_fp8 import check, layer_norm_quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.quant import linear, matmul
+from longlive_jax.quant import matmul
 from tests.quant.test_linear import error, layer, recipe, step, tokens, traced_anew
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
@@ -25,9 +25,8 @@ def test_a_layer_and_its_gradients(monkeypatch, path, inputs, outputs, samples):
     x, dy = tokens(samples, 1, 2048, inputs), tokens(samples, 1, 2048, outputs, seed=8)
     got = traced_anew(step)(r, p, x, dy)
 
-    for module in (linear, matmul):
-        monkeypatch.setattr(module, "multiplies_fp8", lambda: False)
-    monkeypatch.setattr(matmul, "_codes", lambda q: q.values.astype(jnp.float32))
+    monkeypatch.setattr(matmul, "_capability", lambda: 0.0)
+    monkeypatch.setattr(matmul, "operand", lambda q: q.values.astype(jnp.float32))
     want = traced_anew(step)(r, p, x, dy)
     names = ("y", *(f"gradient of {name}" for name in (*sorted(p), "x")))
     for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

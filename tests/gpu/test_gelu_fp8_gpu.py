@@ -8,8 +8,7 @@ import pytest
 from longlive_jax.kernels import gelu_fp8 as lib
 from longlive_jax.ops import quantized
 from tests.gpu.test_quantize_fp8_gpu import OTHER_CODES, check
-from tests.kernels.test_gelu_fp8 import product
-from tests.kernels.test_quantize_fp8 import gelu_quantize
+from tests.kernels.rows import gelu_quantize, product
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 

@@ -13,15 +13,16 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.formats import exact, nvfp4
 from longlive_jax.kernels import dequantize_nvfp4, threefry
 from longlive_jax.kernels import quantize_nvfp4 as lib
 from longlive_jax.kernels import quantize_nvfp4_columns as columns_lib
 from longlive_jax.quant import linear, matmul, operands
-from longlive_jax.quant import recipe as recipe_lib
 from tests.kernels import test_dequantize_nvfp4 as dequantized
 from tests.kernels import test_quantize_nvfp4 as cpu
 from tests.kernels import test_quantize_nvfp4_columns as columns
+from tests.kernels.checks import same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 SHAPE = (512, 4096)
@@ -32,7 +33,7 @@ def check(x, rule, amax=None, key=None):
     assert lib.supports(x, rule, key=key, amax=amax)
     tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, rule, key=key, amax=amax))(x)
     expected = formats.quantize_nvfp4(x, rule, key=key, amax=amax)
-    cpu.equal(tensor, expected)
+    same_bits(tensor, expected)
     np.testing.assert_array_equal(np.asarray(tensor.packed()), np.asarray(expected.packed()))
 
 
@@ -108,8 +109,8 @@ def test_quantize_nvfp4_columns(rule, transform, stochastic):
             )
         # Of a tensor of NaN, the bits are nobody's business.
         for given in (jnp.float32(0.3), *([amax] if jnp.isfinite(amax) else [])):
-            expected = columns.oracle(x, given, rule, transform, key if stochastic else None)
-            cpu.compare(run(x, given), expected)
+            expected = columns.oracle(x, given, key, rule, transform, stochastic)
+            same_bits(run(x, given), expected)
 
 
 @pytest.mark.parametrize("use", ("wgrad", "activation"))
@@ -119,13 +120,13 @@ def test_operands_of_a_weights_gradient(monkeypatch, use):
     keys = jax.random.split(jax.random.key(1), (3, 2, 2))
 
     def run():
-        return jax.jit(lambda y, keys: operands.columns(y, fmt, 2, (), keys))
+        return jax.jit(lambda y, keys: operands.columns(fmt, y, 2, (), keys))
 
     assert columns_lib.supports(y) and "mosaic_gpu" in run().lower(y, keys).as_text()
     result = run()(y, keys)
     monkeypatch.setattr(columns_lib, "supports", lambda *_: False)
     monkeypatch.setattr(lib, "supports", lambda *_: False)
-    cpu.equal(result, run()(y, keys))
+    same_bits(result, run()(y, keys))
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -137,7 +138,7 @@ def test_the_quantised_linear_layer_takes_the_kernel(samples):
     assert "mosaic_gpu" in run.lower(x).as_text()
     q = run(x)
     for i in range(samples):
-        cpu.equal(q[i], formats.quantize_nvfp4(x[i]))
+        same_bits(q[i], formats.quantize_nvfp4(x[i]))
 
 
 @pytest.mark.parametrize("amax", dequantized.AMAX)
@@ -160,7 +161,7 @@ def test_dequantize_nvfp4_of_a_cache():
 def test_expand_nvfp4(name):
     q = dequantized.OPERANDS[name]()
     assert dequantize_nvfp4.expands(q)
-    dequantized.check(dequantize_nvfp4.expand(q), jax.jit(matmul.expand_by_xla)(q))
+    dequantized.check(dequantize_nvfp4.expand(q), jax.jit(formats.NVFP4Tensor.operand)(q))
 
 
 def test_products_of_nvfp4_are_the_same_by_either_expansion(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from longlive_jax.kernels import norm_product as lib
 from longlive_jax.ops import norm
-from tests.kernels.test_gelu_fp8 import product
+from tests.kernels.rows import product
 from tests.kernels.test_norm_product import check, oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]

@@ -32,7 +32,7 @@ def test_it_is_the_composition(tokens):
 def test_of_a_product(dim):
     x = cpu.product((1, 1, 8, 110), dim)
     assert lib.supports(*x)
-    shares = cpu.check(jax.jit(rotated.norm_rotate)(*x), cpu.composed_of_product(*x), cpu.OTHERS)
+    shares = cpu.check(jax.jit(rotated.norm_rotate)(*x), cpu.composed(*x), cpu.OTHERS)
     print(f"\ndim {dim}: other numbers in q, k and v: {shares}")
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from longlive_jax import config as config_lib
-from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.kernels import quantize_fp8 as lib
 from longlive_jax.ops import quantized
-from tests.kernels import test_quantize_fp8 as cpu
+from tests.kernels import rows as cpu
+from tests.kernels.test_quantize_fp8 import kinds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 # Of the chip's own exponential and roots, besides the order of sums.
@@ -28,21 +28,17 @@ def check(function, arguments, oracle, other_codes=0.0, **how):
     cpu.check((result.values, result.scale), expected, other_codes, **how)
 
 
-def rows_quantize(x):
-    return formats.quantize_fp8(x, axis=-1)
-
-
 @pytest.mark.parametrize("n", (1024, 3072, 4096, 14336, 16384))
 def test_rows(n):
     x = jax.random.normal(jax.random.key(0), (2, 37, n), jnp.bfloat16)
     assert lib.supports(x)
-    check(quantized.quantize_rows, (x,), rows_quantize)
+    check(quantized.quantize_rows, (x,), cpu.quantize)
     check(quantized.gelu_quantize_rows, (2 * x,), cpu.gelu_quantize, OTHER_CODES)
 
 
 def test_rows_out_of_the_ordinary():
-    x = cpu.rows()
-    check(quantized.quantize_rows, (x,), rows_quantize, no_scale=(5, 6))
+    x = kinds()
+    check(quantized.quantize_rows, (x,), cpu.quantize, no_scale=(5, 6))
     x = x.at[3].multiply(2.0**20)
     check(quantized.gelu_quantize_rows, (x,), cpu.gelu_quantize, OTHER_CODES, no_scale=(5, 6))
 
@@ -69,7 +65,7 @@ def test_every_tiling(case, tiling):
         cpu.check(result, jax.jit(cpu.layer_norm_quantize)(x, weight, bias), OTHER_CODES)
         return
     x = x if case == "long" else x[:, :3072]
-    cpu.check(jax.jit(lambda x: lib.kernel(x, tiling=tiling))(x), rows_quantize(x))
+    cpu.check(jax.jit(lambda x: lib.kernel(x, tiling=tiling))(x), cpu.quantize(x))
     result = jax.jit(lambda x: lib.kernel(x, activation="gelu", tiling=tiling))(x)
     cpu.check(result, jax.jit(cpu.gelu_quantize)(x), OTHER_CODES)
 
@@ -84,5 +80,5 @@ def test_in_a_manual_shard_map():
         assert not lib.supports(x)  # outside
         assert "mosaic_gpu" in jax.jit(run).lower(x).as_text()
         result = jax.jit(run)(x)
-    expected = rows_quantize(np.asarray(x))
+    expected = cpu.quantize(np.asarray(x))
     cpu.check((result.values, result.scale), expected)

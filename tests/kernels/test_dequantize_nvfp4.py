@@ -1,6 +1,7 @@
-"""The NVFP4 expansion as kernels: the oracles' bits in interpret mode, and lowering for Hopper."""
+"""The NVFP4 expansion as kernels: the oracles' bits."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from longlive_jax import recipes
 from longlive_jax.errors import InputError
 from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
-from longlive_jax.kernels import dequantize_nvfp4 as lib
-from longlive_jax.quant import kv, linear, operands, recipe
+from longlive_jax.kernels import dequantize_nvfp4
+from longlive_jax.quant import kv, linear
 from longlive_jax.quant import matmul as matmul_lib
-from tests.kernels.checks import pretend_hopper
+from tests.kernels.checks import RACES, Case, Chunk, kernel_tests, lowered, pretend_hopper, shaped
 
 SHAPE = (2, 2, 4, 1024)  # layers of two tensors of 256 blocks: a program of two steps each
 CODES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # magnitudes
@@ -37,10 +39,6 @@ def check(result, expected):
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (result, expected)))
 
 
-def run(q, layer):
-    return lib.kernel(q, jnp.int32(layer), interpret=plgpu.InterpretGPUParams())
-
-
 # The last of the finite ones is what no block of a finite tensor exceeds; with 2^-103 the least
 # number is above 2^-124.
 AMAX = (
@@ -50,25 +48,9 @@ AMAX = (
 )
 
 
-@pytest.mark.parametrize("amax", AMAX)
-def test_bits_are_the_oracles(amax):
-    q = every_code_and_scale(amax)
-    for layer in range(SHAPE[0]):
-        check(run(q, layer), q[layer].dequantize())
-
-
-def test_of_what_was_quantised():
+def quantised():
     x = jax.random.normal(jax.random.key(0), SHAPE, jnp.bfloat16)
-    q = jax.vmap(jax.vmap(quantize_nvfp4))(x)
-    check(run(q, 1), q[1].dequantize())
-
-
-def test_a_third_is_the_oracles_for_all_that_a_bfloat16_amax_makes():
-    """Code times scale times amax has at most 2 + 4 + 8 bits: all of them."""
-    exact = np.arange(2**13, 2**14, dtype=np.int64)
-    quotient = (exact / 3).astype(np.float32)  # of so few bits, rounded twice as once
-    product = exact.astype(np.float32) * np.float32(1 / 3)
-    np.testing.assert_array_equal(product.astype(jnp.bfloat16), quotient.astype(jnp.bfloat16))
+    return jax.vmap(jax.vmap(quantize_nvfp4))(x)
 
 
 def abstract(shape=(4, 1, 3, 7040, 24, 128)):
@@ -83,25 +65,60 @@ def abstract(shape=(4, 1, 3, 7040, 24, 128)):
     )
 
 
-def lower(q, layer, dtype=jnp.bfloat16):
-    traced = jax.jit(lambda q, layer: kv.load_layer(q, layer, dtype)).trace(q, layer)
-    assert traced.out_info.shape == (1, *q.shape[1:]) and traced.out_info.dtype == dtype
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+def load_layer(q, layer, dtype=jnp.bfloat16):
+    return kv.load_layer(q, layer, dtype)
 
 
-def test_the_cache_takes_it_on_hopper(monkeypatch):
-    q, layer = abstract(), jax.ShapeDtypeStruct((), jnp.int32)
-    assert "mosaic_gpu" not in lower(q, layer)
-    pretend_hopper(monkeypatch)
-    assert "mosaic_gpu" in lower(q, layer)
-    assert "mosaic_gpu" not in lower(q, layer, jnp.float32)
-    assert "mosaic_gpu" not in lower(q.replace(dtype=jnp.dtype(jnp.float32)), layer)
-    assert "mosaic_gpu" not in lower(abstract((4, 1, 3, 5, 3, 128)), layer)
+def by_layer(name, make):
+    return {
+        f"{name}, layer {layer}": Case(lambda layer=layer: (make(), jnp.int32(layer)))
+        for layer in range(SHAPE[0])
+    }
+
+
+def refused(**changes):
+    q = dataclasses.replace(every_code_and_scale(AMAX[0]), **changes)
+    return "use dequantize", q, 0
+
+
+CACHE, LAYER = abstract(), shaped(dtype=jnp.int32)
+
+TestDequantizeNVFP4 = kernel_tests(
+    dequantize_nvfp4,
+    lambda q, layer: q[layer].dequantize(),
+    check,
+    supports=lambda q, _, dtype=jnp.bfloat16: dequantize_nvfp4.supports(q, dtype),
+    interpret=plgpu.InterpretGPUParams(),
+    cases=functools.reduce(
+        dict.__or__,
+        (by_layer(str(amax), functools.partial(every_code_and_scale, amax)) for amax in AMAX),
+        by_layer("quantised", quantised),
+    ),
+    chunks={"cache": Chunk(load_layer, (CACHE, LAYER))},
+    left=[
+        (CACHE, LAYER, jnp.float32),
+        (CACHE.replace(dtype=jnp.dtype(jnp.float32)), LAYER),
+        (abstract((4, 1, 3, 5, 3, 128)), LAYER),
+    ],
+    refused=[
+        refused(rule="static_6"),
+        refused(block=(16, 16)),
+        ("use dequantize", every_code_and_scale(AMAX[0], (2, 2, 3, 512)), 0),
+    ],
+)
 
 
 def test_elsewhere_a_layer_is_dequantised():
     q = every_code_and_scale(AMAX[0])
-    check(kv.load_layer(q, 1, jnp.bfloat16)[0], q[1].dequantize())
+    check(load_layer(q, 1)[0], q[1].dequantize())
+
+
+def test_a_third_is_the_oracles_for_all_that_a_bfloat16_amax_makes():
+    """Code times scale times amax has at most 2 + 4 + 8 bits: all of them."""
+    exact = np.arange(2**13, 2**14, dtype=np.int64)
+    quotient = (exact / 3).astype(np.float32)  # of so few bits, rounded twice as once
+    product = exact.astype(np.float32) * np.float32(1 / 3)
+    np.testing.assert_array_equal(product.astype(jnp.bfloat16), quotient.astype(jnp.bfloat16))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,24 +136,25 @@ OPERANDS = {
     "one tensor": lambda: every_code_and_scale(1, (2048,)),
     "static rule": lambda: every_code_and_scale(1, (64, 512)).replace(rule="static_4"),
     "square blocks": square,
-    "transposed": lambda: jax.jit(operands.transpose)(square()),
-    "columns": lambda: jax.jit(operands.merge)(every_code_and_scale([1], (1, 8, 48, 80))),
+    "transposed": lambda: jax.jit(NVFP4Tensor.transposed)(square()),
+    "columns": lambda: jax.jit(NVFP4Tensor.merged)(every_code_and_scale([1], (1, 8, 48, 80))),
 }
 
 
-@pytest.mark.parametrize("name", OPERANDS)
-def test_expanded_bits_are_those_of_xla(name):
-    q = OPERANDS[name]()
-    result = lib.expand(q, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert result.shape == q.shape
-    check(result, matmul_lib.expand_by_xla(q))
+TestExpandNVFP4 = kernel_tests(
+    dequantize_nvfp4,
+    NVFP4Tensor.operand,
+    check,
+    kernel=dequantize_nvfp4.expand,
+    cases={name: Case(lambda make=make: (make(),)) for name, make in OPERANDS.items()},
+)
 
 
 def test_expanded_numbers_are_codes_times_scales():
     q = every_code_and_scale(1, (64, 512))
     scales = np.repeat(np.asarray(q.scales, np.float64), 16, axis=1)
     assert np.isnan(scales).any() and set(np.abs(q.values.astype(jnp.float32)).flat) == set(CODES)
-    result = lib.expand(q, interpret=plgpu.InterpretGPUParams())
+    result = dequantize_nvfp4.expand(q, interpret=RACES)
     np.testing.assert_array_equal(
         np.asarray(result, np.float64), np.asarray(q.values, np.float64) * scales
     )
@@ -144,8 +162,14 @@ def test_expanded_numbers_are_codes_times_scales():
 
 def test_expanding_maps():
     q = every_code_and_scale([1, 2], (2, 4, 1024))
-    result = jax.vmap(lambda q: lib.expand(q, interpret=plgpu.InterpretGPUParams()))(q)
-    check(result, matmul_lib.expand_by_xla(q))
+    result = jax.vmap(lambda q: dequantize_nvfp4.expand(q, interpret=RACES))(q)
+    check(result, q.operand())
+
+
+def test_expand_refuses_what_programs_do_not_divide():
+    q = every_code_and_scale([1], (1, 3, 512))
+    with pytest.raises(InputError, match=r"holds 1536 numbers; it must be a multiple of 2048"):
+        dequantize_nvfp4.expand(q)
 
 
 def operand(*shape):
@@ -157,9 +181,7 @@ def operand(*shape):
 
 def expansions(f, *arguments):
     """How many operands f expands by the kernel, lowered for a GPU."""
-    traced = jax.jit(lambda *x: f(*x)).trace(*arguments)  # anew for each chip
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    return len(re.findall(r"call @expand(_\d+)?\(", text))
+    return len(re.findall(r"call @expand(_\d+)?\(", lowered(f, *arguments)[0]))
 
 
 @pytest.fixture
@@ -168,7 +190,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(matmul_lib, "_capability", lambda: 9.0)
 
 
-W4A4 = recipe.get("nvfp4_w4a4").at("ffn.0")
+W4A4 = recipes.get("nvfp4_w4a4").at("ffn.0")
 
 
 def layer(weight, x):
@@ -193,20 +215,3 @@ def test_products_expand_by_it_on_hopper(hopper):
 
 def test_elsewhere_products_do_not():
     assert expansions(product, operand(1, 1, 880, 3072), operand(3, 3072, 3072)) == 0
-
-
-def test_expand_refuses_what_programs_do_not_divide():
-    q = every_code_and_scale([1], (1, 3, 512))
-    with pytest.raises(InputError, match=r"holds 1536 numbers; it must be a multiple of 2048"):
-        lib.expand(q)
-
-
-def test_what_the_kernel_refuses():
-    q = every_code_and_scale(AMAX[0])
-    for wrong in (
-        dataclasses.replace(q, rule="static_6"),
-        dataclasses.replace(q, block=(16, 16)),
-        every_code_and_scale(AMAX[0], (2, 2, 3, 512)),
-    ):
-        with pytest.raises(InputError, match="use dequantize"):
-            run(wrong, 0)

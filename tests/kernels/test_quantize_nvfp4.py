@@ -1,4 +1,4 @@
-"""The NVFP4 quantiser as a kernel: the oracle's bits in interpret mode, and its lowering for Hopper."""
+"""The NVFP4 quantiser as a kernel: the oracle's bits."""
 
 import functools
 
@@ -13,91 +13,137 @@ from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import nvfp4
-from longlive_jax.kernels import quantize_nvfp4 as lib
-from longlive_jax.kernels import threefry
-from tests.kernels.checks import check_quotients, pretend_hopper
+from longlive_jax.kernels import blocks, quantize_nvfp4, threefry
+from tests.kernels.checks import (
+    Case,
+    Chunk,
+    Public,
+    check_quotients,
+    f32,
+    kernel_tests,
+    lowered,
+    pretend_hopper,
+    same_bits,
+    shaped,
+    zeros,
+)
 
 SHAPE = (32, 256)  # 512 blocks: four to a thread
 RULE = "static_6"  # the fastest to compile, where the rule does not matter
 # Codes, what lies halfway between them, and what saturates.
 TIES = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 6.5, 7)
+NAMES = (
+    "normal", "of many magnitudes", "ties", "equal in a block", "sparse", "zeros of both signs",
+    "tiny", "huge", "nan", "inf",
+)  # fmt: skip
 
 
+@functools.cache
 def arrays():
-    """name -> numbers of SHAPE, float32, by block [512, 16] where that matters."""
+    """name -> numbers of SHAPE, bfloat16, by block [512, 16] where that matters."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((512, 16))
     by_block = rng.choice(2.0 ** np.arange(-20, 1), (512, 1))
     sign = rng.choice((-1, 1), (512, 16))
     nan, inf = normal.copy(), normal.copy()
     nan[3, 5], inf[7, 0] = np.nan, -np.inf
-    data = {
-        "normal": normal,
-        "of many magnitudes": normal * by_block,
-        "ties": rng.choice(TIES, (512, 16)) * sign * by_block,
-        "equal in a block": np.repeat(normal[:, :1], 16, axis=1) * sign,
-        "sparse": normal * (rng.random((512, 16)) < 0.2),
-        "zeros of both signs": 0 * sign,
-        "tiny": normal * 2.0**-118,
-        "huge": np.clip(normal, -1, 1) * 3.3e38,
-        "nan": nan,
-        "inf": inf,
-    }
-    return {name: jnp.asarray(x.reshape(SHAPE), jnp.bfloat16) for name, x in data.items()}
+    data = (
+        normal,
+        normal * by_block,
+        rng.choice(TIES, (512, 16)) * sign * by_block,
+        np.repeat(normal[:, :1], 16, axis=1) * sign,
+        normal * (rng.random((512, 16)) < 0.2),
+        0 * sign,
+        normal * 2.0**-118,
+        np.clip(normal, -1, 1) * 3.3e38,
+        nan,
+        inf,
+    )
+    return {name: jnp.asarray(x.reshape(SHAPE), jnp.bfloat16) for name, x in zip(NAMES, data)}
 
 
-@functools.cache
-def kernel(rule, stochastic):
-    interpret = plgpu.InterpretGPUParams()
-
-    def run(x, amax, key):
-        seeds = threefry.seeds(key) if stochastic else None
-        return lib.kernel(x, amax, rule, (2, 2), interpret, seeds)
-
-    return jax.jit(run)
+def largest(x):
+    return jnp.float32(np.max(np.abs(np.asarray(x, np.float32))))
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def oracle(x, amax, rule, key):
+def run(x, amax, key, *, rule, stochastic, interpret):
+    seeds = threefry.seeds(key) if stochastic else None
+    return quantize_nvfp4.kernel(x, amax, rule, (2, 2), interpret, seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "stochastic"))
+def oracle(x, amax, key, rule, stochastic):
+    key = key if stochastic else None
     tensor = formats.quantize_nvfp4(x, rule, key=key, amax=amax)
     return tensor.packed(), tensor.scales
 
 
-def compare(result, expected):
-    """Packed codes, and scales, bit for bit."""
-    codes, scales = (np.asarray(y) for y in result)
-    expected = [np.asarray(y) for y in expected]
-    assert codes.dtype == np.uint8 and scales.dtype == jnp.float8_e4m3fn
-    np.testing.assert_array_equal(codes, expected[0])
-    # A NaN's sign is nobody's business.
-    is_nan = np.isnan(scales.astype(np.float32))
-    np.testing.assert_array_equal(is_nan, np.isnan(expected[1].astype(np.float32)))
-    np.testing.assert_array_equal(
-        scales.view(np.uint8)[~is_nan], expected[1].view(np.uint8)[~is_nan]
+def given(name, amax):
+    """An array, its largest magnitude (or that of a larger whole, or of a smaller), and a key."""
+    x = arrays()[name]
+    return x, largest(x) if amax is None else jnp.float32(amax), jax.random.key(5)
+
+
+def cases():
+    for rule in nvfp4.RULES:
+        for stochastic in (False, True):
+            # Of the adaptive rules mse is the one that recipes use.
+            slow = rule != "mse" or stochastic
+            options = {"rule": rule, "stochastic": stochastic}
+            for name in NAMES:
+                others = (0.3, 1.7, 1000.0) if name in ("normal", "ties", "inf", "nan") else ()
+                for amax in (None, *others):
+                    make = functools.partial(given, name, amax)
+                    rounding = ", stochastic" if stochastic else ""
+                    yield f"{rule}{rounding}: {name}, {amax}", Case(make, options, slow)
+
+
+def public(hadamard, seed):
+    key = None if seed is None else jax.random.key(seed)
+    how = {"rule": RULE, "hadamard": hadamard, "key": key}
+    return Public(
+        functools.partial(quantize_nvfp4.quantize_nvfp4, **how),
+        functools.partial(formats.quantize_nvfp4, **how),
+        lambda: (arrays()["normal"],),
     )
 
 
-def check(x, amax, rule, stochastic):
-    key = jax.random.key(5)
-    result = kernel(rule, stochastic)(x, amax, key)
-    compare(result, oracle(x, amax, rule, key if stochastic else None))
+def chunk(rule, stochastic):
+    seeds = shaped(2, 2, dtype=jnp.uint32) if stochastic else None
+
+    def function(x, amax, seeds):
+        return quantize_nvfp4.kernel(x, amax, rule, seeds=seeds)
+
+    return Chunk(function, (shaped(7040, 3072), f32(), seeds), calls=2)
 
 
-# Of the adaptive rules mse is the one that recipes use.
-QUICK = ("mse",)
+ONE = np.float32(1)
 
-
-@pytest.mark.parametrize(
-    "rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in nvfp4.RULES]
+TestQuantizeNVFP4 = kernel_tests(
+    quantize_nvfp4,
+    oracle,
+    kernel=run,
+    supports=lambda x, *_: quantize_nvfp4.supports(x),
+    interpret=plgpu.InterpretGPUParams(),
+    cases=dict(cases()),
+    publics={
+        "alone": public(False, None),
+        "Hadamard": public(True, None),
+        "Hadamard, stochastic": public(True, 3),
+    },
+    chunks={
+        f"{rule}{', stochastic' if stochastic else ''}": chunk(rule, stochastic)
+        for rule in ("static_4", "mse")
+        for stochastic in (False, True)
+    },
+    refused=[
+        ("must be bfloat16", zeros(128, 16, dtype=np.float32), ONE, "mse"),
+        ("multiple of 2048 numbers", zeros(100, 16), ONE, "mse"),
+        ("must end in a multiple of 16", zeros(256, 8), ONE, "mse"),
+        ("multiple of 2048 numbers", zeros(0, 16), ONE, "mse"),
+        ("unknown rule 'best'", zeros(128, 16), ONE, "best"),
+    ],
 )
-@pytest.mark.parametrize("stochastic", (False, pytest.param(True, marks=pytest.mark.slow)))
-def test_bits_are_the_oracles(rule, stochastic):
-    for name, x in arrays().items():
-        print(name)
-        check(x, jnp.float32(np.max(np.abs(np.asarray(x, np.float32)))), rule, stochastic)
-        # A part of a larger whole, or of a smaller.
-        for given in (0.3, 1.7, 1000.0) if name in ("normal", "ties", "inf", "nan") else ():
-            check(x, jnp.float32(given), rule, stochastic)
 
 
 def test_floors_are_exact():
@@ -107,13 +153,14 @@ def test_floors_are_exact():
     small = 2.0 ** np.arange(-18, -1, dtype=np.float32)
     x = np.sort(np.concatenate([near.view(np.float32).ravel(), small, np.float32([6.9])]))
     code = np.searchsorted(grid, x, side="right")
-    lifted = lib._lift(jnp.asarray(x))
-    np.testing.assert_array_equal((np.asarray(lifted).view(np.uint32) >> 22) - lib._ZERO, code)
-    np.testing.assert_array_equal(lib._floor(lifted), np.append(np.float32(0), grid)[code])
+    lifted = blocks._lift(jnp.asarray(x))
+    np.testing.assert_array_equal((np.asarray(lifted).view(np.uint32) >> 22) - blocks._ZERO, code)
+    np.testing.assert_array_equal(blocks._floor(lifted), np.append(np.float32(0), grid)[code])
 
 
 @pytest.mark.parametrize("groups", ((), (2,)))
 def test_each_tensor_by_its_keys(monkeypatch, groups):
+    lib = quantize_nvfp4
     x = jax.random.normal(jax.random.key(0), (2, 2, 16, 128), jnp.bfloat16)
     amax, keys = jnp.float32([4, 5]), jax.random.split(jax.random.key(1), (2, *groups))
 
@@ -123,100 +170,59 @@ def test_each_tensor_by_its_keys(monkeypatch, groups):
 
     expected = run()
     monkeypatch.setattr(lib, "supports", lambda *_: True)
-    equal(run(), expected)
+    same_bits(run(), expected)
 
 
 def test_groups_of_several_steps():
     """Two of two tiles each, which a program makes both, or one."""
     x, keys = arrays()["normal"], jax.random.split(jax.random.key(1), 2)
     parts = x.reshape(2, 16, 256)
-    one = functools.partial(oracle, amax=jnp.float32(4), rule=RULE)
-    expected = [y.reshape(32, -1) for y in jax.vmap(lambda x, key: one(x, key=key))(parts, keys)]
+    one = functools.partial(oracle, rule=RULE, stochastic=True)
+    expected = jax.vmap(one, (0, None, 0))(parts, jnp.float32(4), keys)
+    expected = [y.reshape(32, -1) for y in expected]
     for steps in (1, 2):
         interpret = plgpu.InterpretGPUParams()
         seeds = threefry.seeds(keys)
-        compare(lib.kernel(x, jnp.float32(4), RULE, (steps, 2), interpret, seeds), expected)
+        result = quantize_nvfp4.kernel(x, jnp.float32(4), RULE, (steps, 2), interpret, seeds)
+        same_bits(result, expected)
 
 
-def test_what_is_supported(monkeypatch):
-    key, x = jax.random.key(0), jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
-    assert not lib.supports(x, key=key)
+def test_with_a_key_the_array_must_be_local(monkeypatch):
+    supports = quantize_nvfp4.supports
+    key, x = jax.random.key(0), shaped(7040, 3072)
     pretend_hopper(monkeypatch)
-    assert lib.supports(x) and lib.supports(x, key=key)
-    assert not lib.supports(x, key=jax.random.split(key, 2))
+    assert supports(x) and supports(x, key=key)
+    assert not supports(x, key=jax.random.split(key, 2))
     mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=4, seq=2))
     placed = jax.ShapeDtypeStruct((512, 256), x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
-        assert lib.supports(placed) and not lib.supports(placed, key=key)
+        assert supports(placed) and not supports(placed, key=key)
 
 
 def test_a_sixth_is_rounded_once():
-    check_quotients(lib._SIXTH, 6)
-
-
-@pytest.mark.parametrize("stochastic", (False, True))
-@pytest.mark.parametrize("rule", ("static_4", "mse"))
-def test_it_lowers_for_hopper(rule, stochastic):
-    x = jax.ShapeDtypeStruct((7040, 3072), jnp.bfloat16)
-    seeds = jax.ShapeDtypeStruct((2, 2), jnp.uint32) if stochastic else None
-    amax = jax.ShapeDtypeStruct((), jnp.float32)
-    run = jax.jit(lambda x, amax, seeds: lib.kernel(x, amax, rule, seeds=seeds))
-    traced = run.trace(x, amax, seeds)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    check_quotients(blocks._SIXTH, 6)
 
 
 @pytest.mark.parametrize("spec", (jax.P(), jax.P("fsdp", "seq")))
 def test_it_lowers_on_a_mesh(monkeypatch, spec):
     """Of explicit axes; each device its part."""
-    monkeypatch.setattr(lib, "supports", lambda *_: True)
+    monkeypatch.setattr(quantize_nvfp4, "supports", lambda *_: True)
     mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=4, seq=2))
     sharding = jax.NamedSharding(mesh, spec)
     x = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=sharding)
     with jax.set_mesh(mesh):
-        traced = jax.jit(lambda x: lib.quantize_nvfp4(x, RULE)).trace(x)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        text, out = lowered(functools.partial(quantize_nvfp4.quantize_nvfp4, rule=RULE), x)
         expected = jax.eval_shape(lambda x: formats.quantize_nvfp4(x, RULE), x)
     assert "mosaic_gpu" in text
-    assert jax.tree.map(jax.typeof, traced.out_info) == jax.tree.map(jax.typeof, expected)
+    assert jax.tree.map(jax.typeof, out) == jax.tree.map(jax.typeof, expected)
 
 
-def equal(tensor, expected):
-    assert jax.tree.structure(tensor) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(tensor), jax.tree.leaves(expected)):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-@pytest.mark.parametrize("hadamard, seed", ((False, None), (True, None), (True, 3)))
-def test_the_public_function_by_the_kernel(monkeypatch, hadamard, seed):
-    monkeypatch.setattr(lib, "supports", lambda *_: True)
-    x, key = arrays()["normal"], None if seed is None else jax.random.key(seed)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        tensor = jax.jit(lambda x: lib.quantize_nvfp4(x, RULE, hadamard=hadamard, key=key))(x)
-    equal(tensor, formats.quantize_nvfp4(x, RULE, hadamard=hadamard, key=key))
-
-
-def test_the_public_function_elsewhere():
+def test_other_dtypes_and_blocks_are_left_to_xla():
     x = arrays()["normal"].astype(jnp.float32)
-    assert not lib.supports(x)
-    equal(lib.quantize_nvfp4(x, "mae", (16, 16)), formats.quantize_nvfp4(x, "mae", (16, 16)))
+    result = quantize_nvfp4.quantize_nvfp4(x, "mae", (16, 16))
+    same_bits(result, formats.quantize_nvfp4(x, "mae", (16, 16)))
     with pytest.raises(InputError, match="unknown rule 'best'"):
-        lib.quantize_nvfp4(x, "best")
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, rule, message",
-    (
-        ((128, 16), jnp.float32, "mse", "must be bfloat16"),
-        ((100, 16), jnp.bfloat16, "mse", "multiple of 2048 numbers"),
-        ((256, 8), jnp.bfloat16, "mse", "must end in a multiple of 16"),
-        ((0, 16), jnp.bfloat16, "mse", "multiple of 2048 numbers"),
-        ((128, 16), jnp.bfloat16, "best", "unknown rule 'best'"),
-    ),
-)
-def test_what_the_kernel_refuses(shape, dtype, rule, message):
-    with pytest.raises(InputError, match=message):
-        lib.kernel(jnp.zeros(shape, dtype), jnp.float32(1), rule)
+        quantize_nvfp4.quantize_nvfp4(x, "best")
 
 
 @pytest.mark.parametrize(
@@ -233,4 +239,4 @@ def test_what_the_kernel_refuses(shape, dtype, rule, message):
 )
 def test_seeds_that_are_not_the_inputs(seeds, message):
     with pytest.raises(InputError, match=message):
-        lib.kernel(jnp.zeros((128, 16), jnp.bfloat16), jnp.float32(1), RULE, seeds=seeds)
+        quantize_nvfp4.kernel(zeros(128, 16), ONE, RULE, seeds=seeds)

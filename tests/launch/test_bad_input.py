@@ -222,7 +222,8 @@ def test_is_refused(case, f, tmp_path):
 
 
 def _full_disk():
-    from longlive_jax.data import arrays, video
+    from longlive_jax.data import video
+    from longlive_jax.files import arrays
 
     def refuse(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

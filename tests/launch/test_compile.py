@@ -11,10 +11,11 @@ import pytest
 from launch import compile_cache
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data.video import VideoWriter, read_video
+from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.sampling import programs
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, tiny_config, write
+from tests.videos import read_video
 
 # Of videos from a first frame.
 PICTURED = [*TINY, "--config.video.image_to_video=True", "--config.sample.steps=1"]

@@ -122,8 +122,8 @@ def test_contexts_are_the_prompts(encoded, checkpoint):
     prompts = [PROMPTS[0], PROMPTS[1], CUT + PROMPTS[1]]
     rows = parts.embed(checkpoint, cfg, mesh, prompts, guided=False).rows
     for sample in samples(encoded[0]):
-        assert sample.context.shape == (2, 32, 32)
-        for context, prompt in zip(sample.context, sample.prompts):
+        assert sample.text.shape == (2, 32, 32)
+        for context, prompt in zip(sample.text, sample.prompts):
             expected = rows[prompts.index(prompt)]
             np.testing.assert_allclose(
                 context, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
@@ -202,7 +202,7 @@ def test_a_mesh_encodes_the_same(encoded, encode, tmp_path):
         np.testing.assert_allclose(
             a.latents, b.latents, rtol=0, atol=1e-5 * np.abs(b.latents).max()
         )
-        np.testing.assert_array_equal(a.context, b.context)
+        np.testing.assert_array_equal(a.text, b.text)
 
 
 def test_a_finished_folder_stays(encoded, encode):
@@ -230,7 +230,7 @@ def test_the_text_encoder_is_trained(videos, tmp_path):
     )  # fmt: skip
     found = samples(tmp_path / "out", config(text_encoder=True))
     assert sorted(s.name for s in found) == ["v0", "v1", "v2"]
-    assert all(s.context is None and s.latents.dtype == np.float32 for s in found)
+    assert all(s.text is None and s.latents.dtype == np.float32 for s in found)
     assert not list(tmp_path.glob("out/text*"))
 
 

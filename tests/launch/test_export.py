@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.checkpoints import store
-from longlive_jax.data.arrays import load_npz
+from longlive_jax.files.arrays import load_npz
 from tests.launch import commands
 from tests.training import tiny_run
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from longlive_jax import config as config_lib
-from longlive_jax.data import tiny_world
 from longlive_jax.data.clips import VideoFolder
-from longlive_jax.data.video import probe, read_video
+from longlive_jax.data.video import probe
+from longlive_jax.data.worlds import shapes
 from longlive_jax.sampling import shots as shots_lib
 from tests.launch.commands import run
+from tests.videos import read_video
 
 SMALL = ["--clips=3", "--seed=4", "--height=32", "--width=64"]
 
@@ -29,7 +30,7 @@ def captions(folder):
 
 def test_videos_and_captions_are_those_of_the_seed(made):
     assert sorted(path.name for path in made.iterdir()) == ["caption", "eval", "video"]
-    clips = list(tiny_world.clips(4, 3))
+    clips = list(shapes.clips(4, 3))
     for number, shots in enumerate(clips):
         name = f"clip-{number:06d}"
         assert captions(made / "caption" / name) == [shot.caption for shot in shots]
@@ -39,7 +40,7 @@ def test_videos_and_captions_are_those_of_the_seed(made):
         assert [info.frames for info in infos] == [shot.frames for shot in shots]
         assert {(info.fps, info.height, info.width) for info in infos} == {(24, 32, 64)}
     decoded = read_video(made / "video" / "clip-000000" / "000000.mp4", 32, 64).astype(float)
-    drawn = tiny_world.render(clips[0][0], 0, clips[0][0].frames, 32, 64)
+    drawn = shapes.render(clips[0][0], 0, clips[0][0].frames, 32, 64)
     assert np.abs(decoded - drawn).mean() < 6  # colour is stored at half the size
 
 
@@ -60,7 +61,7 @@ def test_a_sampler_reads_the_held_out_captions(made):
     videos = shots_lib.read(
         made / "eval", chunks=4, chunk_frames=8, scene_cut_prefix="The scene transitions. "
     )
-    expected = list(tiny_world.clips(4, len(videos), held_out=True))
+    expected = list(shapes.clips(4, len(videos), held_out=True))
     assert len(videos) == 16
     for video, shots in zip(videos, expected):
         assert video.chunks[0].prompt == shots[0].caption

@@ -13,10 +13,10 @@ from launch import parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import safetensors, store, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights as weights_lib
 from tests.launch.commands import PROMPTS, TINY, run, tiny_config, write
 from tests.training import tiny_run

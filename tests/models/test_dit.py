@@ -1,7 +1,5 @@
 """The transformer against the original's outputs, and its four uses against each other."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +10,10 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import nnx, params
 from longlive_jax.models import dit
+from longlive_jax.models.dit import conditioning
 from tests import golden_files
 
-FRAMES = np.arange(24, dtype=np.int32).reshape(1, 3, 8)
+POSITIONS = np.arange(24, dtype=np.int32).reshape(1, 3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def test_block_causal_is_the_originals(weights):
     g, split = golden_inputs()
     out = jax.jit(dit.block_causal, static_argnums=1)(
         weights, golden_files.MODEL, split(g["bc_x"]), jnp.asarray(g["bc_t"]).reshape(1, 3, 8),
-        FRAMES, jnp.asarray(g["bc_ctx"])[None],
+        POSITIONS, text=jnp.asarray(g["bc_ctx"])[None],
     )  # fmt: skip
     close(out, split(g["bc_out"]))
 
@@ -46,10 +45,10 @@ def test_block_causal_is_the_originals(weights):
 @pytest.mark.parametrize("name, offset", [("tf_out", 0), ("tfo_out", 8)])
 def test_teacher_forcing_is_the_originals(weights, name, offset):
     g, split = golden_inputs()
-    frames = np.where(FRAMES >= 8, FRAMES + offset, FRAMES).astype(np.int32)
+    positions = np.where(POSITIONS >= 8, POSITIONS + offset, POSITIONS).astype(np.int32)
     out = jax.jit(dit.teacher_forcing, static_argnums=1)(
         weights, golden_files.MODEL, split(g["tf_clean"]), split(g["tf_x"]),
-        jnp.asarray(g["tf_t"]).reshape(1, 3, 8), frames, jnp.asarray(g["tf_ctx"])[None],
+        jnp.asarray(g["tf_t"]).reshape(1, 3, 8), positions, text=jnp.asarray(g["tf_ctx"])[None],
     )  # fmt: skip
     close(out, split(g[name]))
 
@@ -59,24 +58,25 @@ def test_chunks_sharded_over_seq_give_the_same_training_forward_and_gradient(wei
     g, split = golden_inputs()
     clean, noisy = (jnp.tile(split(g[k]), (2, 1, 1, 1, 1, 1))[:, :2] for k in ("tf_clean", "tf_x"))
     t = jnp.tile(jnp.asarray(g["tf_t"]).reshape(1, 3, 8), (2, 1, 1))[:, :2]
-    context = jnp.tile(jnp.asarray(g["tf_ctx"])[None], (2, 1, 1, 1))[:, :2]
-    frames = jnp.tile(FRAMES, (2, 1, 1))[:, :2]
+    text = jnp.tile(jnp.asarray(g["tf_ctx"])[None], (2, 1, 1, 1))[:, :2]
+    positions = jnp.tile(POSITIONS, (2, 1, 1))[:, :2]
     cfg = golden_files.MODEL
 
-    def loss(p, *x, parallel=dit.Parallel()):
-        return jnp.sum(dit.teacher_forcing(p, cfg, *x, parallel=parallel) ** 2)
+    def loss(p, *x, sharding=dit.Sharding()):
+        *x, text = x
+        return jnp.sum(dit.teacher_forcing(p, cfg, *x, text=text, sharding=sharding) ** 2)
 
-    inputs = (clean, noisy, t, frames, context)
+    inputs = (clean, noisy, t, positions, text)
     expected = jax.jit(jax.value_and_grad(loss))(weights, *inputs)
 
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=1, fsdp=2, seq=2))
-    parallel = dit.Parallel.training()
+    sharding = dit.Sharding.training()
     specs = params.partition_specs(dit.spec(cfg))
     where = mesh_lib.spec(("batch", "chunk"))
 
     def local(p, *x):
-        value, gradient = jax.value_and_grad(loss)(p, *x, parallel=parallel)
-        return parallel.sum(value), parallel.sum_gradients(gradient, dit.spec(cfg))
+        value, gradient = jax.value_and_grad(loss)(p, *x, sharding=sharding)
+        return sharding.sum(value), sharding.sum_gradients(gradient, dit.spec(cfg))
 
     sharded = jax.shard_map(
         local,
@@ -115,12 +115,11 @@ def test_full_size_teacher_forcing_traces():
     p = params.abstract(dit.spec(cfg), dtype=jnp.bfloat16)
     latents = jax.ShapeDtypeStruct((1, 2, 8, 44, 80, 48), jnp.bfloat16)
     t = jax.ShapeDtypeStruct((1, 2, 8), jnp.float32)
-    frames = jax.ShapeDtypeStruct((1, 2, 8), jnp.int32)
-    context = jax.ShapeDtypeStruct((1, 2, 512, 4096), jnp.bfloat16)
-    forward = functools.partial(dit.teacher_forcing, cfg=cfg)
+    positions = jax.ShapeDtypeStruct((1, 2, 8), jnp.int32)
+    text = jax.ShapeDtypeStruct((1, 2, 512, 4096), jnp.bfloat16)
     out = jax.eval_shape(
-        lambda p, c, n, t, f, x: forward(p, clean=c, noisy=n, timesteps=t, frames=f, context=x),
-        p, latents, latents, t, frames, context,
+        lambda p, *x, text: dit.teacher_forcing(p, cfg, *x, text=text),
+        p, latents, latents, t, positions, text=text,
     )  # fmt: skip
     assert out.shape == latents.shape and out.dtype == jnp.bfloat16
 
@@ -129,9 +128,10 @@ def test_bfloat16_stays_near_float32(weights):
     g, split = golden_inputs()
     args = (
         golden_files.MODEL, split(g["bc_x"]).astype(jnp.bfloat16),
-        jnp.asarray(g["bc_t"]).reshape(1, 3, 8), FRAMES, jnp.asarray(g["bc_ctx"], jnp.bfloat16)[None],
+        jnp.asarray(g["bc_t"]).reshape(1, 3, 8), POSITIONS,
     )  # fmt: skip
-    out = jax.jit(dit.block_causal, static_argnums=1)(weights, *args)
+    text = jnp.asarray(g["bc_ctx"], jnp.bfloat16)[None]
+    out = jax.jit(dit.block_causal, static_argnums=1)(weights, *args, text=text)
     assert out.dtype == jnp.bfloat16
     expected = np.asarray(split(g["bc_out"]))
     error = np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
@@ -140,7 +140,7 @@ def test_bfloat16_stays_near_float32(weights):
 
 def test_a_timestep_may_be_a_fraction():
     exact = 937.25 * 10000.0 ** (-np.arange(16) / 16)
-    wave = dit._sinusoid(jnp.float32(937.25)[None], 32)[0]
+    wave = conditioning.sinusoid(jnp.float32(937.25)[None], 32)[0]
     np.testing.assert_allclose(wave[:16], np.cos(exact), atol=1e-6)
     np.testing.assert_allclose(wave[16:], np.sin(exact), atol=1e-6)
 
@@ -149,12 +149,12 @@ def test_flax_module_gives_the_same_numbers(weights):
     g, split = golden_inputs()
     model = nnx.Transformer(golden_files.MODEL, weights)
     args = (
-        split(g["tf_clean"]), split(g["tf_x"]), jnp.asarray(g["tf_t"]).reshape(1, 3, 8), FRAMES,
+        split(g["tf_clean"]), split(g["tf_x"]), jnp.asarray(g["tf_t"]).reshape(1, 3, 8), POSITIONS,
         jnp.asarray(g["tf_ctx"])[None],
     )  # fmt: skip
     close(flax_nnx.jit(lambda m, *a: m(*a))(model, *args), split(g["tf_out"]))
     bc = model.block_causal(*args[1:])
-    close(bc, dit.block_causal(weights, golden_files.MODEL, *args[1:]), 1e-6)
+    close(bc, dit.block_causal(weights, golden_files.MODEL, *args[1:4], text=args[4]), 1e-6)
     _, state = flax_nnx.split(model)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(weights))
     jax.tree.map(np.testing.assert_array_equal, model.tree(), weights)

@@ -13,17 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import formats
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.config import Mesh
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import FP8, PendingMatmul
 from longlive_jax.kernels import dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_columns
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import linear as linear_lib
 from longlive_jax.quant import matmul as matmul_lib
 from longlive_jax.quant import operands
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant.linear import linear, product, quantize_activation, quantize_weight
-from longlive_jax.quant.recipe import FP8
 
 TRAINING = ("fp8_train", "nvfp4_te", pytest.param("nvfp4_ar", marks=pytest.mark.slow))
 INFERENCE = ("fp8", "fp8_train", pytest.param("nvfp4_w4a4", marks=pytest.mark.slow))
@@ -148,7 +147,7 @@ def test_a_product_before_its_scales(monkeypatch, name, path, quantised):
     if quantised:
         x = quantize_activation(x, r)
     y, want = (jax.jit(f, static_argnums=2)(p, x, r) for f in (product, linear))
-    assert isinstance(y, Product) and y.shape == want.shape and y.dtype == want.dtype
+    assert isinstance(y, PendingMatmul) and y.shape == want.shape and y.dtype == want.dtype
     assert y.sums.dtype == y.bias.dtype == jnp.bfloat16 and y.column.shape == (96,)
     assert y.row.dtype == y.column.dtype == jnp.float32 and y.row.shape == (2, 3, 5, 1)
     assert 0 < error(y.astype(jnp.float32), want) < 2.0**-8
@@ -181,7 +180,7 @@ def test_a_library_that_scales_is_the_same_but_for_roundings(monkeypatch, path, 
 def test_a_product_of_two_tensors_scales_is_exact_in_bfloat16(dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jnp.exp(5 * jax.random.normal(keys[0], (500, 1))) * jax.random.normal(keys[1], (500, 32))
-    q = operands.quantize(x, FP8(dtype), 1)
+    q = operands.quantize(FP8(dtype), x, 1)
     top = float(jnp.finfo(dtype).max)
     filled = np.abs(np.asarray(q.values, np.float32)).max(axis=1) / top
     assert filled.min() >= 0.5 and filled.max() <= 1
@@ -217,7 +216,7 @@ def test_a_gradient_by_kernels_is_the_same(monkeypatch, path):
 
 @pytest.mark.parametrize("value", [0.0, 3.3e38, np.inf, np.nan])
 def test_scales_of_a_tensor_out_of_the_ordinary(value):
-    decoded = operands.quantize(jnp.asarray([[value, -value, 0.0]]), FP8(), 1)[0].dequantize()
+    decoded = operands.quantize(FP8(), jnp.asarray([[value, -value, 0.0]]), 1)[0].dequantize()
     if np.isfinite(value):
         np.testing.assert_allclose(decoded, [value, -value, 0], rtol=2**-4)
     else:
@@ -368,7 +367,7 @@ def test_native_fp4_is_the_same(monkeypatch):
     p, x, dy = fused()
     r = to_nearest(recipe("nvfp4_te", "self_attn.qkv"))
     want = step(r, p, x, dy)
-    monkeypatch.setattr(matmul_lib, "_has_fp4", lambda: True)
+    monkeypatch.setattr(matmul_lib, "_capability", lambda: 10.0)
     got = traced_anew(step)(r, p, x, dy)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert error(a, b) < 1e-3

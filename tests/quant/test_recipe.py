@@ -4,9 +4,9 @@ import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 
 
 def test_the_table_names_all_matrices_of_a_block():
@@ -28,9 +28,3 @@ def test_recipes_are_data():
 def test_an_unknown_recipe_is_refused_with_the_names():
     with pytest.raises(InputError, match=r"'nvfp8'.*bf16, fp8, fp8_train, nvfp4_ar"):
         recipe_lib.get("nvfp8")
-
-
-def test_the_config_knows_the_names_and_which_have_gradients():
-    recipes = recipe_lib.RECIPES.items()
-    known = {name: recipe is None or recipe.gradients is not None for name, recipe in recipes}
-    assert known == config_lib.RECIPES

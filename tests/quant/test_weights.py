@@ -10,10 +10,10 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor, NVFP4Tensor
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights
 from longlive_jax.quant.linear import linear
 

@@ -10,11 +10,11 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
-from longlive_jax.formats import Product
+from longlive_jax.formats import PendingMatmul
 from longlive_jax.models import dit
 from longlive_jax.quant import linear as linear_lib
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.sampling import stream
 from tests.sampling import test_stream
 from tests.sampling.test_quantized_cache import error
@@ -77,7 +77,7 @@ def test_products_before_their_scales(monkeypatch):
         jax.clear_caches()  # a layer is traced once
         latents = run.__wrapped__(cfg)
     jax.clear_caches()
-    assert {type(y) for y in given} == {Product}
+    assert {type(y) for y in given} == {PendingMatmul}
     assert 0 < error(latents, expected) < 0.03
 
 

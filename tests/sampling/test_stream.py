@@ -96,13 +96,13 @@ def off_mesh(tree):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def denoise(params, cfg, *arguments):
-    return dit.denoise(dit.layers(params), cfg, *arguments)
+def denoise(params, cfg, *arguments, **given):
+    return dit.denoise(dit.layers(params), cfg, *arguments, **given)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def text_keys_values(params, cfg, context):
-    return dit.text_keys_values(dit.layers(params), cfg, context)
+def text_keys_values(params, cfg, text):
+    return dit.text_keys_values(dit.layers(params), cfg, text)
 
 
 def close(a, b, limit=1e-5):
@@ -213,16 +213,17 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
         tokens = 8 * (SIZE[0] // 2) * (SIZE[1] // 2)
         mask = np.kron(mask, np.ones((tokens, tokens), bool))
 
-        def attend(q, k, v):
+        def attend(q, k, v, sharding):
             flat = [y.reshape(1, -1, *y.shape[3:]) for y in (q, k, v)]
             out = jax.nn.dot_product_attention(*flat, mask=mask[None, None])
             return out.reshape(q.shape)
 
-        x, e, modulation, angle = dit._embed(params, MODEL, latents, t, f)
-        x = dit._train_blocks(
-            params, MODEL, x, modulation, angle, attend, context, dit.Parallel(), "qkv"
-        )
-        return dit._head(params["head"], MODEL, x, e, SIZE)[0, -1]
+        plain, *others = dit.BRANCHES
+        masked = plain.attention._replace(block_causal=attend)
+        branches = (dataclasses.replace(plain, attention=masked), *others)
+        return dit.block_causal(params, MODEL, latents, t, f, text=context, branches=branches)[
+            0, -1
+        ]
 
     oracle = jax.jit(oracle, static_argnums=2)
     state = sampler.init_state(1, *SIZE)
@@ -233,7 +234,7 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
             timesteps = jnp.full((1, 8), 833.0)
             cache = off_mesh(state.cache)
             velocity = denoise(
-                params, MODEL, inputs[c].noise, timesteps, frames[None, c], text, cache
+                params, MODEL, inputs[c].noise, timesteps, frames[None, c], text=text, cache=cache
             )
             close(velocity[0], oracle(inputs[c].noise, 833.0, c))
         clean_input = inputs[c].replace(noise=clean[c][None])

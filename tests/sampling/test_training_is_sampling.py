@@ -36,17 +36,17 @@ def test_teacher_forcing_is_the_cached_rollout(given):
     if given:  # the first frame is an image: clean, at timestep 0, in both copies
         levels[0, 0] = 0
         noisy = noisy.at[0, 0].set(clean[0, 0])
-    frames = np.arange(8 * CHUNKS, dtype=np.int32).reshape(CHUNKS, 8)
+    positions = np.arange(8 * CHUNKS, dtype=np.int32).reshape(CHUNKS, 8)
     context = jnp.stack([i.context[0] for i in inputs])
     together = jax.jit(dit.teacher_forcing, static_argnums=1)(
-        params, MODEL, clean[None], noisy[None], levels[None], frames[None], context[None]
+        params, MODEL, clean[None], noisy[None], levels[None], positions[None], text=context[None]
     )[0]
     state = sampler.init_state(1, *SIZE)
     for c in range(CHUNKS):
         text = text_keys_values(params, MODEL, inputs[c].context)
         alone = denoise(
-            params, MODEL, noisy[c][None], levels[None, c], frames[None, c], text,
-            off_mesh(state.cache),
+            params, MODEL, noisy[c][None], levels[None, c], positions[None, c],
+            text=text, cache=off_mesh(state.cache),
         )  # fmt: skip
         close(together[c], alone[0])
         state = sampler.ingest(

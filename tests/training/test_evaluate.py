@@ -6,8 +6,8 @@ import pytest
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.models import dit
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.quant import weights
 from longlive_jax.training import evaluate
 from tests.training import tiny_run

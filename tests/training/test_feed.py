@@ -80,7 +80,7 @@ def test_batches_are_the_same_on_every_mesh(tmp_path):
             np.testing.assert_array_equal(
                 batch.latents[row].reshape(sample.latents.shape), sample.latents
             )
-            np.testing.assert_array_equal(batch.text[row], sample.context)
+            np.testing.assert_array_equal(batch.text[row], sample.text)
 
 
 @pytest.fixture(scope="module")

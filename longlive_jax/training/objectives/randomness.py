@@ -10,8 +10,8 @@ from flax import struct
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule
-from longlive_jax.quant import recipe as recipe_lib
 
 # Uses of a chunk's key. Error recycling folds its own, from 16 on.
 NOISE, TIMESTEP, PAST_NOISE, PAST_TIMESTEP, ROUNDING = range(5)

@@ -18,9 +18,9 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import dit, umt5
-from longlive_jax.quant import recipe as recipe_lib
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import cost
 from longlive_jax.training.batch import Batch
@@ -157,7 +157,8 @@ class TeacherForcing(Objective):
         and the frames' number, by timestep: bin i is from 1000 i / BINS to 1000 (i + 1) / BINS.
         """
         cfg, dtype, params = self.cfg, self.cfg.compute_dtype, params[network]
-        parallel = dit.Parallel.training(dtype, recipe_lib.get(cfg.quant.recipe))
+        sharding = dit.Sharding.training()
+        precision = dit.Precision(recipe_lib.get(cfg.quant.recipe), dtype)
         local_chunks, chunk_frames = inputs.data.shape[1:3]
         chunk = jax.lax.axis_index(mesh_lib.SEQ) * local_chunks + jnp.arange(local_chunks)
         positions = chunk[:, None] * chunk_frames + jnp.arange(chunk_frames)[None]
@@ -183,16 +184,18 @@ class TeacherForcing(Objective):
             target = jnp.where(shown, 0.0, target)
             bears_loss &= ~given
 
-        text = self._text(params, inputs.batch, parallel)
-        shared = dict(parallel=parallel, remat=cfg.train.remat, key=inputs.rounding)
+        shared = dict(
+            text=self._text(params, inputs.batch, sharding), sharding=sharding,
+            precision=precision, remat=cfg.train.remat, key=inputs.rounding,
+        )  # fmt: skip
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
                 params["dit"], cfg.model, past.astype(dtype), noisy.astype(dtype), timestep,
-                positions, text, past_timestep, **shared,
+                positions, clean_timesteps=past_timestep, **shared,
             )  # fmt: skip
         else:
             velocity = dit.block_causal(
-                params["dit"], cfg.model, noisy.astype(dtype), timestep, positions, text, **shared
+                params["dit"], cfg.model, noisy.astype(dtype), timestep, positions, **shared
             )
         error = losses.squared_error(velocity, target)
         mask = bears_loss.astype(jnp.float32)
@@ -207,12 +210,12 @@ class TeacherForcing(Objective):
             values["noise_error"] = (velocity - target) * (1 - sigma)[..., None, None, None]
         return loss, values
 
-    def _text(self, params, batch, parallel):
+    def _text(self, params, batch, sharding):
         """Embeddings of each chunk's prompt, [batch, chunk, text_len, text_dim]."""
         cfg = self.cfg
         if not cfg.train.text_encoder:
             return batch.text
-        weights = params_lib.gather(params["umt5"], self.specs["umt5"], parallel.shards)
+        weights = params_lib.gather(params["umt5"], self.specs["umt5"], sharding.shards)
         ids, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.ids, batch.mask))
         text = umt5.prompt_embeddings(
             weights, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype

@@ -40,7 +40,7 @@ def oracle(cfg, params, batch, step=0, given=False):
     frames = np.arange(shape[1] * shape[2], dtype=np.int32).reshape(1, *shape[1:])
     velocity = jax.jit(dit.teacher_forcing, static_argnums=1)(
         params, cfg.model, jnp.asarray(data), jnp.asarray(noisy), jnp.asarray(timestep),
-        jnp.broadcast_to(frames, shape), jnp.asarray(np.asarray(batch.text)),
+        jnp.broadcast_to(frames, shape), text=jnp.asarray(np.asarray(batch.text)),
     )  # fmt: skip
     error = ((np.asarray(velocity) - target) ** 2).mean(axis=(-3, -2, -1))
     weighted = error * table.weights[index][..., None] * mask

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.data.arrays import load_npz, save_npz
-from longlive_jax.data.atomic import atomic_path
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import load_npz, save_npz
+from longlive_jax.files.atomic import atomic_path
 
 
 def test_round_trip(tmp_path):

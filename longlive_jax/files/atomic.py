@@ -12,7 +12,7 @@ from longlive_jax.errors import InputError
 def partial_file(path: str | os.PathLike) -> pathlib.Path:
     """Creates the empty file, beside `path`, to write before renaming it to `path`.
 
-    It is hidden, so that nobody's `*.mp4` finds it, and keeps the suffix, from which numpy and PIL
+    It is hidden, so that `*.mp4` does not find it, and keeps the suffix, from which numpy and PIL
     derive the format. Folders that are missing are made.
 
     Raises:

@@ -9,7 +9,6 @@ Lengths are in heights of the picture, times in seconds; x points right, y down.
 import dataclasses
 import functools
 import itertools
-import re
 import zlib
 from collections.abc import Iterator
 
@@ -150,28 +149,6 @@ def shot(rng: np.random.Generator, held_out: bool = False) -> Shot:
     return Shot(background, objects, frames, _captions(clauses, background)[rng.integers(3)])
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word, and the full stop and comma, that `words` finds in captions; sorted."""
-    found = set()
-    clauses = [
-        f"{Object(shape, colour, motion, 0, 0, 0, 0, 0).words} {way}"
-        for shape, colour, motion in itertools.product(SHAPES, COLOURS, MOTIONS)
-        for way in MOTIONS[motion]
-    ]
-    for clause, background in itertools.product(clauses, BACKGROUNDS[:1]):
-        for caption in _captions([clause], background) + _captions([clause] * 2, background):
-            found.update(words(caption))
-    for background in BACKGROUNDS:
-        for caption in _captions(clauses[:1], background):
-            found.update(words(caption))
-    return tuple(sorted(found))
-
-
-def words(caption: str) -> list[str]:
-    """A caption's words in lower case; a full stop or comma is a word of its own."""
-    return re.findall(r"[a-z]+|[.,]", caption.lower())
-
-
 @functools.cache
 def _kinds(background: Background, held: bool) -> list[tuple[str, str, str]]:
     """(shape, colour, motion) of all objects that may be seen there."""
@@ -257,7 +234,9 @@ def _wrap(phase: float, way: float, length: float, size: float, back: bool) -> f
 @functools.lru_cache(maxsize=16)
 def _background(background: Background, height: int, width: int) -> np.ndarray:
     """float32 [height, width, 3] in 0..255; not to be written to."""
-    first, second = (np.float32(GROUNDS[name]) for name in (background.first, background.second))
+    first, second = (
+        np.asarray(GROUNDS[name], np.float32) for name in (background.first, background.second)
+    )
     if background.kind == "gradient":
         share = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     else:  # stripes a fifth of the height wide, with edges a pixel wide
@@ -286,7 +265,7 @@ def _draw(picture: np.ndarray, thing: Object, seconds: float) -> None:
     pixels = _distance(thing.shape, u, v) * np.float32(size / 2 * height)
     cover = np.clip(0.5 - pixels, 0, 1)[..., None]
     part = picture[top:bottom, left:right]
-    part += (np.float32(COLOURS[thing.colour]) - part) * cover
+    part += (np.asarray(COLOURS[thing.colour], np.float32) - part) * cover
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

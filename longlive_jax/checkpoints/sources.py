@@ -1,24 +1,27 @@
 """Where weights come from: a file, a folder of files, or a repository of the Hugging Face hub."""
 
-import json
 import os
 import pathlib
 import re
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.checkpoints import pickle_reader, safetensors
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 
-# Where the folders that people have keep each part; the first that exists is taken. "" is the
-# folder itself, when it has safetensors files.
+# Where downloaded folders keep each part; the first that exists is taken. "" is the folder itself,
+# when it has safetensors files.
 _PLACES = {
     "dit": ("", "transformer", "model.pt", "model_bf16.pt", "model_4o6.pt"),
     "vae": ("Wan2.2_VAE.pth", "vae", "vae.safetensors", ""),
     "umt5": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "umt5.safetensors", ""),
     "lora": ("adapter_model.safetensors", "model.pt", ""),
-    "tokenizer": ("tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json"),
+    "tokenizer": tuple(
+        f"{folder}{file}"
+        for file in ("tokenizer.json", "spiece.model")
+        for folder in ("", "tokenizer/", "google/umt5-xxl/")
+    ),
 }
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 
@@ -49,7 +52,7 @@ def locate(source: str, part: str) -> str:
 def read(path: str) -> Any:
     """The content of a located file or folder: nested dicts with unread tensors.
 
-    The kind of a file is told from its first bytes, not from its name.
+    A file's first bytes decide its kind, not its name.
 
     Raises:
       InputError: unreadable, damaged or of another kind.
@@ -69,7 +72,7 @@ def read(path: str) -> Any:
         tensors, metadata = safetensors.read(path)
         settings = os.path.join(os.path.dirname(path), "adapter_config.json")
         if os.path.isfile(settings):  # PEFT keeps a LoRA's alpha there
-            metadata = metadata | {"adapter_config": _read_json(settings)}
+            metadata = metadata | {"adapter_config": versioned.read_json(settings)}
         return metadata | tensors
     return pickle_reader.read(path)
 
@@ -78,9 +81,10 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
     """All tensors of a folder: those of its index file, else of all its safetensors files."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise InputError(f"{folder}: has several index files, {_names(indices)}; give one's folder")
+        names = ", ".join(p.name for p in indices)
+        raise InputError(f"{folder}: has several index files, {names}; give one's folder")
     if indices:
-        index = _read_json(indices[0])
+        index = versioned.read_json(indices[0])
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
             raise InputError(f"{indices[0]}: has no weight_map; copy or download it again")
@@ -105,20 +109,6 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
     return tensors
 
 
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); copy or download it again") from error
-
-
-def _names(paths: Sequence[pathlib.Path]) -> str:
-    return ", ".join(p.name for p in paths)
-
-
 def _download(source: str, part: str) -> str:
     match = _HUB.fullmatch(source)
     if not match:
@@ -132,12 +122,12 @@ def _download(source: str, part: str) -> str:
     try:
         if match["file"]:
             return huggingface_hub.hf_hub_download(match["repo"], match["file"])
-        held = huggingface_hub.list_repo_files(match["repo"])
+        there = huggingface_hub.list_repo_files(match["repo"])
         for place in _PLACES[part]:
-            if place in held:
+            if place in there:
                 return huggingface_hub.hf_hub_download(match["repo"], place)
             weights = re.compile(rf"{re.escape(place)}/?[^/]+\.(safetensors(\.index\.json)?|json)")
-            wanted = [f for f in held if weights.fullmatch(f)]
+            wanted = [f for f in there if weights.fullmatch(f)]
             if any(".safetensors" in f for f in wanted):
                 return huggingface_hub.snapshot_download(match["repo"], allow_patterns=wanted)
     except Exception as error:  # whatever the network and the hub can do

@@ -1,4 +1,8 @@
-"""What the programs of `attention_bf16` and `attention_fp8` for Hopper have in common.
+"""What the kernels of attention share, `attention_bf16` and `attention_fp8`, on Hopper.
+
+Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
+`filled` are visible. The cache is read where it lies, all layers of it: nothing is copied, and
+other slots are not read.
 
 A program takes 128 queries of one head and has three warpgroups. One fetches tiles of keys and of
 values into two rings in shared memory; two multiply, 64 queries each. Their numbers are 2, 0 and 1.
@@ -31,12 +35,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.errors import InputError
 from longlive_jax.kernels import mosaic
+from longlive_jax.kernels.chip import takes
 
 HEAD_DIM = 128
 TILE = 128  # a slot's tokens are a multiple of it
 QUERIES = 128  # a program's: 64 for each of the two warpgroups that multiply
 ROWS = QUERIES // 2
 LOG2_SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # softmax in powers of two
+
+
+def supports(q: jax.Array, tokens: int) -> bool:
+    """Whether programs run such queries over slots of so many tokens on this machine."""
+    return takes(q) and q.dtype == jnp.bfloat16 and divides(q.shape, tokens)
 
 
 def divides(shape: tuple[int, ...], tokens: int) -> bool:
@@ -75,7 +85,7 @@ def program(name: str, body, q: jax.Array, scratch: dict, interpret):
 
 
 def place(layer: jax.Array, filled: jax.Array) -> jax.Array:
-    """int32 [1 + row], as programs read it: the layer's first row, then each row's real slots."""
+    """int32 [1 + row], as programs read it: the layer's first row, then `filled` of each row."""
     return jnp.concatenate([jnp.reshape(layer, 1).astype(jnp.int32) * len(filled), filled])
 
 
@@ -133,11 +143,9 @@ def send_window(smem, stages, tiles, filled, tile, chunk, cache):
 class Steps:
     """A warpgroup that multiplies: for each tile of keys logits, softmax, product with values.
 
-    A subclass has `logits`, an accumulator [64, tile], and
+    A subclass has
 
-      issue_logits(n, out)
-      issue_product(n, p, sums, out): out = sums + p values; the interpreter, whose accumulators
-        cannot be given a start, leaves the sums out.
+      values(n): the n-th tile of values, [key, head_dim], in shared memory.
       softmax(x, scale, top): probabilities as the product's operand, and their `fold`ed sums.
     """
 
@@ -145,6 +153,20 @@ class Steps:
         self.smem, self.warpgroup = smem, warpgroup
         self.tuning, self.interpret = tuning, interpret
         self.product = plgpu.ACC((ROWS, HEAD_DIM), jnp.float32)
+        self.logits = plgpu.ACC((ROWS, smem.keys.shape[1]), jnp.float32)
+
+    def issue_logits(self, n, out):
+        keys = self.smem.keys.at[self.stage(n)].transpose((1, 0))
+        plgpu.wgmma(out, self.smem.queries.at[self.warpgroup], keys)
+
+    def issue_product(self, n, p, sums, out):
+        """out = sums + p values; in the interpreter, whose accumulators start at 0, p values."""
+        if self.interpret is None:
+            out[...] = sums
+        else:
+            self.smem.probabilities[self.warpgroup] = p
+            p = self.smem.probabilities.at[self.warpgroup]
+        plgpu.wgmma(out, p, self.values(n))
 
     def await_keys(self, n):
         plgpu.barrier_wait(self.smem.k_here.at[self.stage(n)])

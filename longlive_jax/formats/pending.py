@@ -10,7 +10,7 @@ from flax import struct
 
 
 @struct.dataclass
-class Product:
+class PendingMatmul:
     """An array, x times weight plus bias: sums * row * column + bias, by float32.
 
     sums: [..., n], what the codes' product has left, in the dtype that the array stands for.
@@ -39,3 +39,7 @@ class Product:
             for y in (self.column, self.bias)
         )
         return (self.sums.astype(jnp.float32) * self.row * column + bias).astype(dtype)
+
+    def __radd__(self, x: jax.Array) -> jax.Array:
+        """x + the array, computed in float32 and rounded to x's dtype once."""
+        return (x.astype(jnp.float32) + self.astype(jnp.float32)).astype(x.dtype)

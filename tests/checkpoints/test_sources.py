@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from longlive_jax.checkpoints import files, safetensors
+from longlive_jax.checkpoints import safetensors, sources
 from longlive_jax.errors import InputError
 from tests.checkpoints import tiny, torch_file
 
@@ -82,14 +82,14 @@ def test_damaged_files(tmp_path, data):
     file = tmp_path / "f.safetensors"
     file.write_bytes(data)
     with pytest.raises(InputError, match=r"f\.safetensors"):
-        files.read(str(file))
+        sources.read(str(file))
 
 
 def test_kind_is_told_by_content(tmp_path):
     tiny.write_safetensors(tmp_path / "weights.pt", {"w": W})
     torch_file.save(tmp_path / "weights.safetensors", {"w": W})
     for name in ("weights.pt", "weights.safetensors"):
-        np.testing.assert_array_equal(files.read(str(tmp_path / name))["w"].read(), W)
+        np.testing.assert_array_equal(sources.read(str(tmp_path / name))["w"].read(), W)
 
 
 def _shards(folder, index=True):
@@ -104,26 +104,26 @@ def _shards(folder, index=True):
 @pytest.mark.parametrize("index", [True, False])
 def test_sharded_folder(tmp_path, index):
     _shards(tmp_path, index)
-    assert sorted(files.read(files.locate(str(tmp_path), "dit"))) == ["a", "b"]
+    assert sorted(sources.read(sources.locate(str(tmp_path), "dit"))) == ["a", "b"]
 
 
 def test_folder_errors(tmp_path):
     _shards(tmp_path)
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"1 of 2 files of its index are not there: m-00002"):
-        files.read(str(tmp_path))
+        sources.read(str(tmp_path))
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../m.safetensors"}}))
     with pytest.raises(InputError, match="not there"):
-        files.read(str(tmp_path))
+        sources.read(str(tmp_path))
     for text in ("{", "[]", '{"weight_map": 3}'):
         index.write_text(text)
         with pytest.raises(InputError, match="copy or download"):
-            files.read(str(tmp_path))
+            sources.read(str(tmp_path))
     index.unlink()
     tiny.write_safetensors(tmp_path / "again.safetensors", {"a": W})
     with pytest.raises(InputError, match=r"a is in .*again\.safetensors and in m-00001"):
-        files.read(str(tmp_path))
+        sources.read(str(tmp_path))
 
 
 def test_locate_in_the_released_folder(tmp_path):
@@ -135,20 +135,23 @@ def test_locate_in_the_released_folder(tmp_path):
         "google/umt5-xxl/tokenizer.json",
     ):
         (tmp_path / name).touch()
-    found = {p: files.locate(str(tmp_path), p) for p in ("dit", "vae", "umt5", "tokenizer")}
+    found = {p: sources.locate(str(tmp_path), p) for p in ("dit", "vae", "umt5", "tokenizer")}
     assert found == {
         "dit": str(tmp_path),
         "vae": str(tmp_path / "Wan2.2_VAE.pth"),
         "umt5": str(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"),
         "tokenizer": str(tmp_path / "google/umt5-xxl/tokenizer.json"),
     }
+    (tmp_path / "google/umt5-xxl/tokenizer.json").rename(tmp_path / "google/umt5-xxl/spiece.model")
+    found = sources.locate(str(tmp_path), "tokenizer")
+    assert found == str(tmp_path / "google/umt5-xxl/spiece.model")
 
 
 def test_locate_errors(tmp_path):
     with pytest.raises(InputError, match=r"--dit=.*none.pt: there is no such file"):
-        files.locate(str(tmp_path / "none.pt"), "dit")
+        sources.locate(str(tmp_path / "none.pt"), "dit")
     with pytest.raises(InputError, match=r"--tokenizer=.*none of tokenizer.json"):
-        files.locate(str(tmp_path), "tokenizer")
+        sources.locate(str(tmp_path), "tokenizer")
 
 
 def test_hub(tmp_path, monkeypatch):
@@ -164,30 +167,30 @@ def test_hub(tmp_path, monkeypatch):
         asked.append((repo, allow_patterns)) or str(tmp_path)
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert files.locate("hf://Wan-AI/Wan2.2/sub/model.pt", "dit") == file
-    assert files.locate("hf://Wan-AI/Wan2.2", "dit") == str(tmp_path)
+    assert sources.locate("hf://Wan-AI/Wan2.2/sub/model.pt", "dit") == file
+    assert sources.locate("hf://Wan-AI/Wan2.2", "dit") == str(tmp_path)
     (tmp_path / "vae").mkdir()
     tiny.write_safetensors(tmp_path / "vae/b.safetensors", {"w": W})
-    assert files.locate("hf://Wan-AI/Wan2.2", "vae") == str(tmp_path / "vae")
+    assert sources.locate("hf://Wan-AI/Wan2.2", "vae") == str(tmp_path / "vae")
     assert asked == [
         ("Wan-AI/Wan2.2", "sub/model.pt"),
         ("Wan-AI/Wan2.2", ["config.json", "a-1.safetensors", "a.safetensors.index.json"]),
         ("Wan-AI/Wan2.2", ["vae/b.safetensors"]),
     ]
     with pytest.raises(InputError, match="add /FILE"):
-        files.locate("hf://Wan-AI/Wan2.2", "tokenizer")
+        sources.locate("hf://Wan-AI/Wan2.2", "tokenizer")
     with pytest.raises(InputError, match="must be hf://owner/name"):
-        files.locate("hf://Wan2.2", "dit")
+        sources.locate("hf://Wan2.2", "dit")
 
     def offline(repo):
         raise OSError("no route to host\nmore")
 
     hub.list_repo_files = offline
     with pytest.raises(InputError, match=r"no route to host$"):
-        files.locate("hf://Wan-AI/Wan2.2", "dit")
+        sources.locate("hf://Wan-AI/Wan2.2", "dit")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub"):
-        files.locate("hf://Wan-AI/Wan2.2", "dit")
+        sources.locate("hf://Wan-AI/Wan2.2", "dit")
 
 
 def test_bfloat16_bits(tmp_path):

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from longlive_jax.data.atomic import atomic_path
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path
 
 
 def save_npz(path: str | os.PathLike, /, **arrays) -> None:
@@ -24,7 +24,7 @@ def save_npz(path: str | os.PathLike, /, **arrays) -> None:
         if array.dtype.kind in "OV":  # ml_dtypes' types would come back as raw bytes
             raise InputError(f"{path}: {name!r} is {array.dtype}; cast it to float32 to save it")
     with atomic_path(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str, np.ndarray]:
@@ -73,4 +73,4 @@ def _found(path: pathlib.Path) -> str:
         with path.open("rb") as file:
             return f"{size} bytes, the first are {file.read(8)!r}" if size else "it is empty"
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)

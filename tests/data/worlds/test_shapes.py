@@ -1,11 +1,12 @@
 import itertools
+import re
 import time
 
 import numpy as np
 import pytest
 
-from longlive_jax.data import tiny_world as world
-from longlive_jax.data.tiny_world import COLOURS, MOTIONS, SHAPES, Background, Object, Shot
+from longlive_jax.data.worlds import shapes as world
+from longlive_jax.data.worlds.shapes import COLOURS, MOTIONS, SHAPES, Background, Object, Shot
 
 BLACK = Background("plain", "black", "black")
 TRAINING = list(itertools.chain(*world.clips(0, 400)))
@@ -54,7 +55,7 @@ def test_captions_say_what_is_seen():
         assert all(any(way in caption for way in MOTIONS[o.motion]) for o in shot.objects)
         assert shot.background.words in caption
         assert shot.caption[0].isupper() and shot.caption.endswith(".")
-        named = {name for name in SHAPES if name in world.words(caption)}
+        named = {name for name in SHAPES if name in re.findall("[a-z]+", caption)}
         assert named == {o.shape for o in shot.objects}
         assert len({o.colour for o in shot.objects}) == len(shot.objects) == len(named)
 
@@ -70,12 +71,6 @@ def test_captions_vary_in_wording_and_grammar_holds():
         "Over a black background, a red circle moves left.",
         "There is a black background. A red circle moves left.",
     ]
-
-
-def test_the_vocabulary_is_that_of_the_captions():
-    found = {word for shot in TRAINING + HELD_OUT for word in world.words(shot.caption)}
-    assert tuple(sorted(found)) == world.vocabulary()
-    assert len(world.vocabulary()) < 100
 
 
 def test_what_is_invisible_is_not_said():

@@ -11,9 +11,10 @@ Everything else (embeddings, head, norms, rotations, softmax) stays as it is.
 """
 
 import dataclasses
-from typing import ClassVar
+import math
 
 from longlive_jax.errors import InputError
+from longlive_jax.formats import FP8, NVFP4, Format, FP8Pair
 
 # Path of each quantised layer within a block, and how many matrices of the original its weight is
 # made of: each of them is a tensor of its own, with its own largest magnitude.
@@ -26,28 +27,6 @@ LINEARS = {
     "ffn.0": 1,
     "ffn.2": 1,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class NVFP4:
-    """How `formats.quantize_nvfp4` is called. `stochastic`: rounding by a key, not to nearest."""
-
-    rule: str = "mse"
-    block: tuple[int, int] = (1, 16)
-    hadamard: bool = False
-    stochastic: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class FP8:
-    """How `formats.quantize_fp8` is called. `rows`: a scale a row, instead of one a tensor."""
-
-    dtype: str = "float8_e4m3fn"
-    rows: bool = False
-    stochastic: ClassVar[bool] = False
-
-
-Format = NVFP4 | FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,24 +69,33 @@ class Recipe:
 
     @property
     def by_rows(self) -> bool:
-        """Whether it multiplies FP8 with a scale a row, for inference."""
-        return self.gradients is None and self.activation == FP8(rows=True)
+        """Whether what computes an activation quantises it, too, a row at a time: `ops.quantized`.
+
+        For inference alone: a gradient needs the activation itself.
+        """
+        return self.gradients is None and self.activation.fused
+
+    @property
+    def multiple(self) -> int:
+        """Numbers that the sides of activations and weights must be multiples of."""
+        return math.lcm(self.activation.multiple, self.weight.multiple)
 
 
-def _nvfp4(name: str, weight_rule: str) -> Recipe:
-    """The original's training: wgrad quantises the dequantised activation a second time.
+def _nvfp4(name: str, weight: str, rule: str = "mse", saved: str = "forward") -> Recipe:
+    """Training by a rule for weights and one for all else.
 
     Square blocks, so that a weight and its transpose are the same numbers. Gradients are rounded
     stochastically, and both operands of wgrad go through the Hadamard transform.
     """
     return Recipe(
         name,
-        activation=NVFP4("mse"),
-        weight=NVFP4(weight_rule, (16, 16)),
+        activation=NVFP4(rule),
+        weight=NVFP4(weight, (16, 16)),
         gradients=Gradients(
-            dgrad=NVFP4("mse", stochastic=True),
-            wgrad=NVFP4("mse", hadamard=True, stochastic=True),
-            activation=NVFP4("mse", hadamard=True),
+            dgrad=NVFP4(rule, stochastic=True),
+            wgrad=NVFP4(rule, hadamard=True, stochastic=True),
+            activation=NVFP4(rule, hadamard=True),
+            saved=saved,
         ),
     )
 
@@ -117,24 +105,18 @@ _TABLE = (
     Recipe("fp8", activation=FP8(rows=True), weight=FP8(rows=True)),
     # Range matters more than precision in gradients: E5M2.
     Recipe("fp8_train", FP8(), FP8(), Gradients(dgrad=FP8("float8_e5m2"))),
+    # The original's: wgrad quantises the dequantised activation a second time.
     _nvfp4("nvfp4_ar", "static_6"),
     _nvfp4("nvfp4_dmd", "mse"),
     # As the original exports: blocks of one row, whatever the training had.
     Recipe("nvfp4_w4a4", NVFP4("mse"), NVFP4("mse")),
     # Transformer Engine's defaults: both operands of wgrad are made of unquantised tensors.
-    Recipe(
-        "nvfp4_te",
-        activation=NVFP4("static_6"),
-        weight=NVFP4("static_6", (16, 16)),
-        gradients=Gradients(
-            dgrad=NVFP4("static_6", stochastic=True),
-            wgrad=NVFP4("static_6", hadamard=True, stochastic=True),
-            activation=NVFP4("static_6", hadamard=True),
-            saved="wgrad",
-        ),
-    ),
+    _nvfp4("nvfp4_te", "static_6", "static_6", saved="wgrad"),
 )
+# What `quant.recipe`, `quant.kv` and `quant.all_to_all` name; None: nothing is quantised.
 RECIPES: dict[str, Recipe | None] = {"bf16": None} | {recipe.name: recipe for recipe in _TABLE}
+KV_FORMATS: dict[str, Format | None] = {"bf16": None, "fp8": FP8Pair(), "nvfp4": NVFP4("mse")}
+PAYLOADS: dict[str, Format | None] = {"bf16": None, "nvfp4": NVFP4("mse")}
 
 
 def get(name: str) -> Recipe | None:

@@ -1,0 +1,41 @@
+"""Our checkpoint of weights: a directory of small Orbax checkpoints, one a layer, and two indices.
+
+    CKPT/metadata.json     the networks there are, what they were made from and for
+    CKPT/dit/index.json    shape and dtype of each array, and which group has which rows of it
+    CKPT/dit/blocks_07/    a group: an Orbax checkpoint of one layer's rows of the stacked arrays
+    CKPT/dit/rest/         what has no layer
+    CKPT/tokenizer.json
+
+A network has its name from those who save it: "dit", "vae" and "umt5" are what the commands look
+for; a critic, a student or the adapters of a LoRA lie beside them under names of their own.
+
+Neither writer nor reader ever has a whole stacked array on the host. A group may have any rows of
+any array: one that has all of them is a stacked checkpoint, and loads just the same.
+`metadata.json` is replaced in one step when a network is whole, so that a directory is never
+half-written.
+"""
+
+from longlive_jax.checkpoints.layout import Piece
+from longlive_jax.checkpoints.store.reader import Stored, load, load_or_init, parts
+from longlive_jax.checkpoints.store.writer import (
+    Summary,
+    copy,
+    save,
+    save_tokenizer,
+    save_tree,
+    tree_pieces,
+)
+
+__all__ = [
+    "Piece",
+    "Stored",
+    "Summary",
+    "copy",
+    "load",
+    "load_or_init",
+    "parts",
+    "save",
+    "save_tokenizer",
+    "save_tree",
+    "tree_pieces",
+]

@@ -1,0 +1,72 @@
+"""The folder of a checkpoint: one writer at a time, and its metadata.json."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from longlive_jax.errors import InputError
+from longlive_jax.files import folders, versioned
+from longlive_jax.models import tokenizer as tokenizer_lib
+
+_FORMAT, _VERSION, _FILE = "longlive_jax weights", 1, "metadata.json"
+_AGAIN = "convert again to a new directory"
+
+Parts = dict[str, dict[str, Any]]  # by name: what metadata.json says of each network
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike) -> Iterator[tuple[pathlib.Path, Parts]]:
+    """Locks a checkpoint's folder, made if it is missing; yields its path and what it has.
+
+    Raises:
+      InputError: it is a file, or a folder of something else, or another process has the lock.
+    """
+    root = pathlib.Path(os.path.abspath(directory))
+    folders.make(root, "--output", "checkpoint", _is_checkpoint)
+    with folders.locked(root, f"--output={root}: another process is writing to it"):
+        yield root, read(root) if (root / _FILE).exists() else {}
+
+
+def _is_checkpoint(files: list[pathlib.Path]) -> bool:
+    return any(file.name == _FILE for file in files) or all(map(_is_ours, files))
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Whether this is a network's folder or the tokenizer, be it in metadata.json or not."""
+    return (path / "index.json").is_file() or path.name == tokenizer_lib.FILE
+
+
+def remove_unused(root: pathlib.Path, name: str, parts: Parts) -> None:
+    """Removes the folders of network `name` that metadata.json does not name."""
+    used = {info.get("directory") for info in parts.values()}
+    for path in root.iterdir():
+        if re.fullmatch(rf"{name}(_\d+)?", path.name) and path.name not in used and _is_ours(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read(root: pathlib.Path) -> Parts:
+    """What metadata.json says of each network, and of the tokenizer.
+
+    Raises:
+      InputError: there is no metadata.json, or it is damaged, or of another format.
+    """
+    file = root / _FILE
+    if not file.is_file():
+        raise InputError(
+            f"{root}: is no checkpoint (it has no metadata.json); make one with "
+            "`python -m launch.convert --dit=FILE --vae=FILE --umt5=FILE --tokenizer=FILE "
+            f"--output={root}`"
+        )
+    parts = versioned.read(file, _FORMAT, _VERSION, _AGAIN).get("parts")
+    if not isinstance(parts, dict):
+        raise InputError(f"{file}: is damaged (no parts in it); {_AGAIN}")
+    return parts
+
+
+def write(root: pathlib.Path, parts: Mapping[str, Any]) -> None:
+    """Writes metadata.json in one step."""
+    versioned.write(root / _FILE, _FORMAT, _VERSION, {"parts": parts})

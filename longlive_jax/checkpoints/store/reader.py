@@ -1,0 +1,305 @@
+"""Reads our checkpoints, a group of arrays at a time, to where they are to be; see the package."""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import layout, quantized
+from longlive_jax.checkpoints import parts as parts_lib
+from longlive_jax.checkpoints.layout import Piece
+from longlive_jax.checkpoints.store import directory as directory_lib
+from longlive_jax.errors import InputError
+from longlive_jax.quant import weights as weights_lib
+from longlive_jax.recipes import Recipe
+
+
+def load(
+    directory: str | os.PathLike,
+    name: str,
+    spec: params_lib.Tree,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    rules: Mapping = mesh_lib.RULES,
+    *,
+    config: Any = None,
+    recipe: Recipe | None = None,
+) -> params_lib.Tree:
+    """Reads a network's arrays, layer by layer, straight to where they are to be.
+
+    Args:
+      name: of the network, such as "dit", "vae" or "umt5".
+      spec: what to read. Top-level subtrees may be left out, to read a VAE's decoder alone.
+      mesh: place arrays as `params.shardings(spec, mesh, rules)`; None: on the first device.
+      dtype: of the result; None: as stored. Arrays of quantised weights have their own.
+      config: the section of the config that `spec` was made of; if given, what shapes cannot tell
+        (num_heads) is compared too.
+      recipe: that the network's weights must be quantised by; None: they must not be.
+
+    Returns:
+      `spec`'s tree of jax.Arrays, with a recipe that of `quant.weights.quantize_params`. While it
+      is read, devices hold one layer more than that, or the codes of one stacked weight twice.
+
+    Raises:
+      InputError: the checkpoint, or the network, is not there, or is damaged, or has other sizes,
+        or another recipe.
+    """
+    stored = Stored(directory, name)
+    stored.check(spec, config, recipe)
+    specs = weights_lib.quantize_specs(spec, recipe, dtype or jnp.bfloat16)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = jax.tree.map(lambda _: here, specs, is_leaf=params_lib.is_spec)
+    else:
+        place = params_lib.shardings(specs, mesh, dict(rules))
+    placement = params_lib.flatten(weights_lib.as_dicts(place))
+    wanted = params_lib.flatten(quantized.spec(spec, recipe))
+    dtypes = {p: jnp.dtype(s.dtype or dtype or stored.dtypes()[p]) for p, s in wanted.items()}
+    result: dict[params_lib.Path, jax.Array] = {}
+    for group, rows in stored.groups.items():
+        abstract = {
+            p: jax.ShapeDtypeStruct((n, *wanted[p].shape[1:]), dtypes[p], sharding=placement[p])
+            for p, (_, n) in rows.items()
+            if p in wanted
+        }
+        if not abstract:
+            continue
+        for path, array in stored.read(group, abstract).items():
+            shape = wanted[path].shape
+            if array.shape == shape:
+                result[path] = array
+                continue
+            if path not in result:
+                result[path] = jnp.zeros(shape, dtypes[path], device=placement[path])
+            result[path] = _place(result[path], array, np.int32(rows[path][0]))
+    return quantized.from_stored(params_lib.unflatten(result), specs, place)
+
+
+def load_or_init(
+    directory: str | os.PathLike,
+    name: str,
+    spec: params_lib.Tree,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    rules: Mapping = mesh_lib.RULES,
+    config: Any = None,
+) -> tuple[params_lib.Tree, tuple[str, ...]]:
+    """`load`, for a network that has grown since it was stored: it gained a branch, say.
+
+    Args:
+      key: of the initial values. Each is what `params.init({name: spec}, key)` gives it.
+
+    Returns:
+      `spec`'s tree, and the paths ("blocks/actions/qkv/weight") of what the checkpoint lacks, which
+      has its initial values.
+
+    Raises:
+      InputError: as `load`; a stored array has another shape than in `spec`, or is not in `spec`;
+        or the checkpoint has none of them.
+    """
+    stored, wanted = Stored(directory, name), params_lib.flatten(spec)
+    absent = {path: s for path, s in wanted.items() if path not in stored.dtypes()}
+    if len(absent) == len(wanted):
+        raise InputError(
+            f"{stored.path.parent}: its {name} has none of the {len(wanted)} arrays of the "
+            "network; give another checkpoint"
+        )
+    stored.check(spec, config, grown=True)
+    there = params_lib.unflatten({path: s for path, s in wanted.items() if path not in absent})
+    leaves = params_lib.flatten(load(directory, name, there, mesh, dtype, rules, config=config))
+    if absent:
+        specs = {name: params_lib.unflatten(absent)}
+        made = params_lib.init(specs, key, dtype, mesh, dict(rules))
+        leaves |= params_lib.flatten(made[name])
+    tree = params_lib.unflatten({path: leaves[path] for path in wanted})
+    return tree, tuple("/".join(path) for path in absent)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(whole: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, axis=0)
+
+
+def parts(directory: str | os.PathLike) -> tuple[str, ...]:
+    """The names of a checkpoint's networks, and "tokenizer" if it has one.
+
+    Raises:
+      InputError: no checkpoint there, or a damaged one.
+    """
+    return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory))))
+
+
+class Stored:
+    """A network of a checkpoint on disk, its indices read.
+
+    Attributes:
+      name: its name in the checkpoint.
+      network: of `parts.PARTS`; None: it is another kind.
+      info: what metadata.json says of it.
+      recipe: that its weights are quantised by; None: they are not.
+
+    Raises:
+      InputError: no checkpoint there, or without this network, or damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike, name: str):
+        root = pathlib.Path(os.path.abspath(directory))
+        has = directory_lib.read(root)
+        if name not in has:
+            way_out = "give another checkpoint"
+            if name in parts_lib.PARTS:
+                way_out = (
+                    f"add it with `python -m launch.convert --{name}=FILE --output={directory}`"
+                )
+            names = ", ".join(sorted(has)) or "nothing"
+            raise InputError(f"{root}: holds no {name} (it holds {names}); {way_out}")
+        self.name, self.info = name, has[name]
+        self.network = parts_lib.PARTS.get(self.info.get("network", name))
+        self.recipe = recipe_lib.get(self.info.get("recipe", "bf16"))
+        self.path = root / self.info["directory"]
+        try:
+            index = json.loads((self.path / "index.json").read_text())
+            self._leaves = {_path(k): v for k, v in index["leaves"].items()}
+            self.groups: dict[str, dict[params_lib.Path, tuple[int, int]]] = {
+                g: {_path(k): tuple(v) for k, v in rows.items()}
+                for g, rows in index["groups"].items()
+            }
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{self.path}: index.json is damaged; convert the {name} again"
+            ) from error
+
+    def spec(self) -> params_lib.Tree:
+        """Of the arrays on disk, and which are stacked; other axes have no names."""
+        return params_lib.unflatten(
+            {
+                p: params_lib.ParamSpec(
+                    tuple(v["shape"]),
+                    ("layer" if v["stacked"] else None,) + (None,) * (len(v["shape"]) - 1),
+                )
+                for p, v in self._leaves.items()
+            }
+        )
+
+    def dtypes(self) -> dict[params_lib.Path, np.dtype]:
+        return {p: jnp.dtype(v["dtype"]) for p, v in self._leaves.items()}
+
+    def check(
+        self,
+        spec: params_lib.Tree,
+        config: Any = None,
+        recipe: Recipe | None = None,
+        *,
+        grown: bool = False,
+    ) -> None:
+        """Refuses a spec, a section of the config or a recipe that stored arrays do not fit.
+
+        grown: `spec` may have arrays that are not stored.
+        """
+        name, where = self.name, self.path.parent
+        if recipe != self.recipe:
+            raise self._other_recipe(recipe)
+        wanted = params_lib.flatten(quantized.spec(spec, recipe))
+        stored = {p: tuple(v["shape"]) for p, v in self._leaves.items()}
+        absent = sorted({p[0] for p in wanted} - {p[0] for p in stored})
+        if absent and not grown:
+            made_from = ", ".join(self.info["sources"]) or "a file"
+            raise InputError(
+                f"{where}: its {name} has no {', '.join(absent)}, as {made_from} had none; convert "
+                f"a file that has: `python -m launch.convert --{name}=FILE --output={where}`"
+            )
+        wrong = [
+            f"{'/'.join(p)} is {s.shape} by the config, {stored.get(p)} in the checkpoint"
+            for p, s in wanted.items()
+            if stored.get(p) != s.shape and not (grown and p not in stored)
+        ]
+        wrong += [
+            f"{'/'.join(p)} {shape} is not in the config"
+            for p, shape in stored.items()
+            if p[0] in spec and p not in wanted
+        ]
+        # What no shape tells.
+        section = self.network.section if self.network else ""
+        made = self.info["config"].get(section, {})
+        heads, had = getattr(config, "num_heads", None), made.get("num_heads")
+        other_heads = had is not None and heads not in (None, had)
+        if other_heads:
+            wrong += [f"num_heads is {heads} by the config, {had} in the checkpoint"]
+        if wrong:
+            sizes = self.network.sizes(layout.torch_shapes(spec)) if self.network else {}
+            differing = {k: made[k] for k, v in sizes.items() if made.get(k, v) != v}
+            if had is not None and (heads is None or other_heads):
+                differing["num_heads"] = had
+            flags = " ".join(f"--config.{section}.{k}={v}" for k, v in differing.items())
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise InputError(
+                f"{where}: its {name} has other sizes than the config: "
+                f"{'; '.join(wrong[:5])}{more}. It fits with {flags or 'another config'}"
+            )
+
+    def _other_recipe(self, recipe: Recipe | None) -> InputError:
+        where, name = self.path.parent, self.name
+        own, other = (r.name if r else "bf16" for r in (self.recipe, recipe))
+        if self.recipe is None:
+            return InputError(
+                f"{where}: its {name} is not quantised, recipe {other!r} is asked for; make one "
+                f"that is: `python -m launch.convert --checkpoint={where} --recipe={other} "
+                "--output=DIR`"
+            )
+        return InputError(
+            f"{where}: its {name} is quantised by recipe {own!r}, and {other!r} is asked for; to "
+            f"sample from it set --config.quant.recipe={own}, for anything else give a checkpoint "
+            "that is not quantised"
+        )
+
+    def read(
+        self, group: str, abstract: Mapping[params_lib.Path, Any]
+    ) -> dict[params_lib.Path, Any]:
+        """A group's arrays of these paths, as the ShapeDtypeStructs say."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with context:
+                tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise InputError(
+                f"{self.path / group}: is damaged ({reason}); convert the {self.name} again"
+            ) from error
+        return params_lib.flatten(tree)
+
+    def extents(self) -> Iterator[tuple[params_lib.Path, int, int]]:
+        """Path, first row and number of rows of each of `pieces`."""
+        for rows in self.groups.values():
+            yield from ((path, start, n) for path, (start, n) in rows.items())
+
+    def pieces(self) -> Iterator[Piece]:
+        """All of it on the host, group by group, in the order it was saved."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        dtypes = self.dtypes()
+        for group, rows in self.groups.items():
+            abstract = {
+                p: jax.ShapeDtypeStruct(
+                    (n, *self._leaves[p]["shape"][1:]), dtypes[p], sharding=here
+                )
+                for p, (_, n) in rows.items()
+            }
+            arrays = self.read(group, abstract)
+            for path, (start, _) in rows.items():
+                yield Piece(path, start, np.asarray(arrays.pop(path)))
+
+
+def _path(key: str) -> params_lib.Path:
+    return tuple(key.split("/"))

@@ -1,0 +1,97 @@
+"""A folder that a command fills: made if it is missing, refused if it is not ours, locked."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
+
+from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import no_space
+
+
+def make(
+    folder: str | os.PathLike,
+    flag: str,
+    what: str = "",
+    is_ours: Callable[[list[pathlib.Path]], bool] = lambda files: True,
+) -> None:
+    """Makes a folder, if it is missing.
+
+    Args:
+      flag: that named it, such as "--output", for messages.
+      what: it is to be of, such as "checkpoint".
+      is_ours: whether files that are there already belong to one.
+
+    Raises:
+      InputError: it cannot be a folder, or it is one of something else.
+      OSError: ENOSPC, naming `folder`.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileExistsError as error:
+        raise InputError(f"{flag}={folder}: is a file; give a folder") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise no_space(folder) from error
+        raise InputError(f"{flag}={folder}: {error.strerror}; give a folder to write") from error
+    if files and not is_ours(files):
+        raise InputError(
+            f"{flag}={folder}: holds {files[0].name!r} and no {what}; give a new folder"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, taken: str) -> Iterator[None]:
+    """Has the lock of a folder that exists, for as long as this process lives at most.
+
+    Raises:
+      InputError: as `open_locked`.
+    """
+    with open_locked(pathlib.Path(folder) / ".lock", taken):
+        yield
+
+
+def open_locked(file: pathlib.Path, taken: str, mode: str = "w") -> IO:
+    """Opens a file that others cannot open so until it is closed.
+
+    Raises:
+      InputError: it cannot be written; or another process has it: `taken`, and the way out.
+      OSError: ENOSPC, naming the file.
+    """
+    try:
+        opened = file.open(mode)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise no_space(file) from error
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        opened.close()
+        raise InputError(f"{taken}; wait for it, or give another") from error
+    return opened
+
+
+def check_settings(where: str, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
+    """Refuses settings that differ from those a folder was begun with.
+
+    Args:
+      where: flag and folder, "--output=DIR".
+      had: as a JSON file gave them.
+
+    Raises:
+      InputError: names the first setting that differs, with both values.
+    """
+    has = json.loads(json.dumps(has))  # tuples are lists there
+    for name in sorted({*had, *has}):
+        if had.get(name) != has.get(name):
+            raise InputError(
+                f"{where}: was begun with {name}={had.get(name)!r}, now it is {has.get(name)!r}; "
+                f"give the same again, or another {where.partition('=')[0]}"
+            )

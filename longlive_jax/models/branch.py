@@ -1,0 +1,142 @@
+"""What a transformer block is made of: branches that each add something to the hidden states.
+
+A branch is data. One that conditions the model on something new is a file of its own: a spec, a
+function of hidden states, and, if its chunks attend to each other, how they do. `insert` puts it
+among a block's branches; the block itself is not touched.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+from flax import struct
+
+from longlive_jax import config as config_lib
+from longlive_jax import params as params_lib
+from longlive_jax.errors import InputError
+from longlive_jax.models.precision import Operand, Precision, Result
+from longlive_jax.models.sharding import Sharding
+from longlive_jax.ops import residual
+
+if TYPE_CHECKING:
+    from longlive_jax.models.dit.conditioning import BlockModulation, Conditioning
+
+
+@struct.dataclass
+class Hidden:
+    """Hidden states [batch, chunk, (copy,) frame, patch, dim]: x + gate * y, y not added yet.
+
+    The next norm adds it (`Layer.norm`): on a GPU sum, norm and FP8 rows are one kernel.
+
+    x: compute dtype.
+    y: None: nothing waits; else an array, or a product that waits for its scales and bias.
+    gate: float32, broadcasts against x; None: 1.
+    """
+
+    x: jax.Array
+    y: Result | None = None
+    gate: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    def add(self, y: Result, gate: jax.Array | None = None) -> "Hidden":
+        """These hidden states + gate * y."""
+        return Hidden(self.array(), y, gate)
+
+    def array(self) -> jax.Array:
+        """The hidden states as one array."""
+        return self.x if self.y is None else residual.add(self.x, self.y, self.gate)
+
+
+class Attention(NamedTuple):
+    """How a branch's chunks attend to each other, with what devices exchange for it.
+
+    Queries, keys, values and results are what the branch's own functions agree on;
+    self-attention's are [batch, chunk, (copy,) token, head, head_dim].
+
+    teacher_forcing, block_causal: (q, k, v, sharding) -> out, in training.
+    streaming: (q, k, v, sharding, past) -> out, of one chunk; `past(q, k, v)` is the `attend` of
+      the branch's cache, and in the clean pass its `write` too.
+    """
+
+    teacher_forcing: Callable[..., jax.Array]
+    block_causal: Callable[..., jax.Array]
+    streaming: Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One line of a block: hidden states in, hidden states out.
+
+    name: in profiles, of its cache and of what it is conditioned on.
+    spec: its parameters, by their names in a block; no other branch has one of these names.
+    apply: (the block's parameters, hidden states, layer) -> hidden states.
+    layers: how many layers, from the first on, have it; None: all.
+    attention: None: a chunk sees itself alone. With it the branch has a cache in streaming.
+    """
+
+    name: str
+    spec: Callable[[config_lib.Model], params_lib.Tree]
+    apply: Callable[[params_lib.Tree, Hidden, "Layer"], Hidden]
+    layers: int | None = None
+    attention: Attention | None = None
+
+
+def insert(branches: tuple[Branch, ...], new: Branch, *, before: str) -> tuple[Branch, ...]:
+    """`branches` with a new one before the one of that name.
+
+    Raises:
+      InputError: no branch has that name, or one has the new one's.
+    """
+    names = [branch.name for branch in branches]
+    if before not in names or new.name in names:
+        raise InputError(
+            f"branch {new.name!r} before {before!r}: the block's branches are {', '.join(names)}; "
+            "insert before one of them, under another name"
+        )
+    place = names.index(before)
+    return (*branches[:place], new, *branches[place:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a branch may ask of the layer that it is applied in.
+
+    given: what the layer is conditioned on; its `inserted` is for inserted branches.
+    attend: (name of a branch, q, k, v) -> out: that branch's `attention`.
+    key: keys [batch, chunk] of this layer, for recipes that round gradients stochastically.
+    modulation: of this layer; set by the block.
+    """
+
+    cfg: config_lib.Model
+    sharding: Sharding
+    precision: Precision
+    given: "Conditioning | None" = None
+    attend: Callable[..., jax.Array] | None = None
+    key: jax.Array | None = None
+    modulation: "BlockModulation | None" = None
+
+    def norm(self, path: str, x: Hidden, scale, shift) -> tuple[Hidden, Operand]:
+        """x, with what waited added; and norm(x) * scale + shift, for the linear layer there."""
+        if x.y is None:
+            return x, self.precision.layer_norm(path, x.x, scale, shift)
+        total, h = self.precision.add_layer_norm(
+            path, x.x, x.y, gate=x.gate, scale=scale, shift=shift
+        )
+        return Hidden(total), h
+
+    def linear(self, block: params_lib.Tree, path: str, x: Operand) -> jax.Array:
+        """The block's linear layer at this path, a key of `quant.recipe.LINEARS`."""
+        return self.precision.linear(block, path, x, self.key, self._axes)
+
+    def product(self, block: params_lib.Tree, path: str, x: Operand) -> Result:
+        """`linear`, whose scales and bias may be left to what takes the result."""
+        return self.precision.product(block, path, x, self.key, self._axes)
+
+    @property
+    def _axes(self):
+        """Mesh axes over which a sample's tokens lie, which agree on the scales of a tensor."""
+        return () if self.sharding.seq_axis is None else (self.sharding.seq_axis,)

@@ -1,0 +1,121 @@
+"""The transformer in training: all chunks of a video in one forward.
+
+Under sequence parallelism these run inside a fully manual `jax.shard_map`; `chunk` is then this
+device's share of the chunks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax import config as config_lib
+from longlive_jax import params as params_lib
+from longlive_jax.models.dit import patches
+from longlive_jax.models.dit.block import block, text_keys_values
+from longlive_jax.models.dit.conditioning import embed_text
+from longlive_jax.models.dit.spec import Network, branches_of, rows, spec
+from longlive_jax.models.precision import Precision
+from longlive_jax.models.sharding import Sharding
+from longlive_jax.ops.teacher_forcing import LSE, OUT
+from longlive_jax.quant.operands import AMAX
+
+# What each of config.REMAT after the first keeps of a block, besides its input.
+KEPT = ((OUT, LSE, AMAX), ("output",), ("ffn",), ("qkv",))
+
+
+def teacher_forcing(
+    params: params_lib.Tree, cfg: config_lib.Model, clean: jax.Array, noisy: jax.Array,
+    timesteps: jax.Array, positions: jax.Array, *, text: jax.Array,
+    clean_timesteps: jax.Array | None = None, **settings,
+) -> jax.Array:  # fmt: skip
+    """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
+
+    Args:
+      clean, noisy: [batch, chunk, frame, h, w, channel], compute dtype.
+      timesteps: float32 [batch, chunk, frame], of the noisy copy.
+      positions, text, settings: as `block_causal`; both copies share them.
+      clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
+
+    Returns:
+      [batch, chunk, frame, h, w, channel] in noisy's dtype.
+    """
+    if clean_timesteps is None:
+        clean_timesteps = jnp.zeros_like(timesteps)
+    latents = jnp.stack([clean, noisy], axis=2)
+    timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
+    positions = positions[:, :, None]
+    x, e, p = _forward(
+        params, cfg, latents, timesteps, positions, text, mode="teacher_forcing", **settings
+    )
+    return patches.head(p, cfg, x[:, :, 1], e[:, :, 1], patches.grid(noisy))
+
+
+def block_causal(
+    params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
+    positions: jax.Array, *, text: jax.Array, **settings,
+) -> jax.Array:  # fmt: skip
+    """Velocity of every chunk; a chunk sees the chunks up to itself, all of them noisy.
+
+    Args:
+      latents: [batch, chunk, frame, h, w, channel], compute dtype.
+      timesteps: float32 [batch, chunk, frame].
+      positions: int32 [batch, chunk, frame], temporal indices.
+      text: [batch, chunk, text_len, text_dim], one prompt embedding a chunk.
+      settings:
+        sharding, precision: by default one device, and nothing quantised.
+        remat: of `config.REMAT`, what each block keeps for its gradient; by default "qkv".
+        key: keys [batch, chunk], if the recipe rounds gradients stochastically.
+        inserted: by name, what inserted branches are conditioned on.
+        branches: of a block; by default those of the config.
+
+    Returns:
+      [batch, chunk, frame, h, w, channel] in latents' dtype.
+    """
+    x, e, p = _forward(
+        params, cfg, latents, timesteps, positions, text, mode="block_causal", **settings
+    )
+    return patches.head(p, cfg, x, e, patches.grid(latents))
+
+
+def _forward(
+    params, cfg, latents, timesteps, positions, text, *, mode, inserted=None, branches=None,
+    sharding=Sharding(), precision=Precision(), remat="qkv", key=None,
+):  # fmt: skip
+    """Tokens after the last block and time vectors, both of all copies; the head's parameters."""
+    net = Network(cfg, sharding, precision, branches or branches_of(cfg))
+    params = net.gather_globals(params)
+    x, e, given = patches.embed(params, cfg, latents, timesteps, positions, inserted)
+    text = embed_text(params, text)
+    specs = spec(cfg, net.branches)["blocks"]
+    names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
+
+    def attend(name, q, k, v):
+        return getattr(net.branch(name).attention, mode)(q, k, v, net.sharding)
+
+    def layer(branches, x, numbered):
+        number, p = numbered
+        p = net.sharding.gather(p, {name: specs[name] for name in p}, net.precision.dtype)
+        own = net.layer(given, attend, None if key is None else _fold_in(key, number))
+        told = given.replace(text=text_keys_values(p, text, own))
+        return block(p, x, dataclasses.replace(own, given=told), branches), None
+
+    # Parameters are gathered inside: a layer's whole weights are not kept either. A scan is barrier
+    # enough against the compiler's undoing it.
+    checkpoint = functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(*names),
+        prevent_cse=False,
+    )
+    for start, stop in net.groups():
+        each = checkpoint(functools.partial(layer, net.branches_at(start)))
+        numbered = jnp.arange(start, stop), rows(params["blocks"], start, stop)
+        x, _ = jax.lax.scan(each, x, numbered)
+    return x, e, params["head"]
+
+
+def _fold_in(keys, number):
+    """`jax.random.fold_in` of keys [batch, chunk]."""
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+    return fold(keys, number)
