@@ -15,9 +15,10 @@ import time
 import jax
 from absl import flags
 
-from launch import command, compile_cache, parts
+from launch import command, compile_cache
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
+from longlive_jax.pipeline import vae_mesh
 from longlive_jax.sampling import programs as programs_lib
 
 FLAGS = flags.FLAGS
@@ -38,8 +39,7 @@ def main() -> None:
             f"--batch={FLAGS.batch}: must be a multiple of mesh data x fsdp = {replicas}; change "
             "it or the mesh"
         )
-    vae_mesh = parts.vae_mesh(cfg, mesh, FLAGS.vae_device)
-    programs = programs_lib.programs(cfg, mesh, vae_mesh, FLAGS.batch)
+    programs = programs_lib.programs(cfg, mesh, vae_mesh(mesh, FLAGS.vae_device), FLAGS.batch)
     for line in compile_cache.renew(FLAGS.cache):
         print(f"stale: {line}", flush=True)
     manifest = compile_cache.Manifest.read(FLAGS.cache)

@@ -68,18 +68,8 @@ def run_id(cfg: config_lib.Config, batch: int, vae_device: int | None) -> str:
     """A hash of all settings that a sampler's programs depend on."""
     texts = dict(negative_prompt="", scene_cut_prefix="", chunks=1)
     sample = dataclasses.replace(cfg.sample, **texts)
-    facts = (
-        cfg.model,
-        cfg.vae,
-        cfg.umt5,
-        cfg.mesh,
-        cfg.video,
-        sample,
-        cfg.quant,
-        cfg.dtype,
-        batch,
-        vae_device,
-    )
+    sections = (cfg.model, cfg.vae, cfg.umt5, cfg.mesh, cfg.video, sample, cfg.quant)
+    facts = (*sections, cfg.dtype, batch, vae_device)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -12,9 +12,10 @@ import contextlib
 import numpy as np
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
@@ -36,22 +37,23 @@ def main() -> None:
     latents = load_npz(FLAGS.latents, required=("latents",))["latents"]
     sizes = f"vae.z_dim={cfg.vae.z_dim} channels"
     latents = channels_last(latents, f"{FLAGS.latents}: latents", cfg.vae.z_dim, sizes)
-    parts.check(FLAGS.checkpoint, "vae", cfg, parts.DECODER)
+    networks.check(FLAGS.checkpoint, "vae", cfg, networks.DECODER)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     check_mesh(mesh, len(latents), latents.shape[3])
-    params = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.DECODER)
+    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.DECODER)
     decoder = decode.Decoder(cfg, params, mesh)
     if FLAGS.output.endswith(".npz"):
-        pieces = [np.asarray(p, np.float32) for p in render.ahead(decoder.unclamped(latents))]
+        unclamped = render.ahead(decoder(None, latents, finish=None))
+        pieces = [np.asarray(piece, np.float32) for _, piece in unclamped]
         save_npz(FLAGS.output, video=np.moveaxis(np.concatenate(pieces, axis=1), -1, 1))
         return
     size = [n * config_lib.SPATIAL_COMPRESSION for n in latents.shape[2:4]]
     with contextlib.ExitStack() as stack:
         paths = [command.numbered(FLAGS.output, i, len(latents)) for i in range(len(latents))]
         writers = [stack.enter_context(VideoWriter(path, *size)) for path in paths]
-        for piece in map(np.asarray, render.ahead(decoder(latents))):
-            for i, writer in enumerate(writers):
-                writer.write(piece[i])
+        for _, piece in render.ahead(decoder(None, latents)):
+            for frames, writer in zip(np.asarray(piece), writers):
+                writer.write(frames)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ token, dim], rows past a prompt's length zero.
 import numpy as np
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.models import umt5
-from longlive_jax.sampling import script, shots
+from longlive_jax.pipeline import Pipeline
+from longlive_jax.prompts import embeddings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -38,20 +40,14 @@ def main() -> None:
     if FLAGS.prompts.endswith(".npz"):
         save_npz(FLAGS.output, ctx=_embed_ids(cfg, mesh).astype(np.float32))
         return
-    videos = shots.read(
-        FLAGS.prompts,
-        chunks=cfg.sample.chunks,
-        chunk_frames=cfg.model.chunk_frames,
-        scene_cut_prefix=cfg.sample.scene_cut_prefix,
-        chunks_per_shot=FLAGS.chunks_per_shot,
-    )
-    scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-    text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, guided=True)
-    negative = text.negative[None].astype(np.float32)
-    for i, one in enumerate(scripts):
-        context = text.rows[list(one.which)].astype(np.float32)
-        path = command.numbered(FLAGS.output, i, len(scripts))
-        save_npz(path, ctx=context, neg=negative, cut=np.asarray(one.cut))
+    pipeline = Pipeline(FLAGS.checkpoint, cfg, mesh)
+    videos = pipeline.videos(FLAGS.prompts, chunks_per_shot=FLAGS.chunks_per_shot)
+    texts = pipeline.embed(embeddings.distinct(videos), guided=True)
+    negative = texts.negative[None].astype(np.float32)
+    for i, video in enumerate(videos):
+        rows = texts([chunk.prompt for chunk in video.chunks]).astype(np.float32)
+        path = command.numbered(FLAGS.output, i, len(videos))
+        save_npz(path, ctx=rows, neg=negative, cut=np.asarray([c.cut for c in video.chunks]))
 
 
 def _embed_ids(cfg, mesh):
@@ -62,7 +58,7 @@ def _embed_ids(cfg, mesh):
             f"--prompts: ids {ids.dtype}{list(ids.shape)} and mask {list(mask.shape)} must both be "
             "integers [prompt, token]"
         )
-    params = parts.load(FLAGS.checkpoint, "umt5", cfg, mesh)
+    params = networks.load(FLAGS.checkpoint, "umt5", cfg, mesh)
     return umt5.encode_prompts(params, cfg.umt5, ids, mask, ids.shape[1], cfg.compute_dtype)
 
 

@@ -10,11 +10,12 @@ V.npz holds video [batch, 3, frame, height, width] in [-1, 1]; L.npz gets latent
 import numpy as np
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import save_npz
-from longlive_jax.sampling import pictures
+from longlive_jax.prompts import pictures
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -27,14 +28,14 @@ def main() -> None:
     if not FLAGS.video:
         raise InputError("--video is missing; give the video or the .npz to encode")
     command.check_output("output", ".npz")
-    parts.check(FLAGS.checkpoint, "vae", cfg, parts.ENCODER)
+    networks.check(FLAGS.checkpoint, "vae", cfg, networks.ENCODER)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     if FLAGS.video.endswith(".npz"):
         clip = pictures.ArrayClip(FLAGS.video)
     else:
         clip = pictures.Clip(FLAGS.video, cfg.video.height, cfg.video.width)
     clip.check_encodes(mesh)
-    params = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
+    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.ENCODER)
     save_npz(FLAGS.output, latents=np.moveaxis(clip.encode(cfg, params, mesh), -1, 2))
 
 

@@ -25,9 +25,10 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.data import records
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
@@ -36,7 +37,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import umt5
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
-from longlive_jax.sampling import decode
+from longlive_jax.prompts import pictures
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
@@ -50,9 +51,9 @@ def main() -> None:
     source = VideoFolder(cfg)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     check_mesh(mesh, _replicas(mesh), _latent_shape(cfg)[2])
-    parts.check(FLAGS.checkpoint, "vae", cfg, parts.ENCODER)
+    networks.check(FLAGS.checkpoint, "vae", cfg, networks.ENCODER)
     if not cfg.train.text_encoder:
-        parts.read_tokenizer(FLAGS.checkpoint, cfg)
+        networks.read_tokenizer(FLAGS.checkpoint, cfg)
     settings = _settings(cfg, source)
     folder = pathlib.Path(FLAGS.output)
     if (folder / records.MANIFEST).is_file():
@@ -126,7 +127,7 @@ def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
         health.add(Sample(name, (), 0, failures=tuple((path, why) for path, why in failures)))
     if health.read == total:
         return
-    params = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
+    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.ENCODER)
     stream = batches(source, (0,), 1, health.read, cfg.train.seed, cfg.data.workers)
     bar = tqdm.tqdm(total=total, initial=health.read, unit=" clips", disable=None)
     with contextlib.closing(stream), bar:
@@ -168,7 +169,7 @@ def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
     for batch in itertools.batched(samples, replicas):
         frames = [sample.frames for sample in batch]
         frames += frames[-1:] * (replicas - len(frames))
-        latents = decode.encode(
+        latents = pictures.encode(
             cfg, params, mesh, functools.partial(_read, mesh, frames), len(frames[0])
         )
         for sample, one in zip(batch, latents):
@@ -202,8 +203,8 @@ def _embed(cfg, mesh, progress: records.Progress) -> None:
     there = len(records.Shards(progress.folder, _shards(done)))
     if there == len(prompts):
         return
-    read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
-    params = parts.load(FLAGS.checkpoint, "umt5", cfg, mesh)
+    read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
+    params = networks.load(FLAGS.checkpoint, "umt5", cfg, mesh)
     bar = tqdm.tqdm(total=len(prompts), initial=there, unit=" prompts", disable=None)
     groups = itertools.batched(prompts[there:], records.PROMPTS_PER_FILE)
     for number, group in enumerate(groups, len(done)):

@@ -12,10 +12,11 @@ import time
 
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.checkpoints import store, workdir
+from longlive_jax.checkpoints import networks, store, workdir
+from longlive_jax.checkpoints.parts import PARTS
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer
 
@@ -37,18 +38,18 @@ def main() -> None:
     if not FLAGS.output:
         raise InputError("--output is missing; give the checkpoint's directory")
     mesh = mesh_lib.make_mesh(config_lib.Mesh())
-    found = [part for part in parts.parts(FLAGS.checkpoint) if part in parts.MODELS]
+    found = [part for part in networks.parts(FLAGS.checkpoint) if part in PARTS]
     for part in found:
-        parts.check(FLAGS.checkpoint, part, cfg)
+        networks.check(FLAGS.checkpoint, part, cfg)
     for part in found:
         start = time.monotonic()
-        section, spec = parts.spec(part, cfg)
-        tree = parts.load(FLAGS.checkpoint, part, cfg, mesh, weights=FLAGS.weights)
+        section, spec = networks.spec(part, cfg)
+        tree = networks.load(FLAGS.checkpoint, part, cfg, mesh, weights=FLAGS.weights)
         summary = store.save_tree(FLAGS.output, part, tree, spec, section=section)
         seconds = time.monotonic() - start
         print(f"{part}: {summary.describe()}, {seconds:.1f} s", flush=True)
     if "umt5" in found:
-        words = os.path.join(parts.directory(FLAGS.checkpoint), tokenizer.FILE)
+        words = os.path.join(networks.directory(FLAGS.checkpoint), tokenizer.FILE)
         store.save_tokenizer(FLAGS.output, words)
 
 

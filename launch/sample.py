@@ -9,7 +9,6 @@ random noise and the text encoder, for comparison with other implementations; se
 
 import contextlib
 import dataclasses
-import functools
 import sys
 import time
 
@@ -17,7 +16,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from launch import command, compile_cache, parts
+from launch import command, compile_cache
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import workdir
@@ -25,10 +24,10 @@ from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
-from longlive_jax.models.vae_spec import check_mesh
+from longlive_jax.pipeline import Pipeline, vae_mesh
+from longlive_jax.prompts import embeddings, pictures
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
-from longlive_jax.sampling import decode, pictures, render, script, shots, stream
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert or launch.train.")
@@ -59,42 +58,36 @@ def main() -> None:
     cfg = command.config()
     _check_flags()
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    vae_mesh = parts.vae_mesh(cfg, mesh, FLAGS.vae_device)
+    pipeline = Pipeline(
+        FLAGS.checkpoint, cfg, mesh, vae_mesh=vae_mesh(mesh, FLAGS.vae_device),
+        weights=FLAGS.weights, decodes=bool(FLAGS.output),
+    )  # fmt: skip
     if FLAGS.compile_cache:
         compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
-    scripts, texts, text = _scripts(cfg, noise.chunks if noise else None)
-    batches = batches_lib.make(cfg, scripts, noise, FLAGS.batch)
-    pictures.check_images(batches)
+    videos, texts = _videos(pipeline, noise.chunks if noise else None)
+    batches = batches_lib.make(cfg, videos, noise, FLAGS.batch)
+    for batch in batches:
+        batch.check_images()
     clip = _open_clip(cfg, batches)
-    _check_parts(cfg, vae_mesh, batches)
-    if text is None:
-        text = parts.embed(FLAGS.checkpoint, cfg, mesh, texts, stream.guided(cfg), FLAGS.weights)
-    batches = _with_pictures(cfg, vae_mesh, batches, clip)
+    pictured = clip is not None or any(batch.pictured for batch in batches)
+    pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
+    if texts is None:
+        texts = pipeline.embed(embeddings.distinct(videos))
+    batches = pipeline.encoded(batches, clip)
     if recipe := recipe_lib.get(cfg.quant.recipe):
         print(f"linear layers by {matmul.backend(recipe)}", flush=True)
-    params = parts.load_transformer(FLAGS.checkpoint, cfg, mesh, FLAGS.weights)
-    if FLAGS.output:
-        vae = parts.load(FLAGS.checkpoint, "vae", cfg, vae_mesh, parts.DECODER)
-
-    @functools.cache
-    def sampler(image_to_video):
-        video = dataclasses.replace(cfg.video, image_to_video=image_to_video)
-        return stream.Sampler(dataclasses.replace(cfg, video=video), mesh)
-
-    videos = sum(len(batch.scripts) for batch in batches)
+    count = sum(len(batch.videos) for batch in batches)
     frames = 0
     for number, batch in enumerate(batches):
-        one = sampler(batch.first_frame is not None)
-        decoder = decode.Decoder(cfg, vae, vae_mesh) if FLAGS.output else None
-        chunks = render.render(one, params, batch, text, FLAGS.seed, decoder)
-        frames += _write(cfg, chunks, batch, videos, (number, len(batches)), start)
+        chunks = pipeline.render(batch, texts, FLAGS.seed)
+        frames += _write(cfg, chunks, batch, count, (number, len(batches)), start)
     seconds = time.monotonic() - start
     path = FLAGS.output or FLAGS.save_latents
-    files = videos if FLAGS.output or not FLAGS.noise else len(batches)
+    files = count if FLAGS.output or not FLAGS.noise else len(batches)
     where = " to ".join(dict.fromkeys(command.numbered(path, i, files) for i in (0, files - 1)))
     print(
-        f"{videos} video{'s' if videos > 1 else ''}, {frames} frames, {seconds:.1f} s, "
+        f"{count} video{'s' if count > 1 else ''}, {frames} frames, {seconds:.1f} s, "
         f"{frames / seconds:.1f} frames/s: {where}"
     )
 
@@ -113,25 +106,17 @@ def _check_flags():
             command.check_output(name, suffix)
 
 
-def _scripts(cfg, chunks):
-    """Scripts of all videos, the prompts they use, and the embeddings of these if given."""
+def _videos(pipeline, chunks):
+    """All videos to make, and the embeddings of their prompts if these are given."""
     if FLAGS.prompt_embeds:
         arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
-        one, text = script.from_embeddings(arrays, cfg, chunks)
-        scripts, texts = [one], []
+        one, texts = embeddings.from_embeddings(arrays, pipeline.cfg, chunks)
+        videos = [one]
     else:
-        videos = shots.read(
-            FLAGS.prompts,
-            chunks=chunks or cfg.sample.chunks,
-            chunk_frames=cfg.model.chunk_frames,
-            scene_cut_prefix=cfg.sample.scene_cut_prefix,
-            chunks_per_shot=FLAGS.chunks_per_shot,
-        )
-        scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-        text = None
+        videos, texts = pipeline.videos(FLAGS.prompts, chunks, FLAGS.chunks_per_shot), None
     if FLAGS.image:
-        scripts = [dataclasses.replace(one, image=FLAGS.image) for one in scripts]
-    return scripts, texts, text
+        videos = [dataclasses.replace(one, image=FLAGS.image) for one in videos]
+    return videos, texts
 
 
 def _open_clip(cfg, batches):
@@ -148,47 +133,12 @@ def _open_clip(cfg, batches):
     return clip
 
 
-def _check_parts(cfg, vae_mesh, batches):
-    """Refuses a checkpoint, or a mesh, that the run would stumble over later."""
-    if FLAGS.prompts:
-        parts.read_tokenizer(FLAGS.checkpoint, cfg)
-    parts.check_transformer(FLAGS.checkpoint, cfg)
-    pictured = FLAGS.continue_from or any(batch.pictured for batch in batches)
-    needed = (parts.DECODER if FLAGS.output else ()) + (parts.ENCODER if pictured else ())
-    if not needed:
-        return
-    parts.check(FLAGS.checkpoint, "vae", cfg, needed)
-    if cfg.vae.z_dim != cfg.model.in_dim:
-        raise InputError(
-            f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}: the "
-            "VAE decodes what the transformer makes"
-        )
-    for batch in batches:
-        try:
-            check_mesh(vae_mesh, len(batch.scripts), batch.width)
-        except InputError as error:
-            raise InputError(
-                f"{error}; or give the VAE a device of its own, --vae_device=0"
-            ) from error
-
-
-def _with_pictures(cfg, mesh, batches, clip):
-    """The batches with their images, or the video that they continue, encoded."""
-    if not clip and not any(batch.pictured for batch in batches):
-        return batches
-    vae = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, parts.ENCODER)
-    if clip:
-        prefix = clip.encode(cfg, vae, mesh)
-        return [batch.continuing(prefix) for batch in batches]
-    return [pictures.with_images(cfg, vae, mesh, b) if b.pictured else b for b in batches]
-
-
 def _write(cfg, chunks, batch, videos, number, start):
     """Writes a batch as it is made, with a progress bar; returns the number of frames.
 
     `number`: of the batch, and of how many. `start`: when the command began.
     """
-    count = len(batch.scripts)
+    count = len(batch.videos)
     total = batches_lib.frames(batch.latent_frames(cfg.model))
 
     def outputs(path):
@@ -204,8 +154,8 @@ def _write(cfg, chunks, batch, videos, number, start):
                 stack.enter_context(VideoWriter(path, *batch.pixels))
                 for path in outputs(FLAGS.output)
             ]
-        for latents, pieces in chunks:
-            for piece in map(np.asarray, pieces):
+        for chunk in chunks:
+            for piece in map(np.asarray, chunk.frames):
                 if number[0] == bar.n == 0:
                     seconds = time.monotonic() - start
                     bar.write(f"first frames after {seconds:.1f} s", file=sys.stderr)
@@ -215,8 +165,8 @@ def _write(cfg, chunks, batch, videos, number, start):
                 for i, sheet in enumerate(sheets):
                     sheet.add(piece[i])
             if FLAGS.save_latents:
-                kept.append(np.asarray(latents, np.float32))
-            latent_frames += latents.shape[1]
+                kept.append(np.asarray(chunk.latents, np.float32))
+            latent_frames += chunk.latents.shape[1]
             bar.update(batches_lib.frames(latent_frames) - bar.n)
     if kept:
         _save_latents(np.moveaxis(np.concatenate(kept, axis=1), -1, 2), number, outputs)

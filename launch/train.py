@@ -27,18 +27,18 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from launch import command, parts
+from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
-from longlive_jax.models import umt5
+from longlive_jax.pipeline import Pipeline
+from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.sampling import script, stream
 from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop
 from longlive_jax.training.objectives import teacher_forcing
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
@@ -91,7 +91,7 @@ def _train() -> None:
     prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None
     _check_parts(cfg, prompts)
     # Weights may come from another run; its other parts lie where its own checkpoint does.
-    others = parts.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
+    others = networks.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
     if recipe := recipe_lib.get(cfg.quant.recipe):
         _show(f"linear layers by {matmul.backend(recipe)}")
     settings = teacher_forcing.settings(cfg, identity)
@@ -112,82 +112,74 @@ def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> No
     """Refuses a --checkpoint that the run would stumble over later."""
     trained = teacher_forcing.specs(cfg)
     for part in trained:
-        if FLAGS.checkpoint and part in parts.parts(FLAGS.checkpoint):
-            parts.check(FLAGS.checkpoint, part, cfg)
+        if FLAGS.checkpoint and part in networks.parts(FLAGS.checkpoint):
+            networks.check(FLAGS.checkpoint, part, cfg)
     subtrees = _vae_subtrees(cfg, prompts)
     if subtrees:
-        parts.check(FLAGS.checkpoint, "vae", cfg, subtrees)
+        networks.check(FLAGS.checkpoint, "vae", cfg, subtrees)
         if cfg.vae.z_dim != cfg.model.in_dim:
             raise InputError(
                 f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}: "
                 "the transformer works on the VAE's latents"
             )
     if prompts or "umt5" in trained or not cfg.data.cached:
-        parts.read_tokenizer(FLAGS.checkpoint, cfg)
+        networks.read_tokenizer(FLAGS.checkpoint, cfg)
 
 
 def _vae_subtrees(cfg, prompts) -> tuple[str, ...]:
     """What of the VAE the run needs: videos are encoded, or evaluations decoded."""
     encodes = not cfg.data.cached or (prompts and prompts.batch.pictured)
-    return (parts.ENCODER if encodes else ()) + (parts.DECODER if prompts else ())
+    return (networks.ENCODER if encodes else ()) + (networks.DECODER if prompts else ())
 
 
 def _models(cfg, mesh, root, prompts) -> tuple[evaluate.Evaluator | None, feed.Encoders]:
     """What is not trained, loaded as far as it is needed."""
     trains_text = cfg.train.text_encoder
     subtrees = _vae_subtrees(cfg, prompts)
-    vae = parts.load(FLAGS.checkpoint, "vae", cfg, mesh, subtrees) if subtrees else None
+    vae = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, subtrees) if subtrees else None
     evaluator = None
     if prompts:
         embed = _embed_by_ema(cfg, mesh, prompts) if trains_text else _embed(cfg, mesh, prompts)
         evaluator = evaluate.Evaluator(cfg, mesh, root, prompts, vae, embed)
     read = texts = None
     if trains_text:
-        read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
+        read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
     elif not cfg.data.cached:
         # Each process has prompts of its own.
         here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
-        weights = parts.load(FLAGS.checkpoint, "umt5", cfg, here)
-        texts = feed.Texts(cfg, weights, parts.read_tokenizer(FLAGS.checkpoint, cfg))
+        weights = networks.load(FLAGS.checkpoint, "umt5", cfg, here)
+        texts = PromptEncoder(cfg, weights, networks.read_tokenizer(FLAGS.checkpoint, cfg))
     return evaluator, feed.Encoders(None if cfg.data.cached else vae, texts, read)
 
 
 def _embed(cfg, mesh, prompts):
     """Embeddings of the evaluations' prompts, made once."""
-    text = parts.embed(FLAGS.checkpoint, cfg, mesh, prompts.texts, stream.guided(cfg))
-    return lambda ema: text
+    texts = Pipeline(FLAGS.checkpoint, cfg, mesh).embed(prompts.texts)
+    return lambda ema: texts
 
 
 def _embed_by_ema(cfg, mesh, prompts):
     """The same, by the text encoder that is trained."""
-    read = parts.read_tokenizer(FLAGS.checkpoint, cfg)
-    rows = list(zip(*[read(prompts.texts, cfg.model.text_len)]))
-    if stream.guided(cfg):
-        negative = read([cfg.sample.negative_prompt], cfg.model.text_len, allow_empty=True)
-        rows = [(*row, more) for row, more in zip(rows, negative)]
-    ids, mask = (np.concatenate(row) for row in rows)
+    read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
     whole = jax.jit(
         lambda tree: jax.tree.map(lambda w: w.astype(cfg.compute_dtype), tree),
         out_shardings=jax.NamedSharding(mesh, jax.P()),
     )
 
     def embed(ema):
-        made = umt5.encode_prompts(
-            whole(ema["umt5"]), cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
-        )
-        count = len(prompts.texts)
-        return script.Text(made[:count], made[-1] if stream.guided(cfg) else None)
+        encoder = PromptEncoder(cfg, whole(ema["umt5"]), read)
+        return encoder.all(prompts.texts, cfg.sample.guided)
 
     return embed
 
 
 def _initial(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> params_lib.Tree:
     """Weights to begin with: the checkpoint's where it has them, else random."""
-    has = parts.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
+    has = networks.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
     params = {}
     for part, spec in teacher_forcing.specs(cfg).items():
         if part in has:
-            params[part] = parts.load(
+            params[part] = networks.load(
                 FLAGS.checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES
             )
         else:

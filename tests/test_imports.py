@@ -10,8 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import those before it, and itself.
 ORDER = ["errors", "files", "captions", "formats", "recipes", "config", "data", "mesh", "params",
-         "kernels", "ops", "quant", "models", "nnx", "diffusion", "checkpoints", "sampling",
-         "training"]  # fmt: skip
+         "kernels", "ops", "quant", "models", "nnx", "diffusion", "checkpoints", "prompts",
+         "sampling", "pipeline", "training"]  # fmt: skip
 FILES = sorted((ROOT / "longlive_jax").rglob("*.py"))
 
 
@@ -62,6 +62,18 @@ def test_benchmarks_import_nothing_of_files_data_or_tokens():
         "launch.benchmarks.attention; "
         "bad = {'av', 'PIL', 'grain', 'tokenizers', 'ftfy', 'orbax'} & {m.split('.')[0] for m in sys.modules}; "
         "sys.exit(f'imports {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_front_door_opens_when_it_is_used():
+    code = (
+        "import sys, longlive_jax, longlive_jax.kernels; "
+        "bad = {'jax', 'flax', 'orbax'} & {m.split('.')[0] for m in sys.modules}; "
+        "assert not bad, bad; "
+        "assert {x.__name__ for x in map(longlive_jax.__getattr__, longlive_jax.__all__)} == "
+        "set(longlive_jax.__all__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from longlive_jax.ops.attention import attention
 def run(cfg: config_lib.Config) -> dict:
     m = cfg.model
     tokens = m.chunk_frames * cfg.video.patches
-    window = cfg.sample.window_frames // m.chunk_frames
+    window = cfg.sample.window(m).chunks
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (1, tokens, m.num_heads, m.head_dim)
     q = jax.random.normal(keys[0], shape, cfg.compute_dtype)

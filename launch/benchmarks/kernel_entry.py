@@ -107,7 +107,7 @@ def window(cfg: config_lib.Config):
         length, slots, heads = TILE, 1, 1
     else:
         length, heads = tokens(cfg), cfg.model.num_heads
-        slots = cfg.sample.window_frames // cfg.model.chunk_frames - 1
+        slots = cfg.sample.window(cfg.model).slots
     shape = (1, length, heads, HEAD_DIM)
     keys = jax.random.split(jax.random.key(0), 3)
     return *(jax.random.normal(key, shape, jnp.bfloat16) for key in keys), slots

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from launch import parts
 from launch.benchmarks import measure
 from launch.benchmarks.stream import chunk_inputs
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
 from longlive_jax.sampling import stream
@@ -45,7 +45,7 @@ def run(cfg: config_lib.Config) -> dict:
         raise InputError(f"--plot={flags.FLAGS.plot}: must end in .png")
     mesh = mesh_lib.make_mesh(cfg.mesh)
     if flags.FLAGS.checkpoint:
-        params = parts.load(flags.FLAGS.checkpoint, "dit", cfg, mesh)
+        params = networks.load(flags.FLAGS.checkpoint, "dit", cfg, mesh)
     else:
         params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
     exact = _outputs(cfg, mesh, params)
@@ -80,8 +80,9 @@ def _outputs(cfg, mesh, params, rounded=False):
     # A window of given latents: the same for all, but for how the cache holds them.
     batch = cfg.mesh.data * cfg.mesh.fsdp
     state = sampler.init_state(batch, *size)
-    for chunk in range(cfg.sample.window_frames // cfg.model.chunk_frames - 1):
-        state = sampler.ingest(params, state, inputs(chunk))
+    for chunk in range(cfg.sample.window(cfg.model).slots):
+        given = inputs(chunk)
+        state = sampler.commit(params, state, given.noise, given)
     layers = _hidden(cfg, sampler, params, state, inputs(100))
     state = sampler.init_state(batch, *size)
     latents = []
@@ -100,15 +101,14 @@ def _hidden(cfg, sampler, params, state, inputs):
     model = cfg.model
 
     def states(params, state, inputs):
-        latents, text = (x.astype(cfg.compute_dtype) for x in (inputs.noise, inputs.context))
+        latents, text = (x.astype(cfg.compute_dtype) for x in (inputs.noise, inputs.text))
         local = latents.shape[1]
-        first = state.chunk * model.chunk_frames + jax.lax.axis_index(mesh_lib.SEQ) * local
-        positions = jnp.broadcast_to(first + jnp.arange(local), latents.shape[:2])
-        positions = positions.astype(jnp.int32)
+        here = jax.lax.axis_index(mesh_lib.SEQ) * local + jnp.arange(local, dtype=jnp.int32)
+        positions = state.window.next_position(cfg)[:, None] + here[None, :]
         timesteps = jnp.full(positions.shape, TIMESTEP)
         text = dit.text_keys_values(params, model, text, **on)
         return dit.hidden_states(
-            params, model, latents, timesteps, positions, text=text, cache=state.cache, **on
+            params, model, latents, timesteps, positions, text=text, cache=state.past, **on
         )
 
     specs = (

@@ -11,12 +11,14 @@ from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.models import dit, vae
+from longlive_jax.prompts.embeddings import Embeddings
 from longlive_jax.sampling import cost, decode, stream
+from longlive_jax.sampling.session import Engine, Session, Start
 
 
 def run(cfg: config_lib.Config) -> dict:
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    sampler = stream.Sampler(cfg, mesh)
+    sampler = stream.sampler(cfg, mesh)
     params = measure.random_params(dit.spec(cfg.model), mesh, cfg.compute_dtype)
     params = sampler.prepare(params)
     size = cfg.video.latent_size
@@ -31,7 +33,7 @@ def run(cfg: config_lib.Config) -> dict:
         figures["program_temp_gb"] = round(memory.temp_size_in_bytes / 1e9, 2)
 
     # Denoising alone: fill the window, then time every chunk.
-    filling = cfg.sample.window_frames // cfg.model.chunk_frames
+    filling = cfg.sample.window(cfg.model).chunks
     measured = flags.FLAGS.chunks
     times = []
     for chunk in range(filling + measured):
@@ -66,7 +68,8 @@ def run(cfg: config_lib.Config) -> dict:
     }
     measure.show(figures)
     state = latents = None
-    delivered = _delivered(cfg, mesh, sampler, step, params, inputs, size)
+    sampler.step = step  # compiled already
+    delivered = _delivered(cfg, Engine(cfg, mesh, params, _decoder(cfg, mesh)))
     delivered |= measure.device_figures()
     delivered |= {
         "steps": cfg.sample.steps,
@@ -80,20 +83,22 @@ def run(cfg: config_lib.Config) -> dict:
     return figures | delivered
 
 
-def _delivered(cfg, mesh, sampler, step, params, inputs, size):
+def _decoder(cfg, mesh):
+    params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
+    del params["encoder"], params["conv1"]
+    return decode.Decoder(cfg, params, mesh)
+
+
+def _delivered(cfg, engine):
     """Frames on the host: chunk k is fetched while chunk k + 1 is denoised."""
-    vae_params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
-    del vae_params["encoder"], vae_params["conv1"]
     for attempt in ("compile", "measure"):
-        decoder = state = latents = pieces = waiting = None  # one set of states at a time
-        decoder = decode.Decoder(cfg, vae_params, mesh)
-        state = sampler.init_state(cfg.mesh.data * cfg.mesh.fsdp, *size)
+        session = pieces = waiting = None  # one stream at a time
+        session = _session(cfg, engine, whole=True)
         waiting, done, count = [], [], 0
         begin = time.perf_counter()
         first = None
-        for chunk in range(3 if attempt == "compile" else max(6, flags.FLAGS.chunks // 2)):
-            state, latents = step(params, state, inputs[chunk % 2])
-            pieces = list(decoder(latents))
+        for _ in range(3 if attempt == "compile" else max(6, flags.FLAGS.chunks // 2)):
+            pieces = session.step().frames
             for piece in pieces:
                 piece.copy_to_host_async()
             if first is None:
@@ -105,33 +110,59 @@ def _delivered(cfg, mesh, sampler, step, params, inputs, size):
         if attempt == "compile":
             compiled = time.perf_counter() - begin
     (start, before), (stop, after) = done[2], done[-1]
-    # A prompt that changes while nothing is under way: until the next chunk's first frames.
-    jax.block_until_ready((state, pieces))
-    changed = inputs[0].replace(context=-inputs[0].context)
-    begin = time.perf_counter()
-    state, latents = step(params, state, changed)
-    np.asarray(next(decoder(latents)))
-    prompt = time.perf_counter() - begin
+    prompt = _prompt_to_frame(session, pieces)
+    session = pieces = waiting = piece = None
+    session = _session(cfg, engine, whole=False)
+    for _ in range(3):
+        pieces = session.step().frames
     return {
         "prompt_to_frame_s": round(prompt, 3),
+        "live_prompt_to_frame_s": round(_prompt_to_frame(session, pieces), 3),
         "vae_compile_s": round(compiled, 1),
         "vae_latents_per_call": cfg.sample.vae_latents_per_call,
         "first_frame_s": round(first, 3),
-        "delivered_fps": round((after - before) * latents.shape[0] / (stop - start), 2),
+        "delivered_fps": round((after - before) * session.rows / (stop - start), 2),
     }
+
+
+def _session(cfg, engine, whole):
+    """A stream of random embeddings for two prompts."""
+    rows, (height, width) = cfg.mesh.data * cfg.mesh.fsdp, cfg.video.latent_size
+    text = np.asarray(_text(cfg, 2))
+    start = Start(
+        height=height, width=width, samples=tuple(range(rows)), whole=whole,
+        first_frame=np.zeros((rows, 1, height, width, cfg.model.in_dim), np.float32)
+        if cfg.video.image_to_video
+        else None,
+    )  # fmt: skip
+    session = Session(engine, Embeddings(["one", "other"], text, text[0]), start)
+    session.prompt("one")
+    return session
+
+
+def _prompt_to_frame(session, pieces):
+    """Seconds from a prompt, given while nothing is under way, to its first frames."""
+    jax.block_until_ready(pieces)
+    begin = time.perf_counter()
+    session.prompt("other")
+    np.asarray(session.step().frames[0])
+    return time.perf_counter() - begin
+
+
+def _text(cfg, rows):
+    key = jax.random.fold_in(jax.random.key(0), 7)
+    return jax.random.normal(key, (rows, cfg.model.text_len, cfg.model.text_dim), cfg.compute_dtype)
 
 
 def chunk_inputs(cfg, chunk, size):
     batch = cfg.mesh.data * cfg.mesh.fsdp
-    key = jax.random.key(0)
-    shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)
-    text = (batch, cfg.model.text_len, cfg.model.text_dim)
-    context = jax.random.normal(jax.random.fold_in(key, 7), text, cfg.compute_dtype)
+    shape, text = (cfg.model.chunk_frames, *size, cfg.model.in_dim), _text(cfg, batch)
+    samples = jnp.arange(batch)
     return stream.ChunkInput(
-        noise=stream.noise(key, chunk, jnp.arange(batch), shape),
-        context=context,
+        noise=stream.noise(jax.random.key(0), jnp.full(batch, chunk), samples, shape),
+        text=text,
         cut=jnp.zeros((batch,), bool),
-        negative=context if stream.guided(cfg) else None,
+        negative=text if cfg.sample.guided else None,
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
         if cfg.video.image_to_video
         else None,

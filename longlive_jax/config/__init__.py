@@ -6,11 +6,18 @@ only these dataclasses, which are hashable and can be static arguments of `jax.j
 
 from longlive_jax.config.config import Config
 from longlive_jax.config.data import Data
-from longlive_jax.config.io import MOVED, from_config_dict, load_config, renamed, to_config_dict
+from longlive_jax.config.io import (
+    MOVED,
+    from_config_dict,
+    load_config,
+    renamed,
+    to_config_dict,
+    with_overrides,
+)
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
 from longlive_jax.config.quant import Quant
-from longlive_jax.config.sample import Sample
+from longlive_jax.config.sample import Sample, WindowSize
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import REMAT, TIMESTEPS, ErrorRecycling, Train
 from longlive_jax.config.train_vae import TrainVAE
@@ -22,6 +29,6 @@ __all__ = [
     "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
     "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
     "ErrorRecycling", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
-    "from_config_dict", "load_config", "renamed", "to_config_dict", "validate_training",
-    "validate_vae_training",
+    "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",
+    "validate_training", "validate_vae_training", "with_overrides",
 ]  # fmt: skip

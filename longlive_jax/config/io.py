@@ -60,6 +60,18 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     return from_config_dict(config_dict)
 
 
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The config with other values by "section.key".
+
+    Raises:
+      InputError: an unknown key, or as `from_config_dict`.
+    """
+    config_dict = to_config_dict(config)
+    for name, value in overrides.items():
+        _override(config_dict, name, value)
+    return from_config_dict(config_dict)
+
+
 def _override(config_dict, name, value):
     *sections, key = renamed(name).split(".")
     try:

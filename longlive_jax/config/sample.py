@@ -8,6 +8,25 @@ from longlive_jax.config.section import INT32_MAX, Count, Index, Range, Section,
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowSize:
+    """How many chunks are visible at a time; `sampling.window` says which."""
+
+    chunks: int  # in all, with the one being denoised
+    sinks: int  # first chunks of the video, which are always visible
+    shots: int  # 1: the newest shot's first chunk is always visible too; else 0
+
+    @property
+    def slots(self) -> int:
+        """Slots of the KV cache: the chunk being denoised needs none."""
+        return self.chunks - 1
+
+    @property
+    def least(self) -> int:
+        """The least `chunks`: all that stay, one recent chunk and the one being denoised."""
+        return self.sinks + self.shots + 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample(Section):
     """How a video is streamed. Frames here are latent frames."""
 
@@ -32,6 +51,12 @@ class Sample(Section):
         """Whether classifier-free guidance is on (Ho and Salimans, arXiv 2207.12598)."""
         return self.guidance_scale != 1.0
 
+    def window(self, model: Model) -> WindowSize:
+        """The window in chunks of `model`."""
+        sinks = self.sink_frames // model.chunk_frames
+        shots = int(self.multi_shot_sink and sinks > 0)
+        return WindowSize(self.window_frames // model.chunk_frames, sinks, shots)
+
     def __post_init__(self):
         super().__post_init__()
         if not float(self.rope_offset).is_integer():
@@ -46,12 +71,11 @@ class Sample(Section):
         m = model.chunk_frames
         divides("sample.window_frames", self.window_frames, "model.chunk_frames", m)
         divides("sample.sink_frames", self.sink_frames, "model.chunk_frames", m)
-        sinks = self.sink_frames // m + (1 if self.multi_shot_sink and self.sink_frames else 0)
-        least = (sinks + 2) * m
-        if self.window_frames < least:
+        size = self.window(model)
+        if size.chunks < size.least:
             refuse(
                 f"sample.window_frames={self.window_frames} with sample.sink_frames="
                 f"{self.sink_frames} and sample.multi_shot_sink={self.multi_shot_sink}",
-                f"must be at least {least}: {sinks} sink chunk(s), one recent chunk and the one "
-                f"being denoised, of {m} frames each",
+                f"must be at least {size.least * m}: {size.sinks + size.shots} sink chunk(s), one "
+                f"recent chunk and the one being denoised, of {m} frames each",
             )

@@ -16,6 +16,7 @@ channels and halves the size three times; the decoder goes back.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ __all__ = [
     "encode_video",
     "init_decode_state",
     "init_encode_state",
+    "pieces",
     "spec",
     "to_uint8",
 ]
@@ -89,9 +91,9 @@ def decode(
             "decode the first latent on its own and the others after it, or call decode_video"
         )
     _check_calls("decode", "latents", latents.shape[1])
-    _check_state(state.context["conv1"], latents, latents.shape[2:4], "latents")
+    _check_state(state.conv_cache["conv1"], latents, latents.shape[2:4], "latents")
     _check_params(params, "decode", "conv2", "decoder")
-    c = _restart(state.context, latents, axis) if first else state.context
+    c = _restart(state.conv_cache, latents, axis) if first else state.conv_cache
     axis = _sharded(axis)
     std, mean = _constant(cfg.latent_std), _constant(cfg.latent_mean)
     x = (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
@@ -102,22 +104,22 @@ def decode(
     new["middle"], x = blocks.middle(p["middle"], c["middle"], x, axis)
     for i, stage in enumerate(vae_spec.decoder_stages(cfg)):
         stage_p, stage_c = p["upsamples"][str(i)], c["upsamples"][str(i)]
-        contexts, x = _up_stage(
+        caches, x = _up_stage(
             stage, stage_p["upsamples"], stage_c["upsamples"], x, first=first, axis=axis
         )
-        new["upsamples"][str(i)] = {"upsamples": contexts}
+        new["upsamples"][str(i)] = {"upsamples": caches}
     new["head"], x = blocks.head(p["head"], c["head"], x, axis)
     return DecodeState(new), _unfold(x)
 
 
-def _up_stage(stage, params, context, x, *, first, axis):
+def _up_stage(stage, params, conv_cache, x, *, first, axis):
     new, shortcut = {}, x
     for j in ("0", "1", "2"):
-        new[j], x = blocks.residual(params[j], context[j], x, axis)
+        new[j], x = blocks.residual(params[j], conv_cache[j], x, axis)
     if stage.resized:
-        contexts, x = blocks.upsample(params["3"], context.get("3", {}), x, first=first, axis=axis)
-        if contexts:
-            new["3"] = contexts
+        caches, x = blocks.upsample(params["3"], conv_cache.get("3", {}), x, first=first, axis=axis)
+        if caches:
+            new["3"] = caches
         x = x + blocks.duplicate_up(shortcut, stage.out_dim, stage.time, first=first)
     return new, x
 
@@ -179,19 +181,19 @@ def encode(
             f"frame and every later one a multiple of {FRAMES}"
         )
     pixels = (size[0] * PIXELS // FOLD, size[1] * PIXELS // FOLD)
-    _check_state(state.context["conv1"], frames, pixels, "frames folded 2x2")
+    _check_state(state.conv_cache["conv1"], frames, pixels, "frames folded 2x2")
     _check_params(params, "encode", "encoder", "conv1")
-    c = _restart(state.context, frames, axis) if first else state.context
+    c = _restart(state.conv_cache, frames, axis) if first else state.conv_cache
     axis = _sharded(axis)
     p = params["encoder"]
     new = {"downsamples": {}}
     new["conv1"], x = blocks.causal_conv(p["conv1"], c["conv1"], _fold(frames), axis)
     for i, stage in enumerate(vae_spec.encoder_stages(cfg)):
         stage_p, stage_c = p["downsamples"][str(i)], c["downsamples"][str(i)]
-        contexts, x = _down_stage(
+        caches, x = _down_stage(
             stage, stage_p["downsamples"], stage_c["downsamples"], x, first=first, axis=axis
         )
-        new["downsamples"][str(i)] = {"downsamples": contexts}
+        new["downsamples"][str(i)] = {"downsamples": caches}
     new["middle"], x = blocks.middle(p["middle"], c["middle"], x, axis)
     new["head"], x = blocks.head(p["head"], c["head"], x, axis)
     # The other half of the channels is the posterior's log-variance, which nothing uses.
@@ -201,16 +203,16 @@ def encode(
     return EncodeState(new), x.astype(frames.dtype)
 
 
-def _down_stage(stage, params, context, x, *, first, axis):
+def _down_stage(stage, params, conv_cache, x, *, first, axis):
     new, shortcut = {}, x
     for j in ("0", "1"):
-        new[j], x = blocks.residual(params[j], context[j], x, axis)
+        new[j], x = blocks.residual(params[j], conv_cache[j], x, axis)
     if stage.resized:
-        contexts, x = blocks.downsample(
-            params["2"], context.get("2", {}), x, first=first, axis=axis
+        caches, x = blocks.downsample(
+            params["2"], conv_cache.get("2", {}), x, first=first, axis=axis
         )
-        if contexts:
-            new["2"] = contexts
+        if caches:
+            new["2"] = caches
         shortcut = blocks.average_down(shortcut, stage.time)
     return new, x + shortcut
 
@@ -241,6 +243,16 @@ def encode_video(
     state = init_encode_state(cfg, frames.shape[0], *_latent_size(frames), frames.dtype)
     step = functools.partial(encode, params, cfg, axis=axis)
     return _whole_clip(step, state, frames, latents_per_call, FRAMES)
+
+
+def pieces(latents: int, per_call: int) -> Iterator[slice]:
+    """What one call takes of a video: its first latent alone, then groups of `per_call`.
+
+    A video's first latent must be alone; a chunk's is, so that its frames are there sooner.
+    """
+    yield slice(0, 1)
+    for start in range(1, latents, per_call):
+        yield slice(start, min(start + per_call, latents))
 
 
 def _whole_clip(step, state, x, latents_per_call, frames_per_latent):
@@ -326,12 +338,12 @@ def _constant(values):
     return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 1, -1)
 
 
-def _restart(context, x, axis):
+def _restart(conv_cache, x, axis):
     """Zeros; in a shard_map, typed as varying over devices, as `x` is: a scan can carry them."""
     zero = jnp.zeros((), x.dtype)
     if axis is not None:
         zero = jnp.where(False, x[0, 0, 0, 0, 0], zero)
-    return jax.tree.map(lambda c: jnp.broadcast_to(zero, c.shape), context)
+    return jax.tree.map(lambda c: jnp.broadcast_to(zero, c.shape), conv_cache)
 
 
 def _sharded(axis):
@@ -364,13 +376,13 @@ def _check_calls(where, name, count):
         raise InputError(f"{where}: {count} {name}, must be at least 1; skip the call")
 
 
-def _check_state(context, x, size, name):
+def _check_state(conv_cache, x, size, name):
     want = (x.shape[0], *size)
-    have = (context.shape[0], *context.shape[2:4])
-    if want != have or context.dtype != x.dtype:
+    have = (conv_cache.shape[0], *conv_cache.shape[2:4])
+    if want != have or conv_cache.dtype != x.dtype:
         raise InputError(
             f"{name} of [batch, height, width] {want} and dtype {x.dtype} do not fit the state, "
-            f"made for {have} and {context.dtype}; make a new state with the init function"
+            f"made for {have} and {conv_cache.dtype}; make a new state with the init function"
         )
 
 

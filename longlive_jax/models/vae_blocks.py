@@ -1,8 +1,8 @@
-"""Blocks of the Wan2.2 VAE: parameter specs, contexts and pure apply functions.
+"""Blocks of the Wan2.2 VAE: parameter specs, caches of convolutions and pure apply functions.
 
 Arrays are [batch, frame, height, width, channel]. A convolution over time is causal: it sees the
-two frames before its input, which it is given as its *context* and hands on to the next call. The
-contexts of a block form a tree with the paths of its convolutions' parameters.
+two frames before its input, which it is given as its *conv_cache* and hands on to the next call.
+Those of a block form a tree with the paths of its convolutions' parameters.
 
 `axis` names the mesh axis that shards the width, inside a fully manual `jax.shard_map`; None: the
 width is whole.
@@ -19,7 +19,7 @@ from longlive_jax.ops import attention as attention_lib
 from longlive_jax.ops import linear as linear_lib
 from longlive_jax.params import ParamSpec, Tree
 
-CONTEXT = 2  # frames a causal convolution of three taps sees before its input
+CACHED_FRAMES = 2  # frames a causal convolution of three taps sees before its input
 
 
 # Specs. Names are those of the original's state dict.
@@ -73,8 +73,8 @@ def resample_spec(dim: int, time_out_dim: int | None) -> Tree:
     return spec
 
 
-def context_shapes(spec: Tree, height: int, width: int, frames: int = CONTEXT) -> Tree:
-    """(frame, height, width, channel) of the context of each causal convolution in `spec`."""
+def conv_cache_shapes(spec: Tree, height: int, width: int, frames: int = CACHED_FRAMES) -> Tree:
+    """(frame, height, width, channel) of the cache of each causal convolution in `spec`."""
     return params_lib.unflatten(
         {
             path[:-1]: (frames, height, width, s.shape[3])
@@ -94,14 +94,14 @@ def pointwise(params: Tree, x: jax.Array) -> jax.Array:
 
 
 def causal_conv(
-    params: Tree, context: jax.Array, x: jax.Array, axis: str | None, time_stride: int = 1
+    params: Tree, conv_cache: jax.Array, x: jax.Array, axis: str | None, time_stride: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Convolves [context, x], with no padding in time; "same" zero padding in space.
+    """Convolves [conv_cache, x], with no padding in time; "same" zero padding in space.
 
     Returns:
-      The next context (the last frames of [context, x]) and the output.
+      The next conv_cache (the last frames of [conv_cache, x]) and the output.
     """
-    x = jnp.concatenate([context, x], axis=1)
+    x = jnp.concatenate([conv_cache, x], axis=1)
     weight, bias = params["weight"].astype(x.dtype), params["bias"].astype(x.dtype)
     side_h, side_w = weight.shape[1] // 2, weight.shape[2] // 2
     padded, pad_w = _width_padding(x, axis, side_w, side_w)
@@ -112,7 +112,7 @@ def causal_conv(
         padding=((0, 0), (side_h, side_h), pad_w),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
-    return x[:, -context.shape[1] :], y + bias.reshape(1, 1, 1, 1, -1)
+    return x[:, -conv_cache.shape[1] :], y + bias.reshape(1, 1, 1, 1, -1)
 
 
 def _conv_2d(weight, x, stride, pad_h, pad_w):
@@ -157,9 +157,11 @@ def norm_silu(gamma: jax.Array, x: jax.Array) -> jax.Array:
     return jax.nn.silu(norm(gamma, x)).astype(x.dtype)
 
 
-def residual(params: Tree, context: Tree, x: jax.Array, axis: str | None) -> tuple[Tree, jax.Array]:
+def residual(
+    params: Tree, conv_cache: Tree, x: jax.Array, axis: str | None
+) -> tuple[Tree, jax.Array]:
     """Twice norm, SiLU and 3x3x3 convolution, plus x or its projection."""
-    p, c = params["residual"], context["residual"]
+    p, c = params["residual"], conv_cache["residual"]
     first, y = causal_conv(p["2"], c["2"], norm_silu(p["0"]["gamma"], x), axis)
     second, y = causal_conv(p["6"], c["6"], norm_silu(p["3"]["gamma"], y), axis)
     if "shortcut" in params:
@@ -179,15 +181,17 @@ def attention(params: Tree, x: jax.Array, axis: str | None) -> jax.Array:
     return x + pointwise(params["proj"], y.reshape(x.shape))
 
 
-def middle(params: Tree, context: Tree, x: jax.Array, axis: str | None) -> tuple[Tree, jax.Array]:
-    before, x = residual(params["0"], context["0"], x, axis)
+def middle(
+    params: Tree, conv_cache: Tree, x: jax.Array, axis: str | None
+) -> tuple[Tree, jax.Array]:
+    before, x = residual(params["0"], conv_cache["0"], x, axis)
     x = attention(params["1"], x, axis)
-    after, x = residual(params["2"], context["2"], x, axis)
+    after, x = residual(params["2"], conv_cache["2"], x, axis)
     return {"0": before, "2": after}, x
 
 
-def head(params: Tree, context: Tree, x: jax.Array, axis: str | None) -> tuple[Tree, jax.Array]:
-    new, x = causal_conv(params["2"], context["2"], norm_silu(params["0"]["gamma"], x), axis)
+def head(params: Tree, conv_cache: Tree, x: jax.Array, axis: str | None) -> tuple[Tree, jax.Array]:
+    new, x = causal_conv(params["2"], conv_cache["2"], norm_silu(params["0"]["gamma"], x), axis)
     return {"2": new}, x
 
 
@@ -195,7 +199,7 @@ def head(params: Tree, context: Tree, x: jax.Array, axis: str | None) -> tuple[T
 
 
 def downsample(
-    params: Tree, context: Tree, x: jax.Array, *, first: bool, axis: str | None
+    params: Tree, conv_cache: Tree, x: jax.Array, *, first: bool, axis: str | None
 ) -> tuple[Tree, jax.Array]:
     """Halves height and width, then the frames where the block has a `time_conv`."""
     conv = params["resample"]["1"]
@@ -206,20 +210,20 @@ def downsample(
         return {}, x
     if first:  # the frame passes as it is and is what the next call's window begins with
         return {"time_conv": x}, x
-    new, x = causal_conv(params["time_conv"], context["time_conv"], x, axis, time_stride=2)
+    new, x = causal_conv(params["time_conv"], conv_cache["time_conv"], x, axis, time_stride=2)
     return {"time_conv": new}, x
 
 
 def upsample(
-    params: Tree, context: Tree, x: jax.Array, *, first: bool, axis: str | None
+    params: Tree, conv_cache: Tree, x: jax.Array, *, first: bool, axis: str | None
 ) -> tuple[Tree, jax.Array]:
     """Doubles the frames where the block has a `time_conv`, then height and width."""
     new = {}
     if "time_conv" in params:
         if first:  # this frame never enters the convolution, whose sequence begins after it
-            new = context
+            new = conv_cache
         else:
-            new, x = causal_conv(params["time_conv"], context["time_conv"], x, axis)
+            new, x = causal_conv(params["time_conv"], conv_cache["time_conv"], x, axis)
             new = {"time_conv": new}
             halves = x.reshape(*x.shape[:-1], 2, -1)  # channels: the even frame's, the odd frame's
             x = jnp.moveaxis(halves, 4, 2).reshape(x.shape[0], -1, *x.shape[2:4], halves.shape[-1])

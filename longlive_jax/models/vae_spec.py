@@ -18,25 +18,25 @@ from longlive_jax.params import Tree
 FOLD = 2  # pixels, each way, that become channels
 PIXELS = config_lib.SPATIAL_COMPRESSION  # pixels a latent covers, each way
 FRAMES = config_lib.TEMPORAL_COMPRESSION  # frames a latent covers, after the first
-SHARDED = ("batch", None, None, "width", None)  # logical axes of latents, frames and contexts
+SHARDED = ("batch", None, None, "width", None)  # logical axes of latents, frames and caches
 
 
 @flax.struct.dataclass
 class DecodeState:
     """What the decoder remembers: for each causal convolution, the frames before its next input.
 
-    `context` has the paths of the decoder's convolutions; its arrays are [batch, 2, height, width,
-    channel]. `init_decode_state` makes it.
+    `conv_cache` has the paths of the decoder's convolutions; its arrays are [batch, 2, height,
+    width, channel]. `init_decode_state` makes it.
     """
 
-    context: Tree
+    conv_cache: Tree
 
 
 @flax.struct.dataclass
 class EncodeState:
     """What the encoder remembers; as `DecodeState`, but strided convolutions keep one frame."""
 
-    context: Tree
+    conv_cache: Tree
 
 
 class Stage(NamedTuple):
@@ -130,15 +130,15 @@ def init_decode_state(
     tree = spec(cfg)["decoder"]
     h, w = latent_height, latent_width
     shapes = {
-        "conv1": blocks.context_shapes({"conv1": tree["conv1"]}, h, w)["conv1"],
-        "middle": blocks.context_shapes(tree["middle"], h, w),
+        "conv1": blocks.conv_cache_shapes({"conv1": tree["conv1"]}, h, w)["conv1"],
+        "middle": blocks.conv_cache_shapes(tree["middle"], h, w),
         "upsamples": {},
     }
     for i, stage in enumerate(decoder_stages(cfg)):
-        shapes["upsamples"][str(i)] = blocks.context_shapes(tree["upsamples"][str(i)], h, w)
+        shapes["upsamples"][str(i)] = blocks.conv_cache_shapes(tree["upsamples"][str(i)], h, w)
         if stage.resized:
             h, w = 2 * h, 2 * w
-    shapes["head"] = blocks.context_shapes(tree["head"], h, w)
+    shapes["head"] = blocks.conv_cache_shapes(tree["head"], h, w)
     return DecodeState(_zeros(shapes, batch, latent_width, dtype, mesh))
 
 
@@ -157,17 +157,17 @@ def init_encode_state(
     tree = spec(cfg)["encoder"]
     h, w = latent_height * PIXELS // FOLD, latent_width * PIXELS // FOLD
     shapes = {"downsamples": {}}
-    shapes["conv1"] = blocks.context_shapes({"conv1": tree["conv1"]}, h, w)["conv1"]
+    shapes["conv1"] = blocks.conv_cache_shapes({"conv1": tree["conv1"]}, h, w)["conv1"]
     for i, stage in enumerate(encoder_stages(cfg)):
         stage_tree = tree["downsamples"][str(i)]["downsamples"]
-        contexts = blocks.context_shapes({j: stage_tree[j] for j in ("0", "1")}, h, w)
+        caches = blocks.conv_cache_shapes({j: stage_tree[j] for j in ("0", "1")}, h, w)
         if stage.resized:
             h, w = h // 2, w // 2
             # Of its window of three, a convolution of stride 2 meets only the first frame again.
-            contexts |= blocks.context_shapes({"2": stage_tree["2"]}, h, w, frames=1)
-        shapes["downsamples"][str(i)] = {"downsamples": contexts}
-    shapes["middle"] = blocks.context_shapes(tree["middle"], h, w)
-    shapes["head"] = blocks.context_shapes(tree["head"], h, w)
+            caches |= blocks.conv_cache_shapes({"2": stage_tree["2"]}, h, w, frames=1)
+        shapes["downsamples"][str(i)] = {"downsamples": caches}
+    shapes["middle"] = blocks.conv_cache_shapes(tree["middle"], h, w)
+    shapes["head"] = blocks.conv_cache_shapes(tree["head"], h, w)
     return EncodeState(_zeros(shapes, batch, latent_width, dtype, mesh))
 
 

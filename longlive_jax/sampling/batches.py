@@ -4,12 +4,16 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
+from longlive_jax.data.images import read_image
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz
-from longlive_jax.sampling.script import Script, shorten
+from longlive_jax.prompts import pictures
+from longlive_jax.prompts.embeddings import shorten
+from longlive_jax.prompts.shots import Video
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class Batch:
     prefix: [batch, frame, h, w, channel], latents of a video to continue, or None.
     """
 
-    scripts: Sequence[Script]
+    videos: Sequence[Video]
     height: int  # of the latents
     width: int
     index: int = 0
@@ -44,7 +48,7 @@ class Batch:
 
     @property
     def chunks(self) -> int:
-        return self.scripts[0].chunks
+        return len(self.videos[0].chunks)
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -55,15 +59,26 @@ class Batch:
     @property
     def pictured(self) -> bool:
         """Whether its videos begin with images (all do, or none)."""
-        return bool(self.scripts[0].image)
+        return bool(self.videos[0].image)
 
     def latent_frames(self, cfg: config_lib.Model) -> int:
         known = 0 if self.prefix is None else self.prefix.shape[1]
         return known + self.chunks * cfg.chunk_frames
 
+    def check_images(self) -> None:
+        """Refuses first frames that cannot be read."""
+        for image in dict.fromkeys(video.image for video in self.videos if video.image):
+            read_image(image, *self.pixels)
+
+    def with_images(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh) -> "Batch":
+        """The same, the images of its videos encoded by the VAE's `params` on `mesh`."""
+        images = [video.image for video in self.videos]
+        first = pictures.first_frames(cfg, params, mesh, images, self.pixels)
+        return dataclasses.replace(self, first_frame=first)
+
     def continuing(self, prefix: np.ndarray) -> "Batch":
         """The same, each video going on from `prefix` [1, frame, h, w, channel]."""
-        return dataclasses.replace(self, prefix=prefix.repeat(len(self.scripts), axis=0))
+        return dataclasses.replace(self, prefix=prefix.repeat(len(self.videos), axis=0))
 
 
 def frames(latent_frames: int) -> int:
@@ -120,7 +135,7 @@ def channels_last(array: np.ndarray, name: str, channels: int, sizes: str) -> np
 
 
 def make(
-    cfg: config_lib.Config, scripts: Sequence[Script], noise: Noise | None = None, size: int = 1
+    cfg: config_lib.Config, videos: Sequence[Video], noise: Noise | None = None, size: int = 1
 ) -> list[Batch]:
     """Batches of at most `size` neighbouring videos that can be denoised together.
 
@@ -132,23 +147,23 @@ def make(
     height, width = cfg.video.latent_size
     if noise is not None:
         size, (height, width) = len(noise.noise), noise.noise.shape[2:4]
-        scripts = [shorten(script, noise.chunks) for script in scripts]
-        if len(scripts) == 1:
-            scripts = scripts * size
-        if len(scripts) != size:
+        videos = [shorten(video, noise.chunks) for video in videos]
+        if len(videos) == 1:
+            videos = videos * size
+        if len(videos) != size:
             raise InputError(
-                f"prompts of {len(scripts)} videos for noise of {size}; give as many, or one"
+                f"prompts of {len(videos)} videos for noise of {size}; give as many, or one"
             )
-    _check_images(cfg, scripts, noise)
+    _check_images(cfg, videos, noise)
     batches, start = [], 0
-    while start < len(scripts):
+    while start < len(videos):
         stop = start + 1
-        while stop < min(start + size, len(scripts)) and _alike(cfg, scripts[start], scripts[stop]):
+        while stop < min(start + size, len(videos)) and _alike(cfg, videos[start], videos[stop]):
             stop += 1
         here = slice(start, stop)
         batches.append(
             Batch(
-                scripts[here], height, width, start,
+                videos[here], height, width, start,
                 noise=None if noise is None else noise.noise[here],
                 first_frame=None if noise is None or noise.init is None else noise.init[here],
             )
@@ -156,24 +171,25 @@ def make(
         start = stop
     replicas = cfg.mesh.data * cfg.mesh.fsdp
     for batch in batches:
-        if len(batch.scripts) % replicas:
+        if len(batch.videos) % replicas:
             raise InputError(
-                f"a batch of {len(batch.scripts)} video(s): must be a multiple of mesh data x fsdp "
+                f"a batch of {len(batch.videos)} video(s): must be a multiple of mesh data x fsdp "
                 f"= {replicas}; change the number of videos of equal length, --batch or the mesh"
             )
     return batches
 
 
-def _alike(cfg, a: Script, b: Script) -> bool:
+def _alike(cfg, a: Video, b: Video) -> bool:
     """Whether two videos can be in a batch, each as it would be alone."""
-    turns = not cfg.sample.recache or a.turn == b.turn
-    return a.chunks == b.chunks and bool(a.image) == bool(b.image) and turns
+    changed = ([chunk.changed for chunk in video.chunks] for video in (a, b))
+    alike = len(a.chunks) == len(b.chunks) and bool(a.image) == bool(b.image)
+    return alike and (not cfg.sample.recache or next(changed) == next(changed))
 
 
-def _check_images(cfg, scripts, noise):
+def _check_images(cfg, videos, noise):
     init = noise is not None and noise.init is not None
-    without = [script.name for script in scripts if not script.image]
-    if init and len(without) < len(scripts):
+    without = [video.name for video in videos if not video.image]
+    if init and len(without) < len(videos):
         raise InputError("a first frame is given twice: init in the noise, and an image; drop one")
     if cfg.video.image_to_video and without and not init:
         raise InputError(

@@ -20,9 +20,9 @@ def chunk_flops(cfg: config_lib.Config, height: int, width: int) -> int:
     """Of denoising and committing one chunk of latents [height, width] with a full window."""
     m = cfg.model
     tokens = m.chunk_frames * (height // PATCH) * (width // PATCH)
-    keys = tokens * (cfg.sample.window_frames // m.chunk_frames)
+    keys = tokens * cfg.sample.window(m).chunks
     text = 2 * m.text_len * (m.text_dim * m.dim + m.dim**2 + m.num_layers * 2 * m.dim**2)
     denoise = cfg.sample.steps * forward_flops(m, tokens, keys)
     commit = forward_flops(m, tokens, keys, m.num_layers - 1) + 2 * tokens * 2 * m.dim**2
-    branches = 2 if cfg.sample.guidance_scale != 1.0 else 1
+    branches = 2 if cfg.sample.guided else 1
     return branches * (denoise + commit + text)

@@ -49,20 +49,23 @@ def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
         video = dataclasses.replace(cfg.video, image_to_video=pictured)
         one = dataclasses.replace(cfg, video=video)
         sampler = stream.Sampler(one, mesh)
-        arguments = step_arguments(one, mesh, batch, *size)
+        params, state, inputs = step_arguments(one, mesh, batch, *size)
+        latents = inputs.noise
         after = " after a first frame" if pictured else ""
-        yield f"chunk_step{after}", functools.partial(sampler.step.lower, *arguments)
+        each = {"chunk_step": sampler.step, "denoise_chunk": sampler.denoise}
         if cfg.sample.recache:
-            yield f"recache{after}", functools.partial(sampler.recache.lower, *arguments)
-        if not pictured:
-            yield "ingest", functools.partial(sampler.ingest.lower, *arguments)
+            each["recache"] = sampler.recache
+        for name, program in each.items():
+            yield f"{name}{after}", functools.partial(program.lower, params, state, inputs)
+        arguments = params, state, latents, inputs
+        yield f"commit_chunk{after}", functools.partial(sampler.commit.lower, *arguments)
     make = functools.partial(stream.init_state, cfg, batch, *size)
     shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs(cfg))
     yield "init_state", jax.jit(make, out_shardings=shardings).lower
     shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)
     samples = jax.ShapeDtypeStruct((batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    yield "noise", functools.partial(stream.noise.lower, key, 0, samples, shape)
+    yield "noise", functools.partial(stream.noise.lower, key, samples, samples, shape)
 
 
 def step_arguments(
@@ -78,9 +81,9 @@ def step_arguments(
     first = jax.ShapeDtypeStruct((batch, 1, *latents[2:]), jnp.float32)
     inputs = stream.ChunkInput(
         noise=jax.ShapeDtypeStruct(latents, jnp.float32),
-        context=text,
+        text=text,
         cut=jax.ShapeDtypeStruct((batch,), jnp.bool_),
-        negative=text if stream.guided(cfg) else None,
+        negative=text if cfg.sample.guided else None,
         first_frame=first if cfg.video.image_to_video else None,
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)

@@ -1,33 +1,19 @@
-"""Videos from scripts: feeds the sampler, hands its latents to the decoder, keeps both busy."""
+"""Videos from their prompts: steps a session, and keeps the device busy while the host writes."""
 
 from collections.abc import Iterable, Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from longlive_jax.sampling import stream
 from longlive_jax.sampling.batches import Batch
-from longlive_jax.sampling.decode import Decoder
-from longlive_jax.sampling.script import Text
+from longlive_jax.sampling.session import Chunk, Engine, Session, Start, Texts
 
 
-def render(
-    sampler: stream.Sampler,
-    params,
-    batch: Batch,
-    text: Text,
-    seed: int = 0,
-    decoder: Decoder | None = None,
-) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
-    """Yields each chunk's latents [batch, frame, h, w, channel] and its frames in pieces.
+def render(engine: Engine, texts: Texts, batch: Batch, seed: int = 0) -> Iterator[Chunk]:
+    """Yields the chunks of a batch of videos, each row being one of them.
 
-    Frames are `decoder`'s, uint8 [batch, frame, height, width, 3]; none without a decoder. Nothing
-    yielded has been waited for; and a chunk is yielded when the work of the next one is already
-    given to the device, so that a consumer who waits for a chunk never leaves the device idle. A
-    continued video starts with the chunks that it continues.
+    Nothing yielded has been waited for; and a chunk is yielded when the work of the next one is
+    already given to the device, so that a consumer who waits for a chunk never leaves the device
+    idle. A continued video starts with the chunks that it continues.
     """
-    return ahead(_chunks(sampler, params, batch, text, seed, decoder))
+    return ahead(_chunks(engine, texts, batch, seed))
 
 
 def ahead[T](results: Iterable[T]) -> Iterator[T]:
@@ -40,46 +26,19 @@ def ahead[T](results: Iterable[T]) -> Iterator[T]:
         yield last
 
 
-def _chunks(sampler, params, batch, text, seed, decoder):
-    cfg = sampler.cfg
-    state = sampler.init_state(len(batch.scripts), batch.height, batch.width)
-    known = 0 if batch.prefix is None else batch.prefix.shape[1] // cfg.model.chunk_frames
-    for chunk in range(known):
-        latents = _frames(batch.prefix, chunk, cfg.model)
-        uncut = np.zeros(len(batch.scripts), bool)
-        inputs = sampler.place(_inputs(cfg, batch, text, 0, latents).replace(cut=uncut))
-        state = sampler.ingest(params, state, inputs)
-        yield inputs.noise, list(decoder(inputs.noise)) if decoder else []
-    for chunk in range(batch.chunks):
-        noise = _noise(cfg, batch, chunk, seed, known)
-        inputs = sampler.place(_inputs(cfg, batch, text, chunk, noise))
-        if cfg.sample.recache and batch.scripts[0].turn[chunk]:  # the same for all of a batch
-            state = sampler.recache(params, state, inputs)
-        state, latents = sampler.step(params, state, inputs)
-        yield latents, list(decoder(latents)) if decoder else []
-
-
-def _frames(latents, chunk, model):
-    return latents[:, chunk * model.chunk_frames : (chunk + 1) * model.chunk_frames]
-
-
-def _noise(cfg, batch, chunk, seed, known):
-    if batch.noise is not None:
-        return _frames(batch.noise, chunk, cfg.model)
-    samples = jnp.arange(batch.index, batch.index + len(batch.scripts))
-    shape = (cfg.model.chunk_frames, batch.height, batch.width, cfg.model.in_dim)
-    return stream.noise(jax.random.key(seed), known + chunk, samples, shape)
-
-
-def _inputs(cfg, batch, text, chunk, noise) -> stream.ChunkInput:
-    context = text.rows[[script.which[chunk] for script in batch.scripts]]
-    negative, first = None, batch.first_frame
-    if stream.guided(cfg):
-        negative = np.broadcast_to(text.negative, context.shape).astype(cfg.compute_dtype)
-    return stream.ChunkInput(
-        noise=jnp.asarray(noise, jnp.float32),
-        context=context.astype(cfg.compute_dtype),
-        cut=np.asarray([script.cut[chunk] for script in batch.scripts]),
-        negative=negative,
-        first_frame=None if first is None else jnp.asarray(first, jnp.float32),
-    )
+def _chunks(engine, texts, batch, seed):
+    start = Start(
+        height=batch.height, width=batch.width, seed=seed,
+        samples=tuple(range(batch.index, batch.index + len(batch.videos))), whole=True,
+        noise=batch.noise, first_frame=batch.first_frame, past=batch.prefix,
+    )  # fmt: skip
+    session = Session(engine, texts, start)
+    session.direct([video.chunks[0].prompt for video in batch.videos])
+    if batch.prefix is not None:
+        for _ in range(batch.prefix.shape[1] // engine.cfg.model.chunk_frames):
+            yield session.step()
+    for chunks in zip(*(video.chunks for video in batch.videos)):
+        # What changes inside a shot is the same for all of a batch.
+        recache = engine.cfg.sample.recache and chunks[0].changed
+        session.direct([c.prompt for c in chunks], [c.cut for c in chunks], recache)
+        yield session.step()

@@ -1,12 +1,16 @@
-"""The streaming sampler. `chunk_step` is all of it: pure, jitted once, its state donated.
+"""The streaming sampler, as pure functions of a state: compiled once, for video of any length.
 
-Offline sampling is `lax.scan` over `chunk_step` (`Sampler.rollout`); live sampling calls it from
-Python (`Sampler.stream`), where between two chunks a prompt may change, a shot may be cut or the
-sampler may stop.
+    chunk_step      denoises a chunk and commits it to the cache: what offline sampling scans over
+    denoise_chunk   the first half: reads the state only, so pictures can leave before the second
+    commit_chunk    the second half, the clean pass; also for the chunks of an existing video
+    recache         the clean pass of the visible past again, under another prompt
+
+`Sampler` compiles them for a mesh. `sampling.session` steps them from Python, for streams that can
+be directed, saved and replayed.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,9 @@ from longlive_jax.models import dit
 from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
-from longlive_jax.sampling.kv_cache import EMPTY, KVCache
+from longlive_jax.sampling import window as window_lib
+from longlive_jax.sampling.kv_cache import KVCache, Past
+from longlive_jax.sampling.window import Window
 
 
 @struct.dataclass
@@ -29,15 +35,15 @@ class ChunkInput:
     """What the sampler is given for one chunk.
 
     noise: float32 [batch, frame, h, w, channel].
-    context: [batch, text_len, text_dim], the chunk's prompt embedding.
+    text: [batch, text_len, text_dim], the chunk's prompt embedding.
     cut: bool [batch], whether the chunk starts a new shot.
     negative: [batch, text_len, text_dim] with classifier-free guidance, else None.
     first_frame: float32 [batch, 1, h, w, channel] for image-to-video, else None: the latent that
-      the video's first frame is held at. Looked at in chunk 0 only.
+      the video's first frame is kept at. Read in chunk 0 only.
     """
 
     noise: jax.Array
-    context: jax.Array
+    text: jax.Array
     cut: jax.Array
     negative: jax.Array | None = None
     first_frame: jax.Array | None = None
@@ -45,25 +51,19 @@ class ChunkInput:
 
 @struct.dataclass
 class StreamState:
-    """What one chunk leaves to the next. Its size does not depend on the video's length.
-
-    chunk: int32, index of the next chunk.
-    shot: int32 [batch], first chunk of the newest shot, EMPTY before the first cut.
-    offset: int32 [batch], temporal positions skipped by cuts so far.
-    latents: [batch, slot, frame, h, w, channel], what the cache's slots were made from;
-    position: int32 [batch, slot], and the temporal position of each one's first frame.
-    """
+    """What one chunk leaves to the next. Its size does not depend on the video's length."""
 
     cache: KVCache
-    chunk: jax.Array
-    shot: jax.Array
-    offset: jax.Array
-    latents: jax.Array
-    position: jax.Array
+    window: Window
+
+    @property
+    def past(self) -> Past:
+        """The visible past, as the transformer is given it."""
+        return Past(self.cache, self.window.valid)
 
 
 def chunk_step(
-    params,
+    params: params_lib.Tree,
     state: StreamState,
     inputs: ChunkInput,
     *,
@@ -71,50 +71,48 @@ def chunk_step(
     sharding: dit.Sharding = dit.Sharding(),
     precision: dit.Precision = dit.Precision(),
 ) -> tuple[StreamState, jax.Array]:
-    """Denoises one chunk and commits it to the cache.
+    """`denoise_chunk` and `commit_chunk` in one program, which reads the text once.
 
     Returns:
       The state and the chunk's latents, float32 [batch, frame, h, w, channel].
     """
-    state = _enter_shot(state, inputs.cut, cfg)
-    text = _text(params, inputs, cfg, sharding, precision)
-    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
-    frames = _frames(state, inputs.noise.shape[1], sharding)
-    held = _HeldFrame(state, inputs, sharding)
-
-    def denoise(carry, step):
-        sample, history = carry
-        timestep, weights = step
-        velocity = _velocity(
-            params, state, text, held(sample), timestep, frames, held, cfg, sharding, precision
-        )
-        sample, history = unipc.step(weights, held(sample), velocity, history)
-        return (sample, history), None
-
-    start = (inputs.noise, unipc.History.start(held(inputs.noise)))
-    steps = (jnp.asarray(timesteps), jnp.asarray(unipc.weights(sigmas)))
-    (sample, _), _ = jax.lax.scan(denoise, start, steps)
-    latents = held(sample)
-    return _commit(params, state, text, latents, inputs.cut, cfg, sharding, precision), latents
+    state = _enter_shot(state, inputs, cfg)
+    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
+    latents = _denoise(transformer, state, inputs)
+    return _commit(transformer, state, latents), latents
 
 
-def ingest(
-    params,
+def denoise_chunk(
+    params: params_lib.Tree,
     state: StreamState,
     inputs: ChunkInput,
     *,
     cfg: config_lib.Config,
     sharding: dit.Sharding = dit.Sharding(),
     precision: dit.Precision = dit.Precision(),
+) -> jax.Array:
+    """Latents of the next chunk, float32 [batch, frame, h, w, channel]."""
+    state = _enter_shot(state, inputs, cfg)
+    return _denoise(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, inputs)
+
+
+def commit_chunk(
+    params: params_lib.Tree,
+    state: StreamState,
+    latents: jax.Array,
+    inputs: ChunkInput,
+    *,
+    cfg: config_lib.Config,
+    sharding: dit.Sharding = dit.Sharding(),
+    precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
-    """Commits a chunk of an existing video; `inputs.noise` holds its clean latents."""
-    state = _enter_shot(state, inputs.cut, cfg)
-    text = _text(params, inputs, cfg, sharding, precision)
-    return _commit(params, state, text, inputs.noise, inputs.cut, cfg, sharding, precision)
+    """The state after the next chunk, whose clean latents are given; `inputs.noise` is not read."""
+    state = _enter_shot(state, inputs, cfg)
+    return _commit(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, latents)
 
 
 def recache(
-    params,
+    params: params_lib.Tree,
     state: StreamState,
     inputs: ChunkInput,
     *,
@@ -122,157 +120,167 @@ def recache(
     sharding: dit.Sharding = dit.Sharding(),
     precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
-    """Runs the clean pass of the visible past again, oldest first, under `inputs.context`.
+    """Runs the clean pass of the visible past again, oldest first, under `inputs.text`.
 
     For a prompt change inside a shot: otherwise cached keys and values keep the old prompt's
     influence until they leave the window. Each chunk sees the visible ones before it.
     """
-    text = _text(params, inputs, cfg, sharding, precision)
-    old = state.cache.chunk
-    order = jnp.argsort(jnp.where(old == EMPTY, jnp.iinfo(jnp.int32).max, old), axis=1)
-
-    def sort(x):
-        return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-    chunk, latents, position = sort(old), sort(state.latents), sort(state.position)
-    branches = state.cache.k.shape[1]
+    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
+    window = state.window.in_order()
+    slots = jnp.arange(window.chunk.shape[1])
 
     def again(slot, cache):
-        frames = _positions(position[:, slot], latents.shape[2], sharding)
-        x = _branches(latents[:, slot], branches).astype(cfg.compute_dtype)
-        slots = jnp.full(old.shape[:1], slot, jnp.int32)
-        cache = dit.commit(
-            params, cfg.model, x, _branches(frames, branches),
-            text=text, cache=cache, slot=slots, sharding=sharding, precision=precision,
-        )  # fmt: skip
-        return cache.replace(chunk=cache.chunk.at[:, slot].set(chunk[:, slot]))
+        latents = window.latents[:, slot]
+        positions = _positions(window.position[:, slot], latents.shape[1], sharding)
+        past = Past(cache, window.valid & (slots < slot)[None, :])
+        here = jnp.full(window.chunk.shape[:1], slot, jnp.int32)
+        return transformer.commit(latents, positions, past, here)
 
-    cache = state.cache.replace(chunk=jnp.full_like(old, EMPTY))
-    cache = jax.lax.fori_loop(0, old.shape[1], again, cache)
-    return state.replace(cache=cache, latents=latents, position=position)
+    cache = jax.lax.fori_loop(0, len(slots), again, state.cache)
+    return StreamState(cache, window)
 
 
 # ---------------------------------------------------------------------------------------------
 # Steps of a chunk.
 
 
-def _enter_shot(state, cut, cfg):
-    cut = cut & (state.chunk > 0)
-    gap = jnp.where(cut, jnp.int32(cfg.sample.rope_offset), 0)
-    return state.replace(offset=state.offset + gap)
+def _enter_shot(state, inputs, cfg):
+    return state.replace(window=state.window.enter_shot(inputs.cut, cfg))
 
 
-def _text(params, inputs, cfg, sharding, precision):
-    """`dit.text_keys_values` of branch * batch rows."""
-    context = inputs.context
-    if inputs.negative is not None:
-        context = jnp.concatenate([context, inputs.negative])
-    context = context.astype(cfg.compute_dtype)
-    return dit.text_keys_values(params, cfg.model, context, sharding=sharding, precision=precision)
+def _denoise(transformer, state, inputs):
+    cfg, sharding = transformer.cfg, transformer.sharding
+    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
+    positions = _positions(state.window.next_position(cfg), inputs.noise.shape[1], sharding)
+    given = _GivenFrame(state, inputs, sharding)
+
+    def denoise(carry, step):
+        sample, history = carry
+        timestep, weights = step
+        timesteps = given.timesteps(jnp.broadcast_to(timestep, positions.shape))
+        velocity = transformer.velocity(given(sample), timesteps, positions, state.past)
+        sample, history = unipc.step(weights, given(sample), velocity, history)
+        return (sample, history), None
+
+    start = (inputs.noise, unipc.History.start(given(inputs.noise)))
+    steps = (jnp.asarray(timesteps), jnp.asarray(unipc.weights(sigmas)))
+    (sample, _), _ = jax.lax.scan(denoise, start, steps)
+    return given(sample)
 
 
-def _velocity(params, state, text, sample, timestep, frames, held, cfg, sharding, precision):
-    branches = state.cache.k.shape[1]
-    timesteps = held.zero(jnp.broadcast_to(timestep, frames.shape))
-    x, timesteps, frames = (_branches(y, branches) for y in (sample, timesteps, frames))
-    velocity = dit.denoise(
-        params,
-        cfg.model,
-        x.astype(cfg.compute_dtype),
-        timesteps,
-        frames,
-        text=text,
-        cache=state.cache,
-        sharding=sharding,
-        precision=precision,
-    ).astype(jnp.float32)
-    if branches == 1:
-        return velocity
-    prompt, negative = jnp.split(velocity, 2)
-    return negative + cfg.sample.guidance_scale * (prompt - negative)
+def _commit(transformer, state, latents):
+    cfg, window = transformer.cfg, state.window
+    slot = window.next_slot(cfg.sample.window(cfg.model))
+    first = window.next_position(cfg)
+    positions = _positions(first, latents.shape[1], transformer.sharding)
+    cache = transformer.commit(latents, positions, state.past, slot)
+    return StreamState(cache, window.commit(slot, latents, cfg))
 
 
-def _commit(params, state, text, latents, cut, cfg, sharding, precision):
-    """The clean pass, then the books: which slot holds what."""
-    branches = state.cache.k.shape[1]
-    slot, shot = next_slot(state.cache, state.chunk, state.shot, cut, cfg)
-    frames = _frames(state, latents.shape[1], sharding)
-    x = _branches(latents, branches).astype(cfg.compute_dtype)
-    cache = dit.commit(
-        params, cfg.model, x, _branches(frames, branches),
-        text=text, cache=state.cache, slot=slot, sharding=sharding, precision=precision,
-    )  # fmt: skip
-    here = jnp.arange(cache.chunk.shape[1])[None, :] == slot[:, None]
-    wide = here.reshape(*here.shape, *(1,) * (state.latents.ndim - 2))
-    first = state.chunk * cfg.model.chunk_frames + state.offset
-    return StreamState(
-        cache=cache.replace(chunk=jnp.where(here, state.chunk, cache.chunk)),
-        chunk=state.chunk + 1,
-        shot=shot,
-        offset=state.offset,
-        latents=jnp.where(wide, latents[:, None].astype(state.latents.dtype), state.latents),
-        position=jnp.where(here, first[:, None], state.position),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Transformer:
+    """The transformer under the prompts of one chunk, with and without guidance.
 
-
-def next_slot(
-    cache: KVCache, chunk: jax.Array, shot: jax.Array, cut: jax.Array, cfg: config_lib.Config
-) -> tuple[jax.Array, jax.Array]:
-    """Where `chunk` goes: the slot that no later chunk may see; and the newest shot's first chunk.
-
-    The sinks stay, and with `multi_shot_sink` the first chunk of the newest shot, which a cut makes
-    `chunk` itself; of the others the oldest goes.
-
-    Args:
-      shot: int32 [batch], first chunk of the newest shot so far; cut: bool [batch].
-
-    Returns:
-      slot and shot, int32 [batch].
+    text: `dit.text_keys_values` of branch * batch rows.
     """
-    shot = jnp.where(cut & (chunk > 0), chunk, shot)
-    held, sample = cache.chunk, cfg.sample
-    sink = held < sample.sink_frames // cfg.model.chunk_frames
-    if sample.multi_shot_sink and sample.sink_frames:
-        sink |= held == shot[:, None]
-    return cache.oldest(sink & (held != EMPTY)), shot
 
+    params: params_lib.Tree
+    text: tuple
+    branches: int
+    cfg: config_lib.Config
+    sharding: dit.Sharding
+    precision: dit.Precision
 
-def _frames(state, local_frames, sharding):
-    """Temporal positions of this device's frames of the chunk, int32 [batch, frame]."""
-    size = 1 if sharding.seq is None else jax.lax.axis_size(sharding.seq)
-    return _positions(state.chunk * (local_frames * size) + state.offset, local_frames, sharding)
+    @classmethod
+    def of(cls, params, state, inputs, cfg, sharding, precision):
+        text = inputs.text
+        if inputs.negative is not None:
+            text = jnp.concatenate([text, inputs.negative])
+        text = dit.text_keys_values(
+            params, cfg.model, text.astype(cfg.compute_dtype),
+            sharding=sharding, precision=precision,
+        )  # fmt: skip
+        return cls(params, text, state.cache.k.shape[1], cfg, sharding, precision)
+
+    def velocity(self, sample, timesteps, positions, past):
+        """float32 [batch, frame, h, w, channel], of `sample` at `timesteps` [batch, frame]."""
+        x, timesteps, positions = map(self._branches, (sample, timesteps, positions))
+        velocity = dit.denoise(
+            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), timesteps, positions,
+            text=self.text, cache=past, sharding=self.sharding, precision=self.precision,
+        ).astype(jnp.float32)  # fmt: skip
+        if self.branches == 1:
+            return velocity
+        prompt, negative = jnp.split(velocity, 2)
+        return negative + self.cfg.sample.guidance_scale * (prompt - negative)
+
+    def commit(self, latents, positions, past, slot) -> KVCache:
+        """The cache, with keys and values of clean `latents` in `slot` int32 [batch]."""
+        x, positions = self._branches(latents), self._branches(positions)
+        past = dit.commit(
+            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), positions,
+            text=self.text, cache=past, slot=slot, sharding=self.sharding, precision=self.precision,
+        )  # fmt: skip
+        return past.cache
+
+    def _branches(self, x):
+        return x if self.branches == 1 else jnp.concatenate([x] * self.branches)
 
 
 def _positions(first, local_frames, sharding):
+    """Temporal positions of this device's frames of a chunk that begins at `first` [batch]."""
     return first[:, None] + _local(local_frames, sharding)[None, :]
 
 
 def _local(local_frames, sharding):
-    """Indices, within the chunk, of the frames that this device holds."""
+    """Indices, within the chunk, of the frames that this device has."""
     rank = 0 if sharding.seq is None else jax.lax.axis_index(sharding.seq)
     return rank * local_frames + jnp.arange(local_frames, dtype=jnp.int32)
 
 
-class _HeldFrame:
-    """Image-to-video: keeps the video's first frame at the given latent, at timestep 0."""
+class _GivenFrame:
+    """Image-to-video: keeps a video's first frame at the given latent, at timestep 0."""
 
     def __init__(self, state, inputs, sharding):
         self.latent = inputs.first_frame
         if self.latent is not None:
             first = _local(inputs.noise.shape[1], sharding) == 0
-            self.mask = (first & (state.chunk == 0))[None, :]
+            self.mask = first[None, :] & (state.window.next_chunk == 0)[:, None]
 
     def __call__(self, sample):
         if self.latent is None:
             return sample
         return jnp.where(self.mask[..., None, None, None], self.latent, sample)
 
-    def zero(self, timesteps):
+    def timesteps(self, timesteps):
         return timesteps if self.latent is None else jnp.where(self.mask, 0.0, timesteps)
 
 
-def _branches(x, branches):
-    return x if branches == 1 else jnp.concatenate([x] * branches)
+# ---------------------------------------------------------------------------------------------
+# Rows of a batch.
+
+
+def insert(state: StreamState, one: StreamState, row: jax.Array) -> StreamState:
+    """`state` with the stream of `one`, a batch of one, in row `row` int32 []."""
+    return _by_row(functools.partial(_put, row), state, one)
+
+
+def take(state: StreamState, row: jax.Array) -> StreamState:
+    """The stream in row `row` int32 [], as a batch of one."""
+    return _by_row(lambda axis, x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis), state)
+
+
+def _put(row, axis, whole, one):
+    return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
+
+
+def _by_row(fn, *states):
+    """The state of `fn(axis, *arrays)` of each array, `axis` being that of its batch."""
+    caches, windows = zip(*((state.cache, state.window) for state in states))
+    return StreamState(
+        cache=jax.tree.map(functools.partial(fn, 2), *caches),
+        window=jax.tree.map(functools.partial(fn, 0), *windows),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,12 +293,11 @@ _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 class Sampler:
-    """`chunk_step` and its companions, compiled for a mesh; parameters in, latents out.
+    """This module's functions, compiled for a mesh.
 
-    Parameters are what `prepare` makes of those of `dit.spec`.
-
-    Frames of the chunk and heads of the cache are sharded over `seq`, batch over `data` and `fsdp`.
-    States passed in are donated: use what comes back.
+    Parameters are what `prepare` makes of those of `dit.spec`. Frames of the chunk and heads of the
+    cache are sharded over `seq`, batch over `data` and `fsdp`. A state is donated to the functions
+    that return another: use what comes back. `rollout` scans `chunk_step` over stacked inputs.
     """
 
     def __init__(self, cfg: config_lib.Config, mesh: jax.sharding.Mesh):
@@ -303,22 +310,32 @@ class Sampler:
         self.input_specs = inputs
         options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
 
-        def compile(fn, in_specs, out_specs):
-            sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
-            precision = dit.Precision(recipe, cfg.compute_dtype)
-            fn = functools.partial(fn, cfg=cfg, sharding=sharding, precision=precision)
+        sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
+        precision = dit.Precision(recipe, cfg.compute_dtype)
+        stepping = {"cfg": cfg, "sharding": sharding, "precision": precision}
+
+        def compile(fn, in_specs, out_specs, donate=(), **static):
             # Without differentiation there is nothing for varying-axes types to check.
             fn = jax.shard_map(
-                fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-            )
-            return jax.jit(fn, donate_argnums=1, compiler_options=options)
+                functools.partial(fn, **static),
+                mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
+            )  # fmt: skip
+            return jax.jit(fn, donate_argnums=donate, compiler_options=options)
 
         each = (param_specs, state, inputs)
-        self.step = compile(chunk_step, each, (state, latents))
-        self.ingest = compile(ingest, each, state)
-        self.recache = compile(recache, each, state)
         stacked = jax.tree.map(lambda s: jax.P(None, *s), (inputs, latents))
-        self.rollout = compile(_rollout, (param_specs, state, stacked[0]), (state, stacked[1]))
+        self.step = compile(chunk_step, each, (state, latents), 1, **stepping)
+        self.denoise = compile(denoise_chunk, each, latents, **stepping)
+        self.commit = compile(
+            commit_chunk, (param_specs, state, latents, inputs), state, 1, **stepping
+        )
+        self.recache = compile(recache, each, state, 1, **stepping)
+        self.rollout = compile(
+            _rollout, (param_specs, state, stacked[0]), (state, stacked[1]), 1, **stepping
+        )
+        # Of streams that share a batch, on a mesh where it is whole on every device.
+        self.insert = compile(insert, (state, state, jax.P()), state, 0)
+        self.take = compile(take, (state, jax.P()), state)
 
     def prepare(self, params: params_lib.Tree) -> params_lib.Tree:
         """Parameters of `dit.spec`, in compute dtype, as the programs take them.
@@ -347,14 +364,9 @@ class Sampler:
 
         return jax.tree.map(put, inputs, self.input_specs)
 
-    def stream(self, params, state: StreamState, inputs: Iterable[ChunkInput]) -> Iterator[tuple]:
-        """Yields (state, latents) for each input, drawn only when it is needed.
 
-        A consumer that wants to change the prompt just lets its iterable of inputs do so.
-        """
-        for chunk in inputs:
-            state, latents = self.step(params, state, self.place(chunk))
-            yield state, latents
+# One for all who stream with these settings: programs are compiled once.
+sampler = functools.cache(Sampler)
 
 
 def _rollout(params, state, inputs, *, cfg, sharding, precision):
@@ -363,24 +375,13 @@ def _rollout(params, state, inputs, *, cfg, sharding, precision):
 
 
 def init_state(cfg: config_lib.Config, batch: int, height: int, width: int) -> StreamState:
-    branches = 2 if guided(cfg) else 1
+    """The state before the first chunk. `height`, `width`: of the latents."""
+    branches = 2 if cfg.sample.guided else 1
     tokens = cfg.model.chunk_frames * (height // dit.PATCH) * (width // dit.PATCH)
-    cache = kv_cache.init(cfg, branches, batch, tokens, cfg.model.num_heads)
-    slots = cache.chunk.shape[1]
-    latents = (batch, slots, cfg.model.chunk_frames, height, width, cfg.model.in_dim)
     return StreamState(
-        cache=cache,
-        chunk=jnp.int32(0),
-        shot=jnp.full((batch,), EMPTY, jnp.int32),
-        offset=jnp.zeros((batch,), jnp.int32),
-        latents=jnp.zeros(latents, cfg.compute_dtype),
-        position=jnp.zeros((batch, slots), jnp.int32),
+        cache=kv_cache.init(cfg, branches, batch, tokens, cfg.model.num_heads),
+        window=window_lib.init(cfg, batch, height, width),
     )
-
-
-def guided(cfg: config_lib.Config) -> bool:
-    """Whether classifier-free guidance is on (Ho and Salimans, arXiv 2207.12598)."""
-    return cfg.sample.guidance_scale != 1.0
 
 
 def _spec(*axes: str | None) -> jax.P:
@@ -401,16 +402,16 @@ def state_specs(cfg: config_lib.Config) -> StreamState:
 
     k, v = map(specs, (cache.k, cache.v), kv.axes(cache.format))
     return StreamState(
-        cache=cache.replace(
-            k=k,
-            v=v,
+        cache=cache.replace(k=k, v=v),
+        window=Window(
             chunk=_spec("batch", None),
+            position=_spec("batch", None),
+            latents=_spec("batch", None, "frame", None, None, None),
+            pinned=_spec("batch", None),
+            next_chunk=_spec("batch"),
+            shot=_spec("batch"),
+            offset=_spec("batch"),
         ),
-        chunk=jax.P(),
-        shot=_spec("batch"),
-        offset=_spec("batch"),
-        latents=_spec("batch", None, "frame", None, None, None),
-        position=_spec("batch", None),
     )
 
 
@@ -419,21 +420,23 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
     text = _spec("batch", None, None)
     return ChunkInput(
         noise=_FRAMES,
-        context=text,
+        text=text,
         cut=_spec("batch"),
-        negative=text if guided(cfg) else None,
+        negative=text if cfg.sample.guided else None,
         first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
     )
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def noise(key: jax.Array, chunk: int, samples: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise of one chunk of these samples (int32 [batch]), float32 [batch, *shape].
+def noise(
+    key: jax.Array, chunks: jax.Array, samples: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """Noise of a chunk of each of these samples, both int32 [batch]: float32 [batch, *shape].
 
     A function of key, sample and chunk alone: neither batching nor the mesh changes it.
     """
 
-    def one(sample):
+    def one(chunk, sample):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), chunk), shape)
 
-    return jax.vmap(one)(samples)
+    return jax.vmap(one)(chunks, samples)

@@ -17,7 +17,9 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
 from longlive_jax.models.vae_spec import check_mesh
-from longlive_jax.sampling import batches, decode, pictures, render, script, shots, stream
+from longlive_jax.prompts import embeddings, shots
+from longlive_jax.sampling import batches, decode, render, stream
+from longlive_jax.sampling.session import Engine, Texts
 
 MOST_VIDEOS = 4
 FOLDER = "evaluation"
@@ -25,12 +27,12 @@ FOLDER = "evaluation"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """What evaluations make videos of. scripts: those of the videos, at most MOST_VIDEOS.
+    """What evaluations make videos of. videos: at most MOST_VIDEOS.
 
-    batch: the scripts, repeated to fill the mesh. texts: the prompts that they stand for.
+    batch: the videos, repeated to fill the mesh. texts: the prompts that they stand for.
     """
 
-    scripts: Sequence[script.Script]
+    videos: Sequence[shots.Video]
     batch: batches.Batch
     texts: Sequence[str]
 
@@ -52,11 +54,11 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         chunk_frames=cfg.model.chunk_frames,
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
     )[:MOST_VIDEOS]
-    scripts, texts = script.from_videos(videos, cfg.sample.scene_cut_prefix)
-    scripts = [script.shorten(s, min(s.chunks for s in scripts)) for s in scripts]
+    texts = embeddings.distinct(videos)
+    videos = [embeddings.shorten(v, min(len(v.chunks) for v in videos)) for v in videos]
     replicas = cfg.mesh.data * cfg.mesh.fsdp
-    count = math.ceil(len(scripts) / replicas) * replicas
-    repeated = [scripts[i % len(scripts)] for i in range(count)]
+    count = math.ceil(len(videos) / replicas) * replicas
+    repeated = [videos[i % len(videos)] for i in range(count)]
     made = batches.make(cfg, repeated, size=count)
     if len(made) > 1:
         raise InputError(
@@ -64,8 +66,8 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
             "others do not; evaluation makes all of them together: give prompts of one kind"
         )
     check_mesh(mesh, count, made[0].width)
-    pictures.check_images(made)
-    return Prompts(scripts, made[0], texts)
+    made[0].check_images()
+    return Prompts(videos, made[0], texts)
 
 
 class Evaluator:
@@ -86,7 +88,7 @@ class Evaluator:
         root: pathlib.Path,
         prompts: Prompts,
         vae: params_lib.Tree,
-        embed: Callable[[params_lib.Tree], script.Text],
+        embed: Callable[[params_lib.Tree], Texts],
     ):
         self._root, self._prompts, self._vae, self._embed = root / FOLDER, prompts, vae, embed
         self._batch, self._mesh = prompts.batch, mesh
@@ -94,14 +96,9 @@ class Evaluator:
             # On a device of each process: the result is wanted on the host of every one.
             here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
             local = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vae)
-            self._batch = pictures.with_images(cfg, local, here, self._batch)
-        given = self._batch.first_frame is not None
-        self._cfg = dataclasses.replace(
-            cfg,
-            sample=dataclasses.replace(cfg.sample, steps=cfg.train.eval_steps),
-            video=dataclasses.replace(cfg.video, image_to_video=given),
-        )
-        self._sampler = stream.Sampler(self._cfg, mesh)
+            self._batch = self._batch.with_images(cfg, local, here)
+        sample = dataclasses.replace(cfg.sample, steps=cfg.train.eval_steps)
+        self._cfg = dataclasses.replace(cfg, sample=sample)
         where = params_lib.shardings(dit.spec(cfg.model), mesh, mesh_lib.SAMPLING_RULES)
         self._cast = jax.jit(
             lambda tree: jax.tree.map(lambda w: w.astype(cfg.compute_dtype), tree),
@@ -112,19 +109,20 @@ class Evaluator:
     def __call__(self, step: int, average: params_lib.Tree) -> pathlib.Path:
         """Returns the folder with the videos."""
         folder = self._root / f"step-{step:06d}"
-        text = self._embed(average)
+        texts = self._embed(average)
         decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
-        params = self._sampler.prepare(self._cast(average["dit"]))
-        chunks = render.render(self._sampler, params, self._batch, text, decoder=decoder)
+        params = stream.sampler(self._cfg, self._mesh).prepare(self._cast(average["dit"]))
+        engine = Engine(self._cfg, self._mesh, params, decoder)
+        chunks = render.render(engine, texts, self._batch)
         first = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
             outputs = []
-            for one in self._prompts.scripts if first else ():
+            for one in self._prompts.videos if first else ():
                 path = folder / f"{one.name}.mp4"
                 writer = stack.enter_context(VideoWriter(path, *self._batch.pixels))
                 outputs.append((writer, ContactSheet(), path.with_suffix(".png")))
-            for _, pieces in chunks:
-                for piece in pieces:
+            for chunk in chunks:
+                for piece in chunk.frames:
                     frames = np.asarray(self._collect(piece))
                     for row, (writer, sheet, _) in enumerate(outputs):
                         writer.write(frames[row])

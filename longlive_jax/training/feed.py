@@ -4,7 +4,6 @@ A thread reads, tokenises and moves pictures or latents to the devices. What run
 at once, the VAE, is dispatched by the trainer's own thread: in every process in the same order.
 """
 
-import collections
 import concurrent.futures
 import functools
 import hashlib
@@ -25,13 +24,13 @@ from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
-from longlive_jax.models import umt5, vae
+from longlive_jax.models import vae
 from longlive_jax.models.tokenizer import Tokenizer
+from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training.batch import Batch
 
 HALO = 28  # latents before its own that an encoder sees: all that the first of its own depends on
-_EMBEDDINGS = 256  # of prompts, kept on the host
 _NAME_BYTES = 128  # of a sample's name, on its way to the first process
 
 
@@ -50,34 +49,6 @@ def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
     return source, f"{len(source)} records, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
-class Texts:
-    """Embeddings of prompts by the text encoder; of those used last, none is made twice.
-
-    params: on one device, since each process has prompts of its own.
-    """
-
-    def __init__(self, cfg: config_lib.Config, params: params_lib.Tree, tokenizer: Tokenizer):
-        self._cfg, self._params, self._tokenizer = cfg, params, tokenizer
-        self._rows: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
-
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """[prompt, text_len, text_dim] in compute dtype."""
-        cfg, wanted = self._cfg, dict.fromkeys(prompts)
-        new = [prompt for prompt in wanted if prompt not in self._rows]
-        if new:
-            ids, mask = self._tokenizer(new, cfg.model.text_len)
-            made = umt5.encode_prompts(
-                self._params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
-            )
-            self._rows.update(zip(new, made))
-        for prompt in wanted:
-            self._rows.move_to_end(prompt)
-        rows = np.stack([self._rows[prompt] for prompt in prompts])
-        while len(self._rows) > _EMBEDDINGS:
-            self._rows.popitem(last=False)
-        return rows
-
-
 class Encoders(NamedTuple):
     """What turns pictures and prompts into a batch; None what the config does not need.
 
@@ -86,7 +57,7 @@ class Encoders(NamedTuple):
     """
 
     vae: params_lib.Tree | None = None
-    texts: Texts | None = None
+    texts: PromptEncoder | None = None
     tokenizer: Tokenizer | None = None
 
 

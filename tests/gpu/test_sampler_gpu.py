@@ -18,6 +18,7 @@ from longlive_jax.checkpoints import layout
 from longlive_jax.models import dit
 from longlive_jax.ops.attention import attention
 from longlive_jax.sampling import stream
+from tests.sampling.test_stream import steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dit_tiny.npz"
@@ -61,7 +62,7 @@ def test_golden_rollout_in_float32(golden, name):
     inputs = [
         stream.ChunkInput(
             noise=jnp.asarray(noise[:, 8 * i : 8 * i + 8]),
-            context=jnp.asarray(golden[f"{name}_ctx"][i : i + 1]),
+            text=jnp.asarray(golden[f"{name}_ctx"][i : i + 1]),
             cut=jnp.asarray(golden[f"{name}_cut"][i : i + 1]),
             negative=negative,
         )
@@ -72,7 +73,7 @@ def test_golden_rollout_in_float32(golden, name):
     params = sampler.prepare(params)
     with jax.default_matmul_precision("highest"):
         state = sampler.init_state(1, *noise.shape[2:4])
-        latents = [np.asarray(x) for _, x in sampler.stream(params, state, inputs)]
+        latents = [np.asarray(x) for _, x in steps(sampler, params, state, inputs)]
     expected = np.moveaxis(golden[f"{name}_out"], 2, -1)
     error = np.abs(np.concatenate(latents, axis=1) - expected).max() / np.abs(expected).max()
     print(f"{name}: {len(inputs)} chunks, largest error {error:.1e} of the largest value")
@@ -133,15 +134,15 @@ def test_bfloat16_stream_stays_near_float32():
         inputs = [
             stream.ChunkInput(
                 noise=jax.random.normal(jax.random.key(10 + i), (1, 8, 8, 12, 4)),
-                context=jax.random.normal(jax.random.key(2), (1, 16, 8)),
+                text=jax.random.normal(jax.random.key(2), (1, 16, 8)),
                 cut=jnp.asarray([i == 3]),
             )
             for i in range(6)
         ]
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
             state = sampler.init_state(1, 8, 12)
-            steps = sampler.stream(placed, state, inputs)
-            rollouts[dtype] = np.concatenate([np.asarray(x, np.float32) for _, x in steps], axis=1)
+            latents = [np.asarray(x, np.float32) for _, x in steps(sampler, placed, state, inputs)]
+            rollouts[dtype] = np.concatenate(latents, axis=1)
     exact = rollouts["float32"]
     error = np.linalg.norm(rollouts["bfloat16"] - exact) / np.linalg.norm(exact)
     print(f"bfloat16 against float32 over six chunks: {error:.1e}")

@@ -1,5 +1,6 @@
 """launch.compile: what launch.sample runs is there before it starts; what is stale is renewed."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,7 +21,8 @@ from tests.videos import read_video
 # Of videos from a first frame.
 PICTURED = [*TINY, "--config.video.image_to_video=True", "--config.sample.steps=1"]
 PROGRAMS = {
-    "chunk_step after a first frame", "decode first", "decode 1", "encode first", "text 8x32",
+    "chunk_step after a first frame", "denoise_chunk after a first frame",
+    "commit_chunk after a first frame", "decode first", "decode 1", "encode first", "text 8x32",
     "text 1x32", "init_state", "noise",
 }  # fmt: skip
 
@@ -98,6 +100,7 @@ def test_a_continued_video_on_a_mesh_compiles_nothing_of_it(checkpoint, tmp_path
 
 
 TEXT = {f"text {batch}x{tokens}" for batch in (1, 8) for tokens in (32, 64, 128, 256, 512)}
+STEPS = {"chunk_step", "denoise_chunk", "commit_chunk"}
 ALWAYS = {"decode first", "encode first", "init_state", "noise"} | TEXT
 
 
@@ -106,24 +109,25 @@ ALWAYS = {"decode first", "encode first", "init_state", "noise"} | TEXT
     [
         (
             {},
-            "chunk_step,chunk_step after a first frame,ingest,decode 2,decode 1,encode 2,encode 1",
+            "decode 2,decode 1,encode 2,encode 1",
         ),
         (
             dict(vae_latents_per_call=3),
-            "chunk_step,chunk_step after a first frame,ingest,decode 3,decode 1,encode 3,"
-            "encode 2,encode 1",
+            "decode 3,decode 1,encode 3,encode 2,encode 1",
         ),
         (
             dict(recache=True, vae_latents_per_call=8),
-            "chunk_step after a first frame,recache after a first frame,decode 7,decode 1",
+            "recache after a first frame,decode 7,decode 1",
         ),
     ],
 )
 def test_programs_of_the_5b(sample, more):
-    video = config_lib.Video(image_to_video="chunk_step," not in more)
+    video = config_lib.Video(image_to_video="recache" in more)
     cfg = config_lib.Config(video=video, sample=config_lib.Sample(**sample))
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    assert set(programs.programs(cfg, mesh, mesh, 1)) == ALWAYS | set(more.split(","))
+    after = {f"{name} after a first frame" for name in STEPS}
+    steps = after if video.image_to_video else after | STEPS
+    assert set(programs.programs(cfg, mesh, mesh, 1)) == ALWAYS | steps | set(more.split(","))
 
 
 def test_a_damaged_entry_alone_is_compiled_anew(cache, tmp_path):
@@ -245,6 +249,11 @@ def test_settings_that_change_programs_change_the_run():
         return compile_cache.run_id(config_lib.from_config_dict(values), 1, None)
 
     assert changed(chunks=9, negative_prompt="x", scene_cut_prefix="y") == base
+    for quant in (dict(recipe="fp8"), dict(kv="fp8"), dict(all_to_all="nvfp4")):
+        other = dataclasses.replace(config_lib.Config(), quant=config_lib.Quant(**quant))
+        assert compile_cache.run_id(other, 1, None) != compile_cache.run_id(
+            config_lib.Config(), 1, None
+        )
     assert (
         len({base, changed(steps=2), changed(width=128), compile_cache.run_id(cfg, 2, None)}) == 4
     )

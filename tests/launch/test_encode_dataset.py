@@ -8,11 +8,11 @@ import signal
 import numpy as np
 import pytest
 
-from launch import parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data import records
 from longlive_jax.data.video import VideoWriter
+from longlive_jax.pipeline import Pipeline
 from tests.launch.commands import PROMPTS, run, save_tiny, write
 
 SIZES = {
@@ -120,7 +120,7 @@ def test_contexts_are_the_prompts(encoded, checkpoint):
     cfg = config()
     mesh = mesh_lib.make_mesh(cfg.mesh)
     prompts = [PROMPTS[0], PROMPTS[1], CUT + PROMPTS[1]]
-    rows = parts.embed(checkpoint, cfg, mesh, prompts, guided=False).rows
+    rows = Pipeline(checkpoint, cfg, mesh).embed(prompts, guided=False)(prompts)
     for sample in samples(encoded[0]):
         assert sample.text.shape == (2, 32, 32)
         for context, prompt in zip(sample.text, sample.prompts):

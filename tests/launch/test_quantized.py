@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from launch import parts
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import safetensors, store, workdir
+from longlive_jax.checkpoints import networks, safetensors, store, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
+from longlive_jax.pipeline import Pipeline
 from longlive_jax.quant import weights as weights_lib
 from tests.launch.commands import PROMPTS, TINY, run, tiny_config, write
 from tests.training import tiny_run
@@ -150,8 +150,8 @@ def test_a_runs_masters_are_quantised_at_load(a_run):
     root, params = a_run
     cfg = config("fp8", fsdp=2)
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    parts.check_transformer(str(root), cfg)
-    found = parts.load_transformer(str(root), cfg, mesh)
+    networks.check(str(root), "dit", cfg, quantized=True)
+    found = Pipeline(root, cfg, mesh, decodes=False).engine.params
     recipe = recipe_lib.get("fp8")
     expected = weights_lib.quantize_params(
         params, dit.spec(cfg.model), recipe, dtype=cfg.compute_dtype
@@ -170,4 +170,4 @@ def test_a_run_that_diverged(a_run, tmp_path):
     write_run(tmp_path, bad)
     cfg = config("fp8")
     with pytest.raises(InputError, match="blocks/1/ffn/0/weight has values that are not finite"):
-        parts.load_transformer(str(tmp_path), cfg, mesh_lib.make_mesh(cfg.mesh))
+        _ = Pipeline(tmp_path, cfg, decodes=False).engine

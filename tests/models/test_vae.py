@@ -340,7 +340,7 @@ def test_streaming_on_a_mesh(tiny, wide, make, init, which, sizes):
     where = mesh_lib.sharding(mesh, ("batch", None, None, "width", None))
     params = jax.device_put(tiny, NamedSharding(mesh, P()))
     state = init(TINY, 2, 1, 4, jnp.float32, mesh)
-    donated = state.context["head"]["2"]
+    donated = state.conv_cache["head"]["2"]
     state, head = make(mesh, TINY, True)(params, state, jax.device_put(x[:, :1], where))
     assert donated.is_deleted()
     state, tail = make(mesh, TINY, False)(params, state, jax.device_put(x[:, 1:], where))

@@ -46,7 +46,7 @@ def run(cfg, chunks, batch=1, cuts=(), samples=None):
     inputs = test_stream.make_inputs(cfg, chunks, batch, cuts, samples=samples)
     state = sampler.init_state(batch, *SIZE)
     latents = []
-    for current, chunk in sampler.stream(params, state, inputs):
+    for current, chunk in test_stream.steps(sampler, params, state, inputs):
         state = current
         latents.append(np.asarray(chunk))
     return state, np.concatenate(latents, axis=1)
@@ -64,7 +64,9 @@ def test_the_cache_holds_each_chunk_quantised_once(kv):
         cfg = make_config(name)
         sampler, params = sampler_of(cfg)
         given = sampler.place(test_stream.make_inputs(cfg, 1)[0])
-        caches[name] = sampler.ingest(params, sampler.init_state(1, *SIZE), given).cache
+        caches[name] = test_stream.ingest(
+            sampler, params, sampler.init_state(1, *SIZE), given
+        ).cache
     for table in ("k", "v"):
         chunk = np.asarray(getattr(caches["bf16"], table))[0, 0, 0, 0]  # [token, head, head_dim]
         stored = getattr(caches[kv], table)[0, 0, 0, 0]
@@ -190,7 +192,7 @@ def test_codes_that_arrive_are_those_that_one_device_stores():
     ):
         sampler, params = sampler_of(cfg)
         given = sampler.place(test_stream.make_inputs(cfg, 1)[0])
-        state = sampler.ingest(params, sampler.init_state(1, *SIZE), given)
+        state = test_stream.ingest(sampler, params, sampler.init_state(1, *SIZE), given)
         tables.append(jax.tree.map(lambda x: np.asarray(x)[0, 0, 0, 0], state.cache.v))
     a, b = tables
     np.testing.assert_allclose(a.amax, b.amax, rtol=1e-6)

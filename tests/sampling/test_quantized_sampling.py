@@ -42,7 +42,8 @@ def run(cfg, chunks=3, batch=1):
     state = sampler.init_state(batch, *SIZE)
     inputs = test_stream.make_inputs(cfg, chunks, batch, cuts=(2,))
     return np.concatenate(
-        [np.asarray(latents) for _, latents in sampler.stream(params, state, inputs)], axis=1
+        [np.asarray(latents) for _, latents in test_stream.steps(sampler, params, state, inputs)],
+        axis=1,
     )
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import time
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.diffusion import schedule, unipc
 from longlive_jax.models import dit
-from longlive_jax.sampling import kv_cache, stream
+from longlive_jax.sampling import stream
 from tests import golden_files
 
 # Eight heads, so that a mesh of eight can share them.
@@ -24,13 +22,14 @@ MODEL = config_lib.Model(
     dim=64, ffn_dim=96, num_heads=8, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6,
     freq_dim=16,
 )  # fmt: skip
+VAE = config_lib.VAE(dim=8, dec_dim=8, z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
 SIZE = (4, 4)
 
 
 def make_config(mesh=config_lib.Mesh(), image_to_video=False, **sample) -> config_lib.Config:
     return config_lib.Config(
         model=MODEL,
-        vae=config_lib.VAE(z_dim=4, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4),
+        vae=VAE,
         video=config_lib.Video(height=64, width=64, image_to_video=image_to_video),
         sample=config_lib.Sample(**({"steps": 2} | sample)),
         mesh=mesh,
@@ -58,7 +57,7 @@ def draw_params(model):
 
 @functools.cache
 def sampler_of(cfg: config_lib.Config):
-    sampler = stream.Sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
+    sampler = stream.sampler(cfg, mesh_lib.make_mesh(cfg.mesh))
     return sampler, sampler.prepare(random_params())
 
 
@@ -71,23 +70,44 @@ def make_inputs(cfg, chunks, batch=1, cuts=(), seed=0, samples=None):
     negative = np.broadcast_to(prompts[-1], (len(samples), *prompts.shape[1:]))
     return [
         stream.ChunkInput(
-            noise=stream.noise(key, c, samples, shape),
-            context=jnp.asarray(np.stack([prompts[(c // 3 + int(s)) % 60] for s in samples])),
+            noise=stream.noise(key, jnp.full(len(samples), c), samples, shape),
+            text=jnp.asarray(np.stack([prompts[(c // 3 + int(s)) % 60] for s in samples])),
             cut=jnp.asarray([c in cuts] * len(samples)),
-            negative=jnp.asarray(negative) if stream.guided(cfg) else None,
+            negative=jnp.asarray(negative) if cfg.sample.guided else None,
         )
         for c in range(chunks)
     ]
+
+
+def steps(sampler, params, state, inputs):
+    """Yields (state, latents) of each chunk."""
+    for chunk in inputs:
+        state, latents = sampler.step(params, state, sampler.place(chunk))
+        yield state, latents
+
+
+def ingest(sampler, params, state, chunk):
+    """The state after a chunk of an existing video, whose latents stand in place of noise."""
+    chunk = sampler.place(chunk)
+    return sampler.commit(params, state, chunk.noise, chunk)
 
 
 def run(cfg, inputs):
     sampler, params = sampler_of(cfg)
     state = sampler.init_state(inputs[0].noise.shape[0], *SIZE)
     chunks = []
-    for current, latents in sampler.stream(params, state, inputs):
+    for current, latents in steps(sampler, params, state, inputs):
         state = current
         chunks.append(np.asarray(latents))
     return state, np.concatenate(chunks, axis=1)
+
+
+def with_first_frame(cfg, inputs):
+    if not cfg.video.image_to_video:
+        return inputs
+    shape = (len(inputs.cut), 1, *SIZE, cfg.model.in_dim)
+    latent = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    return inputs.replace(first_frame=jnp.asarray(latent))
 
 
 def off_mesh(tree):
@@ -125,14 +145,14 @@ def test_rollouts_are_the_originals(name, seq):
     def chunk(i):
         return stream.ChunkInput(
             noise=jnp.asarray(case["noise"][:, 8 * i : 8 * i + 8]),
-            context=jnp.asarray(case["ctx"][i : i + 1]),
+            text=jnp.asarray(case["ctx"][i : i + 1]),
             cut=jnp.asarray(case["cut"][i : i + 1]),
-            negative=jnp.asarray(case["neg"]) if stream.guided(cfg) else None,
+            negative=jnp.asarray(case["neg"]) if cfg.sample.guided else None,
         )
 
     state = sampler.init_state(1, *case["noise"].shape[2:4])
     inputs = (chunk(i) for i in range(len(case["cut"])))
-    out = [np.asarray(latents) for _, latents in sampler.stream(params, state, inputs)]
+    out = [np.asarray(latents) for _, latents in steps(sampler, params, state, inputs)]
     close(np.concatenate(out, axis=1), case["out"])
 
 
@@ -146,30 +166,6 @@ def visible(chunk, cuts, sinks, slots, multi_shot):
     order += [max(done)] if multi_shot and sinks and done else []
     order += range(chunk - 1, -1, -1)
     return set(list(dict.fromkeys(order))[:slots])
-
-
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.data())
-def test_slots_hold_what_is_visible(data):
-    sinks = data.draw(st.integers(0, 3))
-    multi_shot = data.draw(st.booleans())
-    slots = data.draw(st.integers(sinks + (multi_shot and sinks > 0) + 1, 8))
-    cuts = data.draw(st.sets(st.integers(0, 24)))
-    cfg = make_config(
-        window_frames=8 * (slots + 1), sink_frames=8 * sinks, multi_shot_sink=multi_shot
-    )
-    cache = kv_cache.init(cfg, 1, 1, 1, 1)
-    assert cache.chunk.shape == (1, slots)
-    shot = jnp.asarray([kv_cache.EMPTY])
-    for chunk in range(26):
-        held = np.asarray(cache.chunk)[0]
-        filled = held[held != kv_cache.EMPTY]
-        assert set(filled.tolist()) == visible(chunk, cuts, sinks, slots, multi_shot)
-        assert (held[: len(filled)] == filled).all()  # a prefix, for attention's key length
-        slot, shot = stream.next_slot(
-            cache, jnp.int32(chunk), shot, jnp.asarray([chunk in cuts]), cfg
-        )
-        cache = cache.replace(chunk=cache.chunk.at[0, slot[0]].set(chunk))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +201,7 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
         latents = jnp.concatenate([clean, noisy])[None]
         t = jnp.concatenate([jnp.zeros((chunks, 8)), jnp.full((1, 8), timestep)])[None]
         f = np.concatenate([frames, frames[chunk : chunk + 1]])[None]
-        context = jnp.stack([i.context[0] for i in inputs] + [inputs[chunk].context[0]])[None]
+        context = jnp.stack([i.text[0] for i in inputs] + [inputs[chunk].text[0]])[None]
         mask = np.zeros((chunks + 1, chunks + 1), bool)
         for c in range(chunks):
             mask[c, [*seen[c], c]] = True
@@ -230,15 +226,15 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
     # A real velocity needs the model as the sampler calls it: one chunk, the cache, text once.
     for c in range(chunks):
         if c in (0, 1, 3, 6, 7, 9, 11):
-            text = text_keys_values(params, MODEL, inputs[c].context)
+            text = text_keys_values(params, MODEL, inputs[c].text)
             timesteps = jnp.full((1, 8), 833.0)
-            cache = off_mesh(state.cache)
+            cache = off_mesh(state.past)
             velocity = denoise(
                 params, MODEL, inputs[c].noise, timesteps, frames[None, c], text=text, cache=cache
             )
             close(velocity[0], oracle(inputs[c].noise, 833.0, c))
         clean_input = inputs[c].replace(noise=clean[c][None])
-        state = sampler.ingest(placed, state, sampler.place(clean_input))
+        state = ingest(sampler, placed, state, clean_input)
 
 
 # Invariance.
@@ -285,6 +281,53 @@ def test_streaming_equals_offline_to_the_bit():
     jax.tree.map(np.testing.assert_array_equal, final, state)
 
 
+@pytest.mark.parametrize("more", [{}, {"guidance_scale": 3.0}, {"image_to_video": True}], ids=str)
+def test_the_halves_are_the_whole_to_the_bit(more):
+    """So a live stream and an offline one are the same video, on a CPU."""
+    cfg = make_config(**more)
+    sampler, params = sampler_of(cfg)
+    inputs = [with_first_frame(cfg, i) for i in make_inputs(cfg, 5, batch=2, cuts={2})]
+    state, whole = run(cfg, inputs)
+    halves = sampler.init_state(2, *SIZE)
+    for i, chunk in enumerate(map(sampler.place, inputs)):
+        latents = sampler.denoise(params, halves, chunk)
+        np.testing.assert_array_equal(latents, whole[:, 8 * i : 8 * i + 8])
+        halves = sampler.commit(params, halves, latents, chunk)
+    jax.tree.map(np.testing.assert_array_equal, halves, state)
+
+
+@pytest.mark.parametrize("image_to_video", [False, True])
+def test_streams_of_different_age_share_a_batch(image_to_video):
+    """As rows of one batch, and apart: to float's tolerance, since a batch's products differ."""
+    cfg = make_config(image_to_video=image_to_video)
+    sampler, params = sampler_of(cfg)
+    streams = [
+        [with_first_frame(cfg, i) for i in make_inputs(cfg, 9, samples=(sample,), cuts=cuts)]
+        for sample, cuts in ((0, {3, 6}), (1, {2}))
+    ]
+    alone = [run(cfg, inputs)[1] for inputs in streams]
+    ages = (5, 0)
+    states = [sampler.init_state(1, *SIZE) for _ in streams]
+    for age, (i, inputs) in zip(ages, enumerate(streams)):
+        for chunk in inputs[:age]:
+            states[i], _ = sampler.step(params, states[i], sampler.place(chunk))
+    both = sampler.init_state(2, *SIZE)
+    for row, state in enumerate(states):
+        both = sampler.insert(both, state, jnp.int32(row))
+    for step in range(4):
+        rows = [inputs[age + step] for inputs, age in zip(streams, ages)]
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+        both, latents = sampler.step(params, both, sampler.place(joined))
+        for row, age in enumerate(ages):
+            at = 8 * (age + step)
+            close(latents[row : row + 1], alone[row][:, at : at + 8])
+    assert both.window.next_chunk.tolist() == [9, 4]
+    one = sampler.take(both, jnp.int32(1))
+    last = streams[1][4]
+    _, latents = sampler.step(params, one, sampler.place(last))
+    close(latents, alone[1][:, 32:40])
+
+
 def test_a_video_does_not_depend_on_its_batch():
     cfg = make_config()
     _, both = run(cfg, make_inputs(cfg, 5, samples=(0, 1)))
@@ -318,20 +361,20 @@ def test_image_to_video_holds_the_first_frame():
     image = jnp.asarray(np.random.default_rng(3).standard_normal((1, 1, *SIZE, 4)), jnp.float32)
     inputs = [i.replace(first_frame=image) for i in make_inputs(cfg, 2)]
     state = sampler.init_state(1, *SIZE)
-    empty = off_mesh(state.cache)
+    empty = off_mesh(state.past)
     state, latents = sampler.step(placed, state, sampler.place(inputs[0]))
     np.testing.assert_array_equal(latents[:, :1], image)
 
     # The loop as the original runs it: overwrite the frame before and after every step.
     sigmas, timesteps = schedule.sampling_schedule(4, cfg.video.shift)
     weights = unipc.weights(sigmas)
-    text = text_keys_values(params, MODEL, inputs[0].context)
+    text = text_keys_values(params, MODEL, inputs[0].text)
     frames = jnp.arange(8, dtype=jnp.int32)[None]
     x = inputs[0].noise.at[:, :1].set(image)
     history = unipc.History.start(x)
     for i, t in enumerate(timesteps):
         per_frame = jnp.full((1, 8), t).at[:, 0].set(0.0)
-        velocity = denoise(params, MODEL, x, per_frame, frames, text, empty)
+        velocity = denoise(params, MODEL, x, per_frame, frames, text=text, cache=empty)
         x, history = unipc.step(jnp.asarray(weights[i]), x, velocity, history)
         x = x.at[:, :1].set(image)
     close(latents, x)
@@ -349,8 +392,8 @@ def test_continuing_a_video_is_going_on(seq):
     state = sampler.init_state(1, *SIZE)
     for c in range(4):
         past = inputs[c].replace(noise=jnp.asarray(whole[:, 8 * c : 8 * c + 8]))
-        state = sampler.ingest(params, state, sampler.place(past))
-    rest = [np.asarray(x) for _, x in sampler.stream(params, state, inputs[4:])]
+        state = ingest(sampler, params, state, past)
+    rest = [np.asarray(x) for _, x in steps(sampler, params, state, inputs[4:])]
     close(np.concatenate(rest, axis=1), whole[:, 32:])
 
 
@@ -363,9 +406,9 @@ def test_recache_is_the_past_under_the_new_prompt(seq, guidance):
     new = make_inputs(cfg, 12)[9]
     states = [sampler.init_state(1, *SIZE) for _ in range(2)]
     for chunk in inputs[:3]:
-        states[0] = sampler.ingest(params, states[0], sampler.place(chunk))
-        changed = chunk.replace(context=new.context)
-        states[1] = sampler.ingest(params, states[1], sampler.place(changed))
+        states[0] = ingest(sampler, params, states[0], chunk)
+        changed = chunk.replace(text=new.text)
+        states[1] = ingest(sampler, params, states[1], changed)
     old_keys = np.asarray(states[0].cache.k)
     recached = sampler.recache(params, states[0], sampler.place(new))
     assert np.abs(np.asarray(recached.cache.k) - old_keys).max() > 1e-3
@@ -377,13 +420,15 @@ def test_recache_after_evictions_keeps_what_was_visible():
     sampler, params = sampler_of(cfg)
     inputs = make_inputs(cfg, 9, cuts={4})
     state, _ = run(cfg, inputs)
-    held = sorted(np.asarray(state.cache.chunk)[0].tolist())
-    assert held == [0, 4, 8]
-    positions = dict(zip(np.asarray(state.cache.chunk)[0].tolist(), np.asarray(state.position)[0]))
+    before = jax.device_get(state.window)
+    visible_chunks = sorted(before.chunk[0].tolist())
+    assert visible_chunks == [0, 4, 8]
+    positions = dict(zip(before.chunk[0].tolist(), before.position[0].tolist()))
     state = sampler.recache(params, state, sampler.place(inputs[0]))
-    assert np.asarray(state.cache.chunk)[0].tolist() == held
-    assert [positions[c] for c in held] == np.asarray(state.position)[0].tolist() == [0, 40, 72]
-    assert int(state.chunk) == 9
+    window = jax.device_get(state.window)
+    assert window.chunk[0].tolist() == visible_chunks
+    assert [positions[c] for c in visible_chunks] == window.position[0].tolist() == [0, 40, 72]
+    assert window.next_chunk.tolist() == [9]
     _, latents = sampler.step(params, state, sampler.place(inputs[8]))
     assert np.isfinite(np.asarray(latents)).all()
 
@@ -398,7 +443,9 @@ def test_2000_latent_frames_cost_the_same_to_the_end():
     inputs = [sampler.place(make_inputs(cfg, 1, cuts=cuts)[0]) for cuts in ((), {0})]
 
     def step(state):
-        state, latents = sampler.step(params, state, inputs[int(state.chunk) % 40 == 0])
+        state, latents = sampler.step(
+            params, state, inputs[int(state.window.next_chunk[0]) % 40 == 0]
+        )
         return state, latents.block_until_ready()
 
     def seconds(state):
@@ -417,7 +464,7 @@ def test_2000_latent_frames_cost_the_same_to_the_end():
         arrays.append(len(jax.live_arrays()))
         assert sum(x.nbytes for x in jax.tree.leaves(long)) == size
     assert np.isfinite(np.asarray(latents)).all()
-    assert int(long.chunk) * cfg.model.chunk_frames == 2000
+    assert int(long.window.next_chunk[0]) * cfg.model.chunk_frames == 2000
     assert sampler.step._cache_size() == 1
     assert max(arrays[10:]) <= arrays[10] + 2
 
@@ -449,7 +496,7 @@ def test_full_size_chunk_step_traces_and_fits():
     params = params_lib.abstract(dit.sampling_spec(cfg.model, None, None), dtype=jnp.bfloat16)
     inputs = stream.ChunkInput(
         noise=jax.ShapeDtypeStruct((1, 8, 44, 80, 48), jnp.float32),
-        context=jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16),
+        text=jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16),
         cut=jax.ShapeDtypeStruct((1,), bool),
     )
     step = functools.partial(stream.chunk_step, cfg=cfg)

@@ -11,6 +11,7 @@ from tests.sampling.test_stream import (
     SIZE,
     close,
     denoise,
+    ingest,
     make_config,
     make_inputs,
     off_mesh,
@@ -37,18 +38,16 @@ def test_teacher_forcing_is_the_cached_rollout(given):
         levels[0, 0] = 0
         noisy = noisy.at[0, 0].set(clean[0, 0])
     positions = np.arange(8 * CHUNKS, dtype=np.int32).reshape(CHUNKS, 8)
-    context = jnp.stack([i.context[0] for i in inputs])
+    context = jnp.stack([i.text[0] for i in inputs])
     together = jax.jit(dit.teacher_forcing, static_argnums=1)(
         params, MODEL, clean[None], noisy[None], levels[None], positions[None], text=context[None]
     )[0]
     state = sampler.init_state(1, *SIZE)
     for c in range(CHUNKS):
-        text = text_keys_values(params, MODEL, inputs[c].context)
+        text = text_keys_values(params, MODEL, inputs[c].text)
         alone = denoise(
             params, MODEL, noisy[c][None], levels[None, c], positions[None, c],
-            text=text, cache=off_mesh(state.cache),
+            text=text, cache=off_mesh(state.past),
         )  # fmt: skip
         close(together[c], alone[0])
-        state = sampler.ingest(
-            placed, state, sampler.place(inputs[c].replace(noise=clean[c][None]))
-        )
+        state = ingest(sampler, placed, state, inputs[c].replace(noise=clean[c][None]))

@@ -28,8 +28,8 @@ def test_the_average_is_quantised(monkeypatch, tmp_path):
     class Enough(Exception):
         pass
 
-    def render(sampler, params, *args, **kwargs):
-        made.append(params)
+    def render(engine, *args, **kwargs):
+        made.append(engine.params)
         raise Enough
 
     monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)

@@ -13,6 +13,7 @@ from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer, umt5, vae
+from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import feed
 from tests.launch.commands import PROMPTS
@@ -89,7 +90,7 @@ def encoders(tmp_path_factory):
     read = tokenizer.train_tiny(
         PROMPTS, cfg.umt5.vocab_size, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     )
-    texts = feed.Texts(cfg, random_params(umt5.spec(cfg.umt5)), read)
+    texts = PromptEncoder(cfg, random_params(umt5.spec(cfg.umt5)), read)
     return feed.Encoders(random_params(vae.spec(cfg.vae)), texts, read)
 
 
@@ -120,7 +121,7 @@ def test_prompts_are_embedded_once(encoders, monkeypatch):
     counts = []
     real = umt5.encode_prompts
     monkeypatch.setattr(umt5, "encode_prompts", lambda *a: counts.append(len(a[2])) or real(*a))
-    texts = feed.Texts(cfg, encoders.texts._params, encoders.tokenizer)
+    texts = PromptEncoder(cfg, encoders.texts._params, encoders.tokenizer)
     a, b = texts([PROMPTS[0], PROMPTS[0]]), texts([PROMPTS[1], PROMPTS[0]])
     assert counts == [1, 1]
     np.testing.assert_array_equal(a[1], b[1])

@@ -380,7 +380,7 @@ def test_gates_open_as_often_as_they_should():
     ]:
         assert abs(opened.mean() - share) < 4 * 0.5 / np.sqrt(count - early)
     assert not np.any(~kept & (sum(counts.values()) > 0))
-    scales = clean[counts.latent > 0]
+    scales = clean[counts[LATENT] > 0]
     assert 0.7 <= scales.min() < 0.71 and 1.29 < scales.max() <= 1.3
     assert abs(scales.mean() - 1) < 0.02
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -20,10 +22,16 @@ _KEYS = ("prompt", "chunks", "seconds", "cut", "image")
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One chunk of a video: its prompt, and whether a new shot begins with it."""
+    """One chunk of a video.
+
+    prompt: as the model reads it.
+    cut: whether a new shot begins with it.
+    changed: whether its prompt differs from that of the chunk before it, inside a shot.
+    """
 
     prompt: str
     cut: bool
+    changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +51,7 @@ class _Shot:
 
 
 def read(
-    path: str | pathlib.Path,
+    path: str | os.PathLike | Sequence[Mapping[str, Any]],
     *,
     chunks: int,
     chunk_frames: int,
@@ -71,7 +79,7 @@ def read(
     of a `.txt` file that begins with it makes each chunk but the first a cut, as in the original.
 
     Args:
-      path: file or folder.
+      path: file or folder; or the list of such a `.json` file itself.
       chunks: length of a video whose source does not give it.
       chunk_frames: latent frames of a chunk, to convert seconds.
       scene_cut_prefix: of `config.Sample`.
@@ -86,6 +94,9 @@ def read(
     _in_range("chunks", chunks, 1)
     _in_range("chunk_frames", chunk_frames, 1)
     _in_range("chunks_per_shot", chunks_per_shot, 0)
+    if not isinstance(path, str | os.PathLike):
+        here = pathlib.Path("shots")
+        return [_shot_list(here, path, chunks, chunk_frames, scene_cut_prefix)]
     try:
         return _read(pathlib.Path(path), chunks, chunk_frames, scene_cut_prefix, chunks_per_shot)
     except OSError as error:
@@ -100,7 +111,7 @@ def _read(path, chunks, chunk_frames, prefix, per_shot) -> list[Video]:
     if path.is_dir():
         return _read_folder(path, chunks, per_shot, prefix)
     if path.suffix.lower() == ".json":
-        return [_read_shot_list(path, chunks, chunk_frames, prefix)]
+        return [_shot_list(path, _json(path), chunks, chunk_frames, prefix)]
     if path.suffix.lower() in (".txt", ""):
         return _read_lines(path, chunks, prefix)
     raise InputError(
@@ -175,8 +186,7 @@ def _read_images(images: pathlib.Path, prompts: pathlib.Path, chunks: int, prefi
     return videos
 
 
-def _read_shot_list(path: pathlib.Path, chunks: int, chunk_frames: int, prefix: str) -> Video:
-    entries = _json(path)
+def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, prefix: str) -> Video:
     if not isinstance(entries, list) or not entries:
         raise InputError(
             f'prompts: {path} must be a list of at least one shot, [{{"prompt": "..."}}, ...]; '
@@ -204,12 +214,15 @@ def _read_shot_list(path: pathlib.Path, chunks: int, chunk_frames: int, prefix: 
 def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
     """Writes the prefix before the first prompt of each shot that begins with a cut."""
     out: list[Chunk] = []
+    before = None
     for shot in shots:
         # The prefix tells of a cut, so where a prompt has it already it stays at the cut only (and
         # at the start of the video, as written).
         plain = shot.prompt.removeprefix(prefix)
         first = prefix + plain if shot.cut else plain if out else shot.prompt
-        out.append(Chunk(first, shot.cut))
+        changed = before is not None and not shot.cut and plain.strip() != before
+        out.append(Chunk(first, shot.cut, changed))
+        before = plain.strip()
         out.extend([Chunk(plain, False)] * (shot.chunks - 1))
     return tuple(out)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlive_jax.errors import InputError
-from longlive_jax.sampling import shots
+from longlive_jax.prompts import shots
 
 PREFIX = "The scene transitions. "
 

@@ -1,35 +1,73 @@
 """Photographs and video files into latents: what a video begins with, or goes on from."""
 
-import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.images import read_image, to_float
 from longlive_jax.data.video import VideoFile, frame_indices
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz
-from longlive_jax.models.vae_spec import check_mesh
-from longlive_jax.sampling import decode
-from longlive_jax.sampling.batches import Batch
+from longlive_jax.models import vae
+from longlive_jax.models.vae_spec import SHARDED, check_mesh
 
 
-def check_images(batches: Sequence[Batch]) -> None:
-    """Refuses first frames that cannot be read."""
-    images = {one.image: batch.pixels for batch in batches for one in batch.scripts if one.image}
-    for path, pixels in images.items():
-        read_image(path, *pixels)
+def encode(
+    cfg: config_lib.Config,
+    params,
+    mesh: jax.sharding.Mesh,
+    read: Callable[[int, int], np.ndarray],
+    count: int,
+) -> np.ndarray:
+    """Encodes a clip of 1 + 4 k frames, a few at a time.
+
+    Args:
+      read: read(start, stop) gives frames [batch, frame, height, width, 3] in [-1, 1].
+      count: how many frames there are.
+
+    Returns:
+      Normalised latents, float32 [batch, 1 + k, height / 16, width / 16, channel].
+    """
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    place = mesh_lib.sharding(mesh, SHARDED)
+    state, latents = None, []
+    for piece in vae.pieces(1 + (count - 1) // vae.FRAMES, cfg.sample.vae_latents_per_call):
+        first = piece.start == 0
+        start = 0 if first else vae.FRAMES * piece.start - 3
+        frames = read(start, vae.FRAMES * piece.stop - 3)
+        frames = jax.device_put(frames.astype(cfg.compute_dtype), place)
+        if first:
+            size = (frames.shape[2] // vae.PIXELS, frames.shape[3] // vae.PIXELS)
+            state = vae.init_encode_state(cfg.vae, frames.shape[0], *size, frames.dtype, mesh)
+        state, out = _encode_program(cfg.vae, mesh, first)(params, state, frames)
+        latents.append(np.asarray(out, np.float32))
+    return np.concatenate(latents, axis=1)
 
 
-def with_images(cfg: config_lib.Config, params, mesh: jax.sharding.Mesh, batch: Batch) -> Batch:
-    """The batch with the images of its scripts encoded as first frames."""
-    images = [read_image(script.image, *batch.pixels) for script in batch.scripts]
-    frames = to_float(np.stack(images)[:, None])
-    first = decode.encode(cfg, params, mesh, lambda start, stop: frames[:, start:stop], 1)
-    return dataclasses.replace(batch, first_frame=first)
+_encode_program = functools.cache(lambda cfg, mesh, first: vae.encode_on_mesh(mesh, cfg, first))
+
+
+def first_frames(
+    cfg: config_lib.Config,
+    params,
+    mesh: jax.sharding.Mesh,
+    paths: Sequence[str | os.PathLike],
+    pixels: tuple[int, int],
+) -> np.ndarray:
+    """Latents of images that videos begin with, float32 [batch, 1, h, w, channel].
+
+    pixels: height and width that they are brought to.
+
+    Raises:
+      InputError: an image that cannot be read.
+    """
+    frames = to_float(np.stack([read_image(path, *pixels) for path in paths])[:, None])
+    return encode(cfg, params, mesh, lambda start, stop: frames[:, start:stop], 1)
 
 
 class Clip:
@@ -90,7 +128,7 @@ class Clip:
             return np.broadcast_to(frames, (_replicas(mesh), *frames.shape))
 
         with self._file:
-            return decode.encode(cfg, params, mesh, read, self.count)[:1]
+            return encode(cfg, params, mesh, read, self.count)[:1]
 
 
 class ArrayClip:
@@ -124,7 +162,7 @@ class ArrayClip:
         def read(start, stop):
             return self._frames[:, start:stop].astype(np.float32)
 
-        return decode.encode(cfg, params, mesh, read, self._frames.shape[1])
+        return encode(cfg, params, mesh, read, self._frames.shape[1])
 
 
 def _check_frames(path, count):

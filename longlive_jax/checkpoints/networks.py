@@ -1,0 +1,139 @@
+"""Networks of a checkpoint, on the devices and in the dtype that they are wanted.
+
+A training run's folder is a checkpoint too: of what it trains, and of the parts of the checkpoint
+that it was given.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import store, workdir
+from longlive_jax.checkpoints.parts import PARTS
+from longlive_jax.errors import InputError
+from longlive_jax.models import tokenizer
+
+# What the two directions of the VAE need: a checkpoint may hold a decoder alone.
+ENCODER, DECODER = ("encoder", "conv1"), ("decoder", "conv2")
+
+
+def check(
+    checkpoint: str | None,
+    part: str,
+    cfg: config_lib.Config,
+    only: Sequence[str] = (),
+    *,
+    quantized: bool = False,
+) -> None:
+    """Refuses, without reading an array, what `load` of the same arguments would refuse."""
+    section, tree = spec(part, cfg, only)
+    trained = _trained(checkpoint, part)
+    if trained is not None:
+        trained.check(part, tree, section)
+        return
+    stored = store.Stored(directory(checkpoint), part)
+    stored.check(tree, section, _recipe(stored, cfg, quantized))
+
+
+def load(
+    checkpoint: str | None,
+    part: str,
+    cfg: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    only: Sequence[str] = (),
+    *,
+    quantized: bool = False,
+    weights: str = "average",
+    dtype: Any = None,
+    rules: dict | None = None,
+) -> params_lib.Tree:
+    """Parameters of "dit", "vae" or "umt5", by default in compute dtype, sharded for sampling.
+
+    Args:
+      only: top-level subtrees to read; default all.
+      quantized: they may be stored quantised by the config's recipe, and are then read so.
+      weights: which of a training run's, of `workdir.WEIGHTS`.
+
+    Raises:
+      InputError: a checkpoint that does not fit, or that another recipe quantised.
+    """
+    section, tree = spec(part, cfg, only)
+    dtype = cfg.compute_dtype if dtype is None else dtype
+    if rules is None:
+        # The text encoder runs whole on every device; it is there for a moment only.
+        rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
+    trained = _trained(checkpoint, part)
+    if trained is not None:
+        return trained.load(part, tree, mesh, dtype, rules, weights)
+    where = directory(checkpoint)
+    recipe = _recipe(store.Stored(where, part), cfg, quantized)
+    return store.load(where, part, tree, mesh, dtype, rules, config=section, recipe=recipe)
+
+
+def parts(checkpoint: str) -> tuple[str, ...]:
+    """The parts that a checkpoint, or a training run with the checkpoint it was given, has."""
+    if not workdir.is_run(checkpoint):
+        return store.parts(checkpoint)
+    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint).checkpoint else ()
+    return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
+
+
+def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.Tokenizer:
+    """The checkpoint's tokenizer, once it is sure that its text encoder fits the config."""
+    if cfg.umt5.dim != cfg.model.text_dim:
+        raise InputError(
+            f"config: umt5.dim={cfg.umt5.dim} must equal model.text_dim={cfg.model.text_dim}, "
+            "since the transformer reads the text encoder's output"
+        )
+    check(checkpoint, "umt5", cfg)
+    return tokenizer.Tokenizer.from_file(os.path.join(directory(checkpoint), tokenizer.FILE))
+
+
+def stored_config(checkpoint: str) -> dict[str, Any]:
+    """Settings of the networks of a checkpoint, by "section.key".
+
+    Raises:
+      InputError: it is a training run, which does not keep all of them, or lacks a network.
+    """
+    if workdir.is_run(checkpoint):
+        raise InputError(
+            f"{checkpoint}: a training run does not keep all settings of its networks; give the "
+            "config of its training"
+        )
+    sections = {p.section: store.Stored(checkpoint, p.name).info["config"] for p in PARTS.values()}
+    return {f"{s}.{key}": v for s, made in sections.items() for key, v in made[s].items()}
+
+
+def directory(checkpoint: str | None) -> str:
+    """The checkpoint that holds what a training run does not train; any other as it is."""
+    if not checkpoint:
+        raise InputError("--checkpoint is missing; make one with python -m launch.convert")
+    return workdir.parts(checkpoint) if workdir.is_run(checkpoint) else checkpoint
+
+
+def spec(
+    part: str, cfg: config_lib.Config, only: Sequence[str] = ()
+) -> tuple[Any, params_lib.Tree]:
+    """A part's section of the config, and its parameter specs."""
+    section = PARTS[part].config(cfg)
+    whole = PARTS[part].spec(section)
+    return section, {name: tree for name, tree in whole.items() if not only or name in only}
+
+
+def _trained(checkpoint, part):
+    """The state of a training run that has this part, or None."""
+    if not checkpoint or not workdir.is_run(checkpoint):
+        return None
+    state = workdir.State(checkpoint)
+    return state if part in state.trained else None
+
+
+def _recipe(stored, cfg, quantized):
+    """The recipe that a part must be quantised by; None: it must not be quantised."""
+    return recipe_lib.get(cfg.quant.recipe) if quantized and stored.recipe is not None else None

@@ -1,0 +1,235 @@
+"""The networks of a checkpoint on a mesh: videos from shots, and streams to direct."""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks, quantized
+from longlive_jax.errors import InputError
+from longlive_jax.models.vae_spec import check_mesh
+from longlive_jax.prompts import embeddings, pictures, shots
+from longlive_jax.prompts.encoder import PromptEncoder
+from longlive_jax.sampling import batches as batches_lib
+from longlive_jax.sampling import render, stream
+from longlive_jax.sampling.batches import Batch
+from longlive_jax.sampling.decode import Decoder
+from longlive_jax.sampling.session import Chunk, Engine, Session, Start, Texts
+
+
+class Pipeline:
+    """What samples from a checkpoint. Networks are read when they are first needed, and stay.
+
+    Args:
+      checkpoint: made by launch.convert or launch.train.
+      mesh: default: that of the config.
+      vae_mesh: where the VAE runs; default: the same mesh.
+      weights: of a training run, the moving "average" or the "latest".
+      decodes: without, chunks have latents and no frames, and the VAE is not read for them.
+
+    Raises:
+      InputError: from the constructor a mesh that the machine has no devices for; from a network's
+        first use a checkpoint that lacks it, or does not fit the config.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike | None,
+        cfg: config_lib.Config,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        vae_mesh: jax.sharding.Mesh | None = None,
+        weights: str = "average",
+        decodes: bool = True,
+    ):
+        self.checkpoint = os.fspath(checkpoint) if checkpoint else None
+        self.cfg, self.weights, self.decodes = cfg, weights, decodes
+        self.mesh = mesh_lib.make_mesh(cfg.mesh) if mesh is None else mesh
+        self.vae_mesh = self.mesh if vae_mesh is None else vae_mesh
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | os.PathLike,
+        cfg: config_lib.Config | None = None,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "Pipeline":
+        """A pipeline, checked before any weight is read.
+
+        Args:
+          cfg: default: the networks' settings that the checkpoint keeps, and defaults for the rest.
+          overrides: settings by "section.key".
+          options: of `Pipeline`.
+
+        Raises:
+          InputError: no checkpoint there, or one that does not fit the config, or no devices.
+        """
+        stored = {} if cfg is not None else networks.stored_config(os.fspath(checkpoint))
+        cfg = config_lib.with_overrides(cfg or config_lib.Config(), stored | dict(overrides or {}))
+        pipeline = cls(checkpoint, cfg, **options)
+        pipeline.check()
+        return pipeline
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return self.cfg.video.height, self.cfg.video.width
+
+    def check(self, batches: Sequence[Batch] = (), text: bool = True, pictured: bool = False):
+        """Refuses a checkpoint, or a mesh, that a run would stumble over later.
+
+        Args:
+          batches: videos to make. text: of prompts. pictured: from images, or a video.
+        """
+        cfg = self.cfg
+        if text:
+            networks.read_tokenizer(self.checkpoint, cfg)
+        networks.check(self.checkpoint, "dit", cfg, quantized=True)
+        needed = (networks.DECODER if self.decodes else ()) + (networks.ENCODER if pictured else ())
+        if not needed:
+            return
+        networks.check(self.checkpoint, "vae", cfg, needed)
+        if cfg.vae.z_dim != cfg.model.in_dim:
+            raise InputError(
+                f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}: "
+                "the VAE decodes what the transformer makes"
+            )
+        for batch in batches:
+            try:
+                check_mesh(self.vae_mesh, len(batch.videos), batch.width)
+            except InputError as error:
+                raise InputError(
+                    f"{error}; or give the VAE a device of its own, --vae_device=0"
+                ) from error
+
+    @functools.cached_property
+    def texts(self) -> PromptEncoder:
+        """The text encoder, for prompts that are not known yet."""
+        return self._encoder()
+
+    def _encoder(self):
+        tokenizer = networks.read_tokenizer(self.checkpoint, self.cfg)
+        params = networks.load(self.checkpoint, "umt5", self.cfg, self.mesh, weights=self.weights)
+        return PromptEncoder(self.cfg, params, tokenizer)
+
+    def embed(self, prompts: Sequence[str], guided: bool | None = None) -> embeddings.Embeddings:
+        """Embeddings of all prompts of a run.
+
+        The text encoder is there during the call only, unless `texts` has it: it would take as much
+        memory as the transformer.
+
+        Args:
+          guided: also of the negative prompt; None: if the config has guidance.
+        """
+        texts = vars(self).get("texts") or self._encoder()
+        return texts.all(prompts, self.cfg.sample.guided if guided is None else guided)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The transformer and the VAE's decoder."""
+        cfg = self.cfg
+        params = networks.load(
+            self.checkpoint, "dit", cfg, self.mesh, quantized=True, weights=self.weights
+        )
+        params = stream.sampler(cfg, self.mesh).prepare(params)
+        params = quantized.check(params, f"--checkpoint={self.checkpoint}")
+        decoder = None
+        if self.decodes:
+            vae = networks.load(self.checkpoint, "vae", cfg, self.vae_mesh, networks.DECODER)
+            decoder = Decoder(cfg, vae, self.vae_mesh)
+        return Engine(cfg, self.mesh, params, decoder)
+
+    def videos(
+        self,
+        path: str | os.PathLike | Sequence[Mapping[str, Any]],
+        chunks: int | None = None,
+        chunks_per_shot: int = 0,
+    ) -> list[shots.Video]:
+        """The videos that `shots.read` finds; `chunks`: in place of sample.chunks."""
+        return shots.read(
+            path,
+            chunks=chunks or self.cfg.sample.chunks,
+            chunk_frames=self.cfg.model.chunk_frames,
+            scene_cut_prefix=self.cfg.sample.scene_cut_prefix,
+            chunks_per_shot=chunks_per_shot,
+        )
+
+    def encoded(self, batches: Sequence[Batch], clip: pictures.Clip | None = None) -> list[Batch]:
+        """The batches with their images, or with the video that they go on from, as latents."""
+        if clip is None and not any(batch.pictured for batch in batches):
+            return list(batches)
+        vae = networks.load(self.checkpoint, "vae", self.cfg, self.vae_mesh, networks.ENCODER)
+        if clip is not None:
+            prefix = clip.encode(self.cfg, vae, self.vae_mesh)
+            return [batch.continuing(prefix) for batch in batches]
+        return [b.with_images(self.cfg, vae, self.vae_mesh) if b.pictured else b for b in batches]
+
+    def render(self, batch: Batch, texts: Texts, seed: int = 0) -> Iterator[Chunk]:
+        """The chunks of a batch of videos, each yielded when the next one is under way."""
+        return render.render(self.engine, texts, batch, seed)
+
+    def generate(
+        self, path: str | os.PathLike | Sequence[Mapping[str, Any]], *, seed: int = 0
+    ) -> Iterator[Chunk]:
+        """The chunks of one video, from its first to its last.
+
+        Args:
+          path: a file of shots, or the list that such a file holds: see docs/sampling.md.
+
+        Raises:
+          InputError: shots that cannot be read, or several videos in place of one.
+        """
+        videos = self.videos(path)
+        if len(videos) > 1:
+            raise InputError(f"{path}: {len(videos)} videos; give the shots of one at a time")
+        batches = batches_lib.make(self.cfg, videos)
+        texts = self.embed(embeddings.distinct(videos))
+        return self.render(self.encoded(batches)[0], texts, seed)
+
+    def session(
+        self, *, seed: int = 0, image: str | os.PathLike | None = None, rows: int = 1
+    ) -> Session:
+        """A stream of the config's size, to be directed while it is made.
+
+        Args:
+          image: its first frame.
+          rows: how many streams are denoised together, with one prompt each.
+        """
+        cfg = self.cfg
+        first = None
+        if image is not None:
+            vae = networks.load(self.checkpoint, "vae", cfg, self.vae_mesh, networks.ENCODER)
+            images = [image] * rows
+            first = pictures.first_frames(cfg, vae, self.vae_mesh, images, self.pixels)
+        height, width = cfg.video.latent_size
+        start = Start(
+            height=height, width=width, seed=seed, samples=tuple(range(rows)), first_frame=first
+        )
+        return Session(self.engine, self.texts, start)
+
+    def restore(self, path: str | os.PathLike) -> Session:
+        """A stream that `Session.save` wrote, on any machine, of these networks and settings.
+
+        Raises:
+          InputError: no such file, a damaged one, or one of other settings.
+        """
+        return Session.restore(self.engine, self.texts, path)
+
+
+def vae_mesh(mesh: jax.sharding.Mesh, device: int | None) -> jax.sharding.Mesh:
+    """The sampler's mesh, or a mesh of `device` alone (`--vae_device`)."""
+    if device is None:
+        return mesh
+    devices = jax.devices()
+    if not 0 <= device < len(devices):
+        raise InputError(
+            f"--vae_device={device}: must be 0 to {len(devices) - 1}, the devices there are; leave "
+            "it out to share the sampler's"
+        )
+    return mesh_lib.make_mesh(config_lib.Mesh(), devices[device : device + 1])

@@ -1,0 +1,411 @@
+"""A stream as a value: all that it carries from chunk to chunk, and the script that led there.
+
+A `Session` can be stepped, copied, moved to the host and back, saved, restored on another machine
+and replayed from its script, to the same bits. It is one stream, or a few rows of equal age that
+are denoised together.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.errors import InputError
+from longlive_jax.models import vae, vae_spec
+from longlive_jax.sampling import saved, stream
+from longlive_jax.sampling.decode import Decoder
+
+
+class Texts(Protocol):
+    """Prompts to embeddings: a `prompts.encoder.PromptEncoder`, or what it made before."""
+
+    @property
+    def negative(self) -> np.ndarray | None:
+        """[text_len, text_dim] of the negative prompt, or None without guidance."""
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """[prompt, text_len, text_dim]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """What steps streams, any number of them: the transformer and the VAE's decoder on a mesh.
+
+    params: of `stream.Sampler.prepare`. decoder: None where no frames are wanted.
+    """
+
+    cfg: config_lib.Config
+    mesh: jax.sharding.Mesh
+    params: params_lib.Tree
+    decoder: Decoder | None = None
+
+    def sampler(self, image_to_video: bool) -> stream.Sampler:
+        """The programs for videos with, or without, a first frame."""
+        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
+        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Start:
+    """What a stream begins with: its latents depend on this, on its script and on nothing else.
+
+    height, width: of the latents.
+    samples: for each row, which of the seed's samples it is.
+    whole: a chunk is denoised and committed by one program, for those who wait for all of it;
+      otherwise by two, so that its frames are there before the clean pass.
+    noise: in place of the seed's, float32 [row, frame, h, w, channel].
+    first_frame: [row, 1, h, w, channel], the latent of a picture to begin with.
+    past: [row, frame, h, w, channel], latents of a video to go on from: the first chunks.
+    """
+
+    height: int
+    width: int
+    seed: int = 0
+    samples: tuple[int, ...] = (0,)
+    whole: bool = False
+    noise: np.ndarray | None = None
+    first_frame: np.ndarray | None = None
+    past: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """What a chunk is made under.
+
+    prompts: of each row, as the model reads them; they stay until there are others.
+    cut: whether each row starts a new shot with this chunk.
+    recache: whether the visible past is brought under the prompts first.
+    """
+
+    chunk: int
+    prompts: tuple[str, ...]
+    cut: tuple[bool, ...]
+    recache: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """A chunk of a stream; its arrays have not been waited for.
+
+    frames: uint8 [row, frame, height, width, 3], in pieces as the VAE gives them; none without a
+      decoder.
+    latents: float32 [row, frame, h, w, channel].
+    applied: what the chunk was made under.
+    """
+
+    index: int
+    frames: tuple[jax.Array, ...]
+    latents: jax.Array
+    applied: Direction
+
+
+@struct.dataclass
+class Carried:
+    """The arrays that a chunk leaves to the next; decoding is None before the first frames."""
+
+    stream: stream.StreamState
+    decoding: vae.DecodeState | None = None
+
+
+class Session:
+    """A stream.
+
+        session.prompt("A lighthouse at dusk.")
+        chunk = session.step()
+        session.prompt("Inside, a keeper lights the lamp.", cut=True)
+
+    Attributes:
+      index: of the next chunk.
+      script: what chunks so far were made under, where it changed.
+    """
+
+    def __init__(self, engine: Engine, texts: Texts, start: Start):
+        self.engine, self.texts, self.start = engine, texts, start
+        self.index, self.script = 0, []
+        self._next: Direction | None = None
+        self._later: tuple[str, ...] = ()  # prompts of the chunks after the next
+        self._rows: dict[str, np.ndarray] = {}  # embeddings of all prompts of the script
+        self._negative: np.ndarray | None = None
+        self._placed: tuple[tuple[str, ...], jax.Array, jax.Array | None] | None = None
+        self._sampler = engine.sampler(start.first_frame is not None)
+        state = self._sampler.init_state(len(start.samples), start.height, start.width)
+        self._carried = Carried(state)
+        self._on_host = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.start.samples)
+
+    def prompt(
+        self,
+        text: str | Sequence[str],
+        *,
+        cut: bool | Sequence[bool] = False,
+        recache: bool | None = None,
+    ) -> None:
+        """Sets the prompt from the next chunk on. Of several calls before a chunk the last counts.
+
+        Args:
+          text: of all rows, or of each. At a cut `sample.scene_cut_prefix` is put before it.
+          cut: the next chunk starts a new shot. (A video's first chunk does anyway.)
+          recache: bring the visible past under the new prompt; None: as `sample.recache` says, when
+            a prompt changes inside a shot.
+        """
+        texts = self._each(text, str)
+        cuts = tuple(c and self.index > 0 for c in self._each(cut, bool))
+        sample = self.engine.cfg.sample
+        plain = tuple(t.removeprefix(sample.scene_cut_prefix).strip() for t in texts)
+        now = tuple(sample.scene_cut_prefix + t if c else t for t, c in zip(plain, cuts))
+        if recache is None:
+            recache = sample.recache and not any(cuts) and plain != self._plain()
+        self.direct(now if self.index else texts, cuts, recache and self.index > 0)
+        self._later = plain
+
+    def direct(
+        self, prompts: Sequence[str], cut: Sequence[bool] | None = None, recache: bool = False
+    ) -> None:
+        """As `prompt`, of prompts as the model reads them: one a row, with prefixes or without."""
+        cut = (False,) * self.rows if cut is None else tuple(cut)
+        self._next = Direction(self.index, tuple(prompts), cut, recache)
+        self._later = self._next.prompts
+
+    def step(self) -> Chunk:
+        """Makes the next chunk: of the past that the stream goes on from, or a new one.
+
+        Raises:
+          InputError: there is no prompt yet, or no noise left.
+        """
+        if self._next is None:
+            raise InputError("session: no prompt yet; call session.prompt(text) before step")
+        if self._on_host:
+            self.to_device()
+        now, sampler, params = self._next, self._sampler, self.engine.params
+        past = self._piece(self.start.past, self.index)
+        noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
+        inputs = self._inputs(now, noise)
+        state, decoding = self._carried.stream, self._carried.decoding  # donated
+        if now.recache:
+            state = sampler.recache(params, state, inputs)
+        committed = self.start.whole and past is None
+        if committed:
+            state, latents = sampler.step(params, state, inputs)
+        else:
+            latents = inputs.noise if past is not None else sampler.denoise(params, state, inputs)
+        frames = []
+        if self.engine.decoder is not None:
+            for after, piece in self.engine.decoder(decoding, latents):
+                decoding = after
+                frames.append(piece)
+        if not committed:
+            state = sampler.commit(params, state, latents, inputs)
+        self._carried = Carried(state, decoding)
+        if any(now.cut) or now.recache or now.prompts != self._current():
+            self.script.append(now)
+        self.index += 1
+        self.direct(self._later)
+        return Chunk(now.chunk, tuple(frames), latents, now)
+
+    def replay(self) -> Iterator[Chunk]:
+        """The same stream once more, from its beginning to where this one stands."""
+        again = Session(self.engine, self.texts, self.start)
+        again._rows, again._negative = self._rows, self._negative
+        script = {direction.chunk: direction for direction in self.script}
+        for index in range(self.index):
+            if now := script.get(index):
+                again.direct(now.prompts, now.cut, now.recache)
+            yield again.step()
+
+    def copy(self) -> "Session":
+        """A stream that goes its own way from here."""
+        other = copy.copy(self)
+        other.script, other._rows = list(self.script), dict(self._rows)
+        other._carried = jax.tree.map(lambda x: x.copy(), self._carried)
+        return other
+
+    def to_host(self) -> None:
+        """Moves what the stream carries to the host's memory; the next `step` moves it back."""
+        self._carried, self._placed = jax.device_get(self._carried), None
+        self._on_host = True
+
+    def to_device(self) -> None:
+        """Moves it back, to the engine's mesh."""
+        specs = stream.state_specs(self._sampler.cfg)
+        place = jax.tree.map(lambda spec: jax.NamedSharding(self.engine.mesh, spec), specs)
+        decoding = self._carried.decoding
+        if decoding is not None:
+            there = mesh_lib.sharding(self.engine.decoder.mesh, vae_spec.SHARDED)
+            decoding = jax.device_put(decoding, there)
+        self._carried = Carried(jax.device_put(self._carried.stream, place), decoding)
+        self._on_host = False
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the stream, in one step, to a file that `restore` reads on any mesh.
+
+        Raises:
+          InputError: nothing can be written there.
+        """
+        given = {name: getattr(self.start, name) for name in _ARRAYS}
+        arrays = {f"start/{name}": x for name, x in given.items() if x is not None}
+        arrays |= {f"carried/{name}": x for name, x in saved.leaves(self._carried).items()}
+        if self._negative is not None:
+            arrays["negative"] = self._negative
+        arrays |= {f"prompt/{i}": _trim(x) for i, x in enumerate(self._rows.values())}
+        facts = {
+            "settings": _settings(self.engine.cfg),
+            "start": {k: v for k, v in vars(self.start).items() if k not in _ARRAYS},
+            "script": [dataclasses.asdict(direction) for direction in self.script],
+            "index": self.index,
+            "next": self._next and dataclasses.asdict(self._next),
+            "later": self._later,
+            "prompts": list(self._rows),
+        }
+        saved.write(path, facts, arrays)
+
+    @classmethod
+    def restore(cls, engine: Engine, texts: Texts, path: str | os.PathLike) -> "Session":
+        """A stream that `save` wrote, on the engine's mesh.
+
+        Raises:
+          InputError: no such file, a damaged one, or one of other settings than the engine's.
+        """
+        facts, arrays = saved.read(path)
+        _check_settings(path, facts["settings"], _settings(engine.cfg))
+        given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
+        start = Start(**facts["start"], **given)
+        start = dataclasses.replace(start, samples=tuple(start.samples))
+        session = cls(engine, texts, start)
+        session.index = facts["index"]
+        session.script = [_direction(fields) for fields in facts["script"]]
+        session._next = facts["next"] and _direction(facts["next"])
+        session._later = tuple(facts["later"])
+        session._negative = arrays.get("negative")
+        for i, prompt in enumerate(facts["prompts"]):
+            row = arrays[f"prompt/{i}"]
+            rest = engine.cfg.model.text_len - len(row)
+            session._rows[prompt] = np.pad(row, ((0, rest), (0, 0)))
+        decodes = engine.decoder is not None and session.index > 0
+        if not decodes:
+            arrays = {k: x for k, x in arrays.items() if not k.startswith("carried/decoding")}
+        like = jax.eval_shape(lambda: session._like(decodes))
+        session._carried = saved.tree(path, like, "carried/", arrays)
+        session.to_device()
+        return session
+
+    def _like(self, decodes):
+        """What a stream carries in its beginning; `decodes`: with the decoder's state."""
+        cfg, size = self._sampler.cfg, (self.rows, self.start.height, self.start.width)
+        state = stream.init_state(cfg, *size)
+        if not decodes:
+            return Carried(state)
+        return Carried(state, vae.init_decode_state(cfg.vae, *size, cfg.compute_dtype))
+
+    def _current(self):
+        """The prompts that the last chunk was made under."""
+        return self.script[-1].prompts if self.script else None
+
+    def _plain(self):
+        prefix = self.engine.cfg.sample.scene_cut_prefix
+        return tuple(t.removeprefix(prefix).strip() for t in self._current() or ())
+
+    def _each(self, value, kind):
+        """`value` of each row."""
+        values = (value,) * self.rows if isinstance(value, kind) else tuple(value)
+        if len(values) != self.rows:
+            raise InputError(
+                f"session: {len(values)} values for {self.rows} rows; give one for all, or as many"
+            )
+        return values
+
+    def _inputs(self, now, noise):
+        placed = self._placed
+        if placed is None or placed[0] != now.prompts:
+            placed = now.prompts, *self._embed(now.prompts)
+        first = self.start.first_frame
+        inputs = self._sampler.place(
+            stream.ChunkInput(
+                noise=noise,
+                text=placed[1],
+                cut=np.asarray(now.cut),
+                negative=placed[2],
+                first_frame=None if first is None else jnp.asarray(first, jnp.float32),
+            )
+        )
+        self._placed = now.prompts, inputs.text, inputs.negative
+        return inputs
+
+    def _embed(self, prompts):
+        """Embeddings of each row, and of the negative prompt, in compute dtype."""
+        if new := [p for p in dict.fromkeys(prompts) if p not in self._rows]:
+            self._rows.update(zip(new, self.texts(new)))
+        dtype = self.engine.cfg.compute_dtype
+        text = np.stack([self._rows[prompt] for prompt in prompts]).astype(dtype)
+        if not self.engine.cfg.sample.guided:
+            return text, None
+        if self._negative is None:
+            self._negative = self.texts.negative
+        return text, np.broadcast_to(self._negative, text.shape).astype(dtype)
+
+    def _noise(self):
+        start, model = self.start, self.engine.cfg.model
+        if start.noise is None:
+            chunks = np.full(self.rows, self.index, np.int32)
+            shape = (model.chunk_frames, start.height, start.width, model.in_dim)
+            samples = np.asarray(start.samples, np.int32)
+            return stream.noise(jax.random.key(start.seed), chunks, samples, shape)
+        before = 0 if start.past is None else start.past.shape[1] // model.chunk_frames
+        noise = self._piece(start.noise, self.index - before)
+        if noise is None:
+            raise InputError(f"session: the noise given is for {self.index - before} chunks only")
+        return jnp.asarray(noise, jnp.float32)
+
+    def _piece(self, latents, chunk):
+        """Those of a chunk, or None if there are no more."""
+        frames = self.engine.cfg.model.chunk_frames
+        if latents is None or latents.shape[1] <= chunk * frames:
+            return None
+        return latents[:, chunk * frames : (chunk + 1) * frames]
+
+
+_ARRAYS = ("noise", "first_frame", "past")
+# What a stream does not depend on once its prompts are embedded.
+_FREE = ("chunks", "height", "image_to_video", "negative_prompt", "vae_latents_per_call", "width")
+
+
+def _settings(cfg: config_lib.Config) -> dict[str, Any]:
+    """All that latents depend on but the weights, by the names of the flags."""
+    sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
+    made = {f"{s}.{k}": v for s, section in sections.items() for k, v in vars(section).items()}
+    made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
+    return json.loads(json.dumps(made | {"dtype": cfg.dtype}))
+
+
+def _check_settings(path, had, has):
+    for name in sorted({*had, *has}):
+        if had.get(name) != has.get(name):
+            raise InputError(
+                f"{path}: its stream was made with {name}={had.get(name)}, the pipeline has "
+                f"{has.get(name)}; give the same settings, or begin another stream"
+            )
+
+
+def _direction(fields):
+    return Direction(
+        fields["chunk"], tuple(fields["prompts"]), tuple(fields["cut"]), fields["recache"]
+    )
+
+
+def _trim(row: np.ndarray) -> np.ndarray:
+    """An embedding without the zeros behind the prompt."""
+    used = np.flatnonzero(np.asarray(row, np.float32).any(axis=1))
+    return row[: used[-1] + 1 if len(used) else 0]

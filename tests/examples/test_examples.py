@@ -1,0 +1,29 @@
+"""The scripts for people who write Python."""
+
+import pytest
+
+from examples import direct_live, generate
+from longlive_jax.data.video import probe
+from tests.launch.commands import ROOT
+
+# The networks are those of the script; the pictures are small.
+QUICK = {"sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_generate(tmp_path):
+    generate.main(tmp_path / "out.mp4", **QUICK)
+    assert probe(tmp_path / "out.mp4").frames == 3 * 32 - 3
+
+
+def test_direct_live(tmp_path, capsys):
+    direct_live.main(tmp_path, **QUICK)
+    assert probe(tmp_path / "live.mp4").frames == 3 * 32 - 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[2].endswith(
+        "The scene transitions. A blue star falls over a black background."
+    )
