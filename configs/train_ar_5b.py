@@ -18,7 +18,6 @@ def get_config():
             mesh=lib.Mesh(seq=4),
             # Of evaluations; what is trained here is not yet distilled to few steps.
             sample=lib.Sample(guidance_scale=3.0),
-            data=lib.Data(encode="halo"),
             train=lib.Train(error_recycling=lib.ErrorRecycling(enabled=True)),
         )
     )

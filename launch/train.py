@@ -11,13 +11,14 @@ The same command goes on where it stopped, on any mesh and any number of hosts. 
 CKPT gives the weights to begin with, the VAE and the text encoder. With data.cached=True and no
 evaluation it may be left out: then the weights are random.
 
-Where no cluster tells the hosts of each other, add --coordinator=HOST:PORT --num_processes=N
+Where no cluster lets the hosts find each other, add --coordinator=HOST:PORT --num_processes=N
 --process_id=I. SIGTERM to one of them makes all save and end. --dry_run compiles the step, prints
 its memory, and ends: no array is made, no data read.
 
 Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -38,7 +39,10 @@ from longlive_jax.errors import InputError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop, state
+from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop
+from longlive_jax.training.objectives import teacher_forcing
+from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
+from longlive_jax.training.plan import Plan
 
 # cuDNN's attention backward cannot be captured in a CUDA graph at small sizes ("capturing stream
 # has unjoined work": H200, jax 0.11.2, 2026-11-21).
@@ -48,7 +52,7 @@ if "xla_gpu_enable_command_buffer" not in os.environ["XLA_FLAGS"]:
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of the run, on a disk that all hosts share.")
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster is found.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "With --coordinator: this one's.", lower_bound=0)
 flags.DEFINE_bool("dry_run", False, "Compile the step, print its memory, and end.")
@@ -76,8 +80,9 @@ def _train() -> None:
             f"{jax.process_index()} of {jax.process_count()}; {jax.device_count()} are there: "
             "raise mesh.data, mesh.fsdp or mesh.seq, or start fewer processes"
         )
+    objective = TeacherForcing(cfg, mesh)
     if FLAGS.dry_run:
-        _show(dry_run.report(cfg, mesh))
+        _show(dry_run.report(objective))
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
@@ -89,18 +94,23 @@ def _train() -> None:
     others = networks.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
     if recipe := recipe_lib.get(cfg.quant.recipe):
         _show(f"linear layers by {matmul.backend(recipe)}")
-    with checkpoint.claimed(root, checkpoint.settings(cfg, identity), others):
+    settings = teacher_forcing.settings(cfg, identity)
+    with checkpoint.acquire(root, settings, MODEL, others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
-        done = loop.run(
-            cfg, mesh, root, source, encoders, lambda: _initial(cfg, mesh), evaluator, _show
+        failures = root / "failures.jsonl"
+        inputs = loop.Inputs(
+            batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
+            params=lambda: {MODEL: _initial(cfg, mesh)},
+            evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
         )
+        _, done = loop.run(objective, Plan.of(cfg.train), root, inputs, _show)
     how = "stopped by a signal; the same command goes on" if done.stopped else "done"
     _show(f"step {done.step} of {cfg.train.steps}: {how}: {root}")
 
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:
     """Refuses a --checkpoint that the run would stumble over later."""
-    trained = state.specs(cfg)
+    trained = teacher_forcing.specs(cfg)
     for part in trained:
         if FLAGS.checkpoint and part in networks.parts(FLAGS.checkpoint):
             networks.check(FLAGS.checkpoint, part, cfg)
@@ -129,7 +139,7 @@ def _models(cfg, mesh, root, prompts) -> tuple[evaluate.Evaluator | None, feed.E
     vae = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, subtrees) if subtrees else None
     evaluator = None
     if prompts:
-        embed = _embed_by_average(cfg, mesh, prompts) if trains_text else _embed(cfg, mesh, prompts)
+        embed = _embed_by_ema(cfg, mesh, prompts) if trains_text else _embed(cfg, mesh, prompts)
         evaluator = evaluate.Evaluator(cfg, mesh, root, prompts, vae, embed)
     read = texts = None
     if trains_text:
@@ -145,10 +155,10 @@ def _models(cfg, mesh, root, prompts) -> tuple[evaluate.Evaluator | None, feed.E
 def _embed(cfg, mesh, prompts):
     """Embeddings of the evaluations' prompts, made once."""
     texts = Pipeline(FLAGS.checkpoint, cfg, mesh).embed(prompts.texts)
-    return lambda average: texts
+    return lambda ema: texts
 
 
-def _embed_by_average(cfg, mesh, prompts):
+def _embed_by_ema(cfg, mesh, prompts):
     """The same, by the text encoder that is trained."""
     read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
     whole = jax.jit(
@@ -156,8 +166,8 @@ def _embed_by_average(cfg, mesh, prompts):
         out_shardings=jax.NamedSharding(mesh, jax.P()),
     )
 
-    def embed(average):
-        encoder = PromptEncoder(cfg, whole(average["umt5"]), read)
+    def embed(ema):
+        encoder = PromptEncoder(cfg, whole(ema["umt5"]), read)
         return encoder.all(prompts.texts, cfg.sample.guided)
 
     return embed
@@ -167,7 +177,7 @@ def _initial(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> params_lib.Tree
     """Weights to begin with: the checkpoint's where it has them, else random."""
     has = networks.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
     params = {}
-    for part, spec in state.specs(cfg).items():
+    for part, spec in teacher_forcing.specs(cfg).items():
         if part in has:
             params[part] = networks.load(
                 FLAGS.checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES

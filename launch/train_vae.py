@@ -4,14 +4,15 @@
 
 Reads data.path/video/*/*.mp4; the last train_vae.held_out of those folders are for measuring only.
 DIR gets
-  checkpoint/            the weights' moving average, in compute dtype: --checkpoint of
-                         launch.encode, launch.decode and launch.sample
-  reconstructions.png    held-out frames, each beside what the VAE makes of it
-  metrics.jsonl          a line every train_vae.log_every steps
-  state/, config.json    from which the same command goes on, with the same numbers
+  checkpoint/             the weights' moving average, in compute dtype: --checkpoint of
+                          launch.encode, launch.decode and launch.sample
+  reconstructions.png     held-out frames, each beside what the VAE makes of it
+  metrics.jsonl           a line every train_vae.log_every steps; tensorboard/ has the same
+  checkpoints/, run.json  from which the same command goes on, with the same numbers
 """
 
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -25,7 +26,10 @@ from longlive_jax.checkpoints import store
 from longlive_jax.data.images import contact_sheet
 from longlive_jax.errors import InputError
 from longlive_jax.models import vae
-from longlive_jax.training import autoencoder, autoencoder_run
+from longlive_jax.training import checkpoint, loop
+from longlive_jax.training.objectives import autoencoder
+from longlive_jax.training.objectives.videos import Videos, read_videos
+from longlive_jax.training.plan import Plan
 
 _SHEET_CLIPS = 8
 _SHEET_FRAMES = (0, 0.5, 1)  # of a clip, as shares of its length
@@ -40,21 +44,42 @@ def main() -> None:
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    videos, held_out = autoencoder_run.read_videos(cfg)
+    videos, held_out = read_videos(cfg)
     print(
         f"{len(videos.paths)} files, {len(videos.frames)} frames; held out: "
         f"{len(held_out.paths)} files; {params_lib.count(vae.spec(cfg.vae)):,} parameters",
         flush=True,
     )
-    state = autoencoder_run.fit(cfg, mesh, videos, FLAGS.workdir, _show)
-    params = _save(autoencoder.tree(np.asarray(state.average), cfg.vae), cfg, mesh, videos)
-    _measure(params, cfg, mesh, held_out)
+    ema = _fit(cfg, mesh, videos)
+    if ema is not None:
+        _measure(_save(ema, cfg, mesh, videos), cfg, mesh, held_out)
 
 
-def _save(average, cfg, mesh, videos):
+def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> params_lib.Tree | None:
+    """The moving average of the weights after the last step, on the host; None: was stopped."""
+    root = pathlib.Path(os.path.abspath(FLAGS.workdir))
+    objective = autoencoder.Autoencoder(cfg, mesh, videos)
+    # Clips are drawn on the device, so that a step's batch is empty.
+    inputs = loop.Inputs(
+        batches=lambda steps: (((), None) for _ in steps),
+        frozen=objective.frozen_arrays(),
+    )
+    with checkpoint.acquire(root, autoencoder.settings(cfg, videos), network=None):
+        try:
+            state, done = loop.run(objective, Plan.of(cfg.train_vae), root, inputs, _show)
+        except loop.DivergedError as error:
+            raise InputError(str(error)) from error
+    if done.stopped:
+        _show(f"step {done.step}: stopped by a signal; the same command goes on: {root}")
+        return None
+    ema = state.networks[autoencoder.NETWORK].ema["vector"]
+    return autoencoder.tree(np.asarray(ema), cfg.vae)
+
+
+def _save(ema, cfg, mesh, videos):
     """Writes the checkpoint and gives its weights: what is measured is what is kept."""
-    mean, std = autoencoder_run.statistics(average, cfg, mesh, videos)
-    params = autoencoder.fold(average, cfg.vae, mean, std)
+    mean, std = autoencoder.statistics(ema, cfg, mesh, videos)
+    params = autoencoder.fold(ema, cfg.vae, mean, std)
     params = jax.tree.map(lambda x: x.astype(cfg.compute_dtype), params)
     directory, spec = os.path.join(FLAGS.workdir, "checkpoint"), vae.spec(cfg.vae)
     pieces = store.tree_pieces(params, spec)
@@ -74,7 +99,7 @@ def _measure(params, cfg, mesh, held_out) -> None:
     every = -(-clips // _SHEET_CLIPS)
     shown = sorted({round(share * (length - 1)) for share in _SHEET_FRAMES})
     errors, cells, labels = [], [], []
-    for pictures, made in autoencoder_run.reconstructions(params, cfg, mesh, held_out):
+    for pictures, made in autoencoder.reconstructions(params, cfg, mesh, held_out):
         for before, after in zip(pictures, made):
             difference = before.astype(np.float32) - after.astype(np.float32)
             if len(errors) % every == 0:
@@ -92,14 +117,14 @@ def _measure(params, cfg, mesh, held_out) -> None:
     contact_sheet(sheet, cells, 2 * len(shown), labels)
     print(
         f"held out: {clips} clips of {length} frames, PSNR "
-        f"{autoencoder_run.psnr(np.mean(errors)):.2f} dB, the worst clip "
-        f"{autoencoder_run.psnr(np.max(errors)):.2f} dB; {sheet}",
+        f"{autoencoder.psnr(np.mean(errors)):.2f} dB, the worst clip "
+        f"{autoencoder.psnr(np.max(errors)):.2f} dB; {sheet}",
         flush=True,
     )
 
 
 def _psnr(difference) -> float:
-    return autoencoder_run.psnr(float(np.mean(difference**2)))
+    return autoencoder.psnr(float(np.mean(difference**2)))
 
 
 def _show(line: str) -> None:

@@ -67,7 +67,7 @@ def test_bad_input(checkpoint, pipeline, tmp_path):
         Pipeline.from_checkpoint(checkpoint, Config())
     with pytest.raises(InputError, match="is no checkpoint"):
         Pipeline.from_checkpoint(tmp_path)
-    workdir.write(tmp_path, {}, None)
+    workdir.write(tmp_path, workdir.Run({}, None, "model"))
     with pytest.raises(InputError, match="a training run does not keep all settings"):
         Pipeline.from_checkpoint(tmp_path)
     (tmp_path / "two.txt").write_text("a boat\na cat\n")

@@ -21,8 +21,8 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.models import dit, vae
 from longlive_jax.ops import teacher_forcing as attention
-from longlive_jax.training import feed, teacher_forcing
-from longlive_jax.training import state as state_lib
+from longlive_jax.training import batch as batch_lib
+from longlive_jax.training import feed
 
 
 def run(cfg: config_lib.Config) -> dict:
@@ -116,7 +116,7 @@ def _gradient(cfg, mesh, loss):
 
 def _inputs(cfg, mesh, copies):
     """The same video in either layout."""
-    shape = (cfg.train.batch_size, state_lib.chunks(cfg), *state_lib.chunk_shape(cfg))
+    shape = (cfg.train.batch_size, batch_lib.chunks(cfg), *batch_lib.chunk_shape(cfg))
     where = jax.NamedSharding(mesh, mesh_lib.spec(("batch", "chunk")))
 
     @functools.partial(jax.jit, out_shardings=where)
@@ -153,8 +153,7 @@ def _encode_seconds(cfg, mesh, way):
         {name: vae.spec(cfg.vae)[name] for name in ("encoder", "conv1")}, mesh, cfg.compute_dtype,
         rules={},
     )  # fmt: skip
-    like = teacher_forcing.Step(cfg, mesh).batch_abstract()
-    pictures = feed.picture_abstract(cfg, like)
+    pictures = feed.picture_abstract(cfg, batch_lib.abstract(cfg, mesh))
     made = jax.jit(lambda: jnp.zeros(pictures.shape, jnp.uint8), out_shardings=pictures.sharding)()
     encode = feed.make_encode(cfg, mesh).lower(params, made).compile()
     call = functools.partial(encode, params, made)

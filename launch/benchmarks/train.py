@@ -11,34 +11,36 @@ from absl import flags
 from launch.benchmarks import measure, trace
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.training import cost, teacher_forcing
+from longlive_jax.training import cost
 from longlive_jax.training import state as state_lib
+from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
+from longlive_jax.training.step import Step
 
 
 def run(cfg: config_lib.Config) -> dict:
     config_lib.validate_training(cfg)
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    step = teacher_forcing.Step(cfg, mesh)
+    objective = TeacherForcing(cfg, mesh)
     start = time.perf_counter()
-    compiled = step.step.lower(state_lib.abstract(cfg, mesh), step.batch_abstract()).compile()
+    compiled = Step(objective).lower((MODEL,)).compile()
     figures = {"compile_s": round(time.perf_counter() - start, 1)} | memory(compiled)
     measure.show(figures)
 
-    params = measure.random_params(step.specs, mesh, jnp.float32, rules=mesh_lib.RULES)
-    state = state_lib.init(cfg, mesh, params)
-    batches = jax.tree.map(_random, step.batch_abstract())
-    state, report = compiled(state, batches)
-    first = float(report.told.loss)
+    params = measure.random_params(objective.specs, mesh, jnp.float32, rules=mesh_lib.RULES)
+    state = state_lib.init(objective, {MODEL: params})
+    batches = jax.tree.map(_random, objective.batch)
+    state, metrics = compiled(state, (), batches)
+    first = float(metrics.networks[MODEL].loss)
     times = []
     for _ in range(flags.FLAGS.chunks):
         start = time.perf_counter()
-        state, report = compiled(state, batches)
-        jax.block_until_ready(report)
+        state, metrics = compiled(state, (), batches)
+        jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     if flags.FLAGS.profile:
         with jax.profiler.trace(flags.FLAGS.profile):
-            state, report = compiled(state, batches)
-            jax.block_until_ready((state, report))
+            state, metrics = compiled(state, (), batches)
+            jax.block_until_ready((state, metrics))
         figures |= trace.shares(flags.FLAGS.profile)
     p50 = measure.percentile(times, 50)
     device = measure.device_figures()
@@ -60,8 +62,8 @@ def run(cfg: config_lib.Config) -> dict:
         "mesh": list(mesh.shape.values()),
         "dtype": cfg.dtype,
         "loss_first": first,
-        "loss_last": float(report.told.loss),
-        "bad_steps": int(report.bad[0]),
+        "loss_last": float(metrics.networks[MODEL].loss),
+        "bad_steps": int(metrics.bad[0]),
     }
     measure.show(figures)
     return figures

@@ -80,7 +80,7 @@ def parts(checkpoint: str) -> tuple[str, ...]:
     """The parts that a checkpoint, or a training run with the checkpoint it was given, has."""
     if not workdir.is_run(checkpoint):
         return store.parts(checkpoint)
-    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint)["checkpoint"] else ()
+    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint).checkpoint else ()
     return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
 
 

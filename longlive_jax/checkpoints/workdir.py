@@ -1,13 +1,15 @@
 """The folder of a training run, for those who read weights from it.
 
-WORKDIR/run.json          what the run is, and the checkpoint that it takes its other parts from
+WORKDIR/run.json          settings, and the checkpoint that the run takes its other parts from
 WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after step 50
 """
 
+import functools
+import operator
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -16,10 +18,22 @@ from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 
-FORMAT, VERSION = "longlive_jax training run", 1
+FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
-# Of a training state's weights: the moving average, and those after the last step.
-WEIGHTS = {"average": "average", "latest": "params"}
+# Of a network's weights: the moving average, and those after the last step.
+WEIGHTS = {"average": "ema", "latest": "params"}
+# In version 1 the state had the arrays of its only network beside the others, by other names.
+FLAT_NETWORK = "model"
+
+
+class Run(NamedTuple):
+    """What run.json says: the settings by the names of the flags, the checkpoint that the run takes
+    its other parts from, and the network that a sampler takes from its states; or None.
+    """
+
+    settings: Mapping[str, Any]
+    checkpoint: str | None
+    network: str | None
 
 
 def is_run(directory: str | os.PathLike) -> bool:
@@ -27,26 +41,24 @@ def is_run(directory: str | os.PathLike) -> bool:
     return (pathlib.Path(directory) / RUN).is_file()
 
 
-def read(directory: str | os.PathLike) -> dict[str, Any]:
-    """Of a run: "settings", by the names of the flags, and "checkpoint", a path or None.
+def read(directory: str | os.PathLike) -> Run:
+    """The content of run.json.
 
     Raises:
-      InputError: run.json is damaged, or of another version.
+      InputError: it is damaged, or of another version.
     """
     file = pathlib.Path(directory) / RUN
-    run = versioned.read(file, FORMAT, VERSION, "give another --workdir")
+    run = versioned.read(file, FORMAT, VERSION, "give another --workdir", older=(1,))
+    network = FLAT_NETWORK if run["version"] == 1 else run.get("network")
     try:
-        return {"settings": dict(run["settings"]), "checkpoint": run["checkpoint"]}
+        return Run(dict(run["settings"]), run["checkpoint"], network)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is damaged ({error}); give another --workdir") from error
 
 
-def write(
-    directory: str | os.PathLike, settings: Mapping[str, Any], checkpoint: str | None
-) -> None:
+def write(directory: str | os.PathLike, run: Run) -> None:
     """Writes run.json in one step."""
-    run = {"settings": settings, "checkpoint": checkpoint}
-    versioned.write(pathlib.Path(directory) / RUN, FORMAT, VERSION, run)
+    versioned.write(pathlib.Path(directory) / RUN, FORMAT, VERSION, run._asdict())
 
 
 def parts(directory: str | os.PathLike) -> str:
@@ -55,7 +67,7 @@ def parts(directory: str | os.PathLike) -> str:
     Raises:
       InputError: the run was given none.
     """
-    checkpoint = read(directory)["checkpoint"]
+    checkpoint = read(directory).checkpoint
     if checkpoint is None:
         raise InputError(
             f"{directory}: its run was given no --checkpoint, so nobody knows its VAE and text "
@@ -65,11 +77,11 @@ def parts(directory: str | os.PathLike) -> str:
 
 
 class State:
-    """The newest whole state of a run, on disk.
+    """The network that is sampled from, in the newest whole state of a run on disk.
 
     Attributes:
       step: its number.
-      trained: the parts whose weights it holds.
+      trained: the network's parts.
 
     Raises:
       InputError: there is none, or it is damaged.
@@ -77,6 +89,12 @@ class State:
 
     def __init__(self, directory: str | os.PathLike):
         self._root = pathlib.Path(os.path.abspath(directory))
+        self._network = read(directory).network
+        if self._network is None:
+            raise InputError(
+                f"{self._root}: its run trains nothing that is sampled from; give the checkpoint "
+                "that it wrote"
+            )
         steps = [int(p.name) for p in (self._root / STATES).glob("*") if p.name.isdecimal()]
         if not steps:
             raise InputError(
@@ -86,14 +104,19 @@ class State:
         self.step = max(steps)
         self._path = self._root / STATES / str(self.step)
         try:
-            self._shapes = {
-                tuple(path): tuple(leaf.shape)
-                for path, leaf in params_lib.flatten(
-                    ocp.metadata(self._path).metadata["average"]
-                ).items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            state = ocp.metadata(self._path).metadata
+            # Of each tree of weights, where it lies in the state; a network may have no average.
+            self._keys = {"ema": ("average",), "params": ("params",)}
+            if not is_flat(self._path):
+                state = state["networks"][self._network]
+                self._keys = {tree: ("networks", self._network, tree) for tree in self._keys}
+            self._keys = {k: v for k, v in self._keys.items() if state.get(v[-1])}
+            leaves = params_lib.flatten(next(state[v[-1]] for v in self._keys.values()))
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OSError, StopIteration
+        ) as error:  # fmt: skip
             raise damaged(self._path, error) from error
+        self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
 
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
@@ -105,7 +128,7 @@ class State:
             if wanted.get(p) != self._shapes.get(p)
         ]
         # What no shape tells.
-        heads = read(self._root)["settings"].get("model.num_heads")
+        heads = read(self._root).settings.get("model.num_heads")
         if part == "dit" and heads != section.num_heads:
             wrong += [f"model.num_heads is {section.num_heads} by the config, {heads} in the run"]
         if wrong:
@@ -127,17 +150,27 @@ class State:
         """`spec`'s tree of arrays, placed as `rules` say; `weights`: one of WEIGHTS.
 
         Raises:
-          InputError: they are damaged.
+          InputError: they are damaged, or there are none of this kind.
         """
-        tree = WEIGHTS[weights]
-        abstract = params_lib.abstract(spec, mesh, dtype, dict(rules))
+        if WEIGHTS[weights] not in self._keys:
+            raise InputError(
+                f"{self._root}: {self._network} has no moving average; give --weights=latest"
+            )
+        keys = (*self._keys[WEIGHTS[weights]], part)
+        tree = params_lib.abstract(spec, mesh, dtype, dict(rules))
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
             with context:
-                return ocp.load(self._path, {tree: {part: abstract}})[tree][part]
+                wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), tree)
+                return functools.reduce(operator.getitem, keys, ocp.load(self._path, wanted))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(self._path, error) from error
+
+
+def is_flat(path: pathlib.Path) -> bool:
+    """Whether a state was written before a run could have several networks."""
+    return "networks" not in ocp.metadata(path).metadata
 
 
 def damaged(path: pathlib.Path, error: Exception) -> InputError:

@@ -4,17 +4,20 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 
 
-def read(file: pathlib.Path, form: str, version: int, way_out: str) -> dict[str, Any]:
+def read(
+    file: pathlib.Path, form: str, version: int, way_out: str, *, older: Sequence[int] = ()
+) -> dict[str, Any]:
     """The content of a file with these "format" and "version".
 
     Args:
+      older: versions that are read too.
       way_out: what to do about a file that is damaged, or of another version; ends the message.
 
     Raises:
@@ -25,7 +28,7 @@ def read(file: pathlib.Path, form: str, version: int, way_out: str) -> dict[str,
         found = content["format"], content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is damaged ({error}); {way_out}") from error
-    if found != (form, version):
+    if found[0] != form or found[1] not in (version, *older):
         raise InputError(
             f"{file}: has format {found[0]!r} version {found[1]}, this program reads {form!r} "
             f"version {version}; {way_out}"

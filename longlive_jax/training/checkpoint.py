@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and its states, written in the background while it trains.
+"""The folder of a run: its lock, and its states, written in the background while it trains.
 
 A state is the whole TrainState. It gets its name when it is whole, so what a killed process left
 never hides an older one; and it is read onto any mesh, by any number of processes.
@@ -18,51 +18,24 @@ from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
-from longlive_jax.training.state import TrainState
+from longlive_jax.training.plan import Plan
+from longlive_jax.training.state import NetworkState, TrainState
 
-_DATA = ("cached", "max_chunks_per_shot", "single_shot", "allow_padding", "min_chunks")
-_TRAIN = ("seed", "batch_size", "accumulation", "latent_frames", "teacher_forcing",
-          "context_levels", "text_encoder")  # fmt: skip
-_VIDEO = ("height", "width", "shift", "image_to_video")
-_RINGS = ("buckets", "slots", "positions")
 _FULL = ("No space left", "ENOSPC", "Disk quota", "EDQUOT", "File too large", "EFBIG")
 
 
-def settings(cfg: config_lib.Config, data: str) -> dict[str, Any]:
-    """What a run cannot be continued with another value of, by the names of the flags.
-
-    The mesh is not among them, nor what only later steps depend on, as the learning rate.
-
-    Args:
-      data: what tells this training data from other.
-    """
-    t = cfg.train
-    names = {"data": _DATA, "train": _TRAIN, "video": _VIDEO, "model": vars(cfg.model)}
-    if t.text_encoder:
-        names["umt5"] = vars(cfg.umt5)
-    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
-    values |= {
-        "dtype": cfg.dtype,
-        "the training data": data,
-        # These decide which arrays the optimiser has.
-        "train.beta1 == 0": t.beta1 == 0,
-        "train.weight_decay == 0": t.weight_decay == 0,
-        "train.error_recycling.enabled": t.error_recycling.enabled,
-    }
-    if t.error_recycling.enabled:
-        rings = {k: getattr(t.error_recycling, k) for k in _RINGS}
-        values |= {f"train.error_recycling.{k}": v for k, v in rings.items()}
-    return values
-
-
 @contextlib.contextmanager
-def claimed(
-    root: pathlib.Path, wanted: Mapping[str, Any], checkpoint: str | None
+def acquire(
+    root: pathlib.Path,
+    settings: Mapping[str, Any],
+    network: str | None,
+    checkpoint: str | None = None,
 ) -> Iterator[None]:
-    """Makes a run's folder, or refuses one that is another run's; holds its lock meanwhile.
+    """Makes a run's folder, or refuses one that is another run's; keeps its lock meanwhile.
 
     Args:
-      wanted: of `settings`.
+      settings: what the run cannot be continued with another value of, by the names of the flags.
+      network: the one that a sampler takes from this run; None: it trains none.
       checkpoint: where the run takes its other parts from; None: from where it did.
 
     Raises:
@@ -71,33 +44,34 @@ def claimed(
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        strangers = [] if workdir.is_run(root) else [
+        others = [] if workdir.is_run(root) else [
             p.name for p in root.iterdir() if not p.name.startswith(".")
         ]  # fmt: skip
     except OSError as error:
         raise InputError(f"--workdir={root}: {error.strerror}; give a folder to write") from error
-    if strangers and jax.process_index() == 0:
+    if others and jax.process_index() == 0:
         raise InputError(
-            f"--workdir={root}: holds {strangers[0]!r} and no training run; give a new folder"
+            f"--workdir={root}: holds {others[0]!r} and no training run; give a new folder"
         )
-    had = workdir.read(root) if workdir.is_run(root) else {"settings": wanted, "checkpoint": None}
-    _compare(root, had["settings"], json.loads(json.dumps(wanted)))
+    settings = json.loads(json.dumps(settings))  # tuples as lists, as they are read
+    old = workdir.read(root) if workdir.is_run(root) else workdir.Run(settings, None, None)
+    _compare(root, old.settings, settings)
     if jax.process_index() != 0:
         yield
         return
     with folders.locked(root, f"--workdir={root}: another process trains in it"):
-        where = os.path.abspath(checkpoint) if checkpoint else had["checkpoint"]
-        workdir.write(root, wanted, where)
+        where = os.path.abspath(checkpoint) if checkpoint else old.checkpoint
+        workdir.write(root, workdir.Run(settings, where, network))
         yield
 
 
-def _compare(root, had, has):
-    had = {config_lib.renamed(name): value for name, value in had.items()}
-    for name in sorted({*had, *has}):
-        if had.get(name) != has.get(name):
+def _compare(root, old, new):
+    old = {config_lib.renamed(name): value for name, value in old.items()}
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
             raise InputError(
-                f"--workdir={root}: holds a run with {name}={had.get(name)!r}, this one has "
-                f"{has.get(name)!r}; give the same again, or a new --workdir"
+                f"--workdir={root}: holds a run with {name}={old.get(name)!r}, this one has "
+                f"{new.get(name)!r}; give the same again, or a new --workdir"
             )
 
 
@@ -107,12 +81,12 @@ class Checkpoints:
     The last `keep_last` are kept, and those of every step that `keep_every` divides.
     """
 
-    def __init__(self, root: pathlib.Path, cfg: config_lib.Train):
+    def __init__(self, root: pathlib.Path, plan: Plan):
         self._path = root / workdir.STATES
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(cfg.keep_last)]
-        if cfg.keep_every:
-            keep.append(policies.EveryNSteps(cfg.keep_every))
+        keep = [policies.LatestN(plan.keep_last)]
+        if plan.keep_every:
+            keep.append(policies.EveryNSteps(plan.keep_every))
         try:
             self._saved = ocp.training.Checkpointer(
                 self._path,
@@ -135,10 +109,13 @@ class Checkpoints:
         Raises:
           InputError: it is damaged.
         """
+        path = self._path / str(self.latest)
         try:
+            if workdir.is_flat(path):
+                return _of_flat(self._saved.load(self.latest, _flat(abstract)))
             return self._saved.load(self.latest, abstract)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise workdir.damaged(self._path / str(self.latest), error) from error
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise workdir.damaged(path, error) from error
 
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state to the host, and writes it in the background.
@@ -197,6 +174,27 @@ class Checkpoints:
                 f"{self._path}: no space for the state of step {step} ({_first_line(reason)}); "
                 f"{left} the same command goes on from there; free some space first"
             ) from error
+
+
+# States of one network, as they were written before a run could have several.
+
+
+def _flat(abstract: TrainState) -> dict[str, Any]:
+    ((name, network),) = abstract.networks.items()
+    assert name == workdir.FLAT_NETWORK, name
+    return {
+        "step": abstract.step,
+        "params": network.params,
+        "optimizer": network.opt_state,
+        "average": network.ema,
+        "errors": abstract.carried,
+        "bad": abstract.bad,
+    }
+
+
+def _of_flat(flat: dict[str, Any]) -> TrainState:
+    network = NetworkState(flat["params"], flat["optimizer"], flat["average"])
+    return TrainState(flat["step"], {workdir.FLAT_NETWORK: network}, flat["errors"], flat["bad"])
 
 
 def _first_line(text: str) -> str:

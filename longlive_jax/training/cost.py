@@ -2,7 +2,7 @@
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import PATCH, REMAT
-from longlive_jax.training import state as state_lib
+from longlive_jax.training import batch as batch_lib
 
 # Dense bfloat16 peak of a device, TFLOP/s, by the vendors' data sheets.
 PEAK_TFLOPS = {
@@ -19,7 +19,7 @@ PEAK_TFLOPS = {
 
 def video_tokens(cfg: config_lib.Config) -> int:
     """Of one training sample, each of its two copies."""
-    _, height, width, _ = state_lib.chunk_shape(cfg)
+    _, height, width, _ = batch_lib.chunk_shape(cfg)
     return cfg.train.latent_frames * (height // PATCH) * (width // PATCH)
 
 
@@ -30,7 +30,7 @@ def forward_flops(cfg: config_lib.Config) -> int:
     them with a clean and a noisy copy of N chunks, (N^2 + N) / 2 with one) and of cross-attention;
     a multiply and an add count as two.
     """
-    m, tokens, n = cfg.model, video_tokens(cfg), state_lib.chunks(cfg)
+    m, tokens, n = cfg.model, video_tokens(cfg), batch_lib.chunks(cfg)
     copies = 2 if cfg.train.teacher_forcing else 1
     d = m.dim
     linears = 2 * copies * tokens * (6 * d * d + 2 * d * m.ffn_dim)
@@ -47,7 +47,7 @@ def step_flops(cfg: config_lib.Config) -> int:
 
 def recomputed_flops(cfg: config_lib.Config) -> int:
     """Of matrix products and attention that a step's backward does again, by train.remat."""
-    m, tokens, n = cfg.model, video_tokens(cfg), state_lib.chunks(cfg)
+    m, tokens, n = cfg.model, video_tokens(cfg), batch_lib.chunks(cfg)
     kept = REMAT.index(cfg.train.remat)
     copies = 2 if cfg.train.teacher_forcing else 1
     d = m.dim

@@ -4,41 +4,50 @@ import math
 
 import jax
 
-from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.training import state as state_lib
-from longlive_jax.training.teacher_forcing import Step
+from longlive_jax.training.objective import Objective
+from longlive_jax.training.step import Step
 
 
-def report(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> str:
-    """Compiles the step; memory of each device, and how the parameters lie, as a text."""
-    step = Step(cfg, mesh)
-    abstract = state_lib.abstract(cfg, mesh)
-    compiled = step.step.lower(abstract, step.batch_abstract()).compile()
-    memory = compiled.memory_analysis()
+def report(objective: Objective) -> str:
+    """Compiles the steps; memory of each device, and how the parameters lie, as a text."""
+    step, abstract, mesh = Step(objective), state_lib.abstract(objective), objective.mesh
+    count = sum(params_lib.count(network.specs) for network in objective.networks.values())
     lines = [
-        f"{params_lib.count(state_lib.specs(cfg)):,} parameters on {mesh.size} devices: "
+        f"{count:,} parameters on {mesh.size} devices: "
         + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
         "",
         "each device holds, GiB",
-        *(f"  {name:<22}{_gib(_bytes(tree)):>10}" for name, tree in _held(abstract)),
-        "the compiled step, GiB a device",
-        f"  {'arguments':<22}{_gib(memory.argument_size_in_bytes):>10}",
-        f"  {'temporaries':<22}{_gib(memory.temp_size_in_bytes):>10}",
-        f"  {'output':<22}{_gib(memory.output_size_in_bytes):>10}",
-        f"  {'of it in arguments':<22}{_gib(memory.alias_size_in_bytes):>10}",
-        "",
-        f"{'parameters':<42}{'shape':<22}{'spread over':<28}{'GiB a device':>12}",
+        *(f"  {name:<22}{_gib(_bytes(tree)):>10}" for name, tree in _trees(objective, abstract)),
     ]
-    return "\n".join([*lines, *_table(abstract.params)])
+    for due in step.programs:
+        memory = step.lower(due).compile().memory_analysis()
+        of = "" if len(step.programs) == 1 else f" of {', '.join(due) or 'no network'}"
+        lines += [
+            f"the compiled step{of}, GiB a device",
+            f"  {'arguments':<22}{_gib(memory.argument_size_in_bytes):>10}",
+            f"  {'temporaries':<22}{_gib(memory.temp_size_in_bytes):>10}",
+            f"  {'output':<22}{_gib(memory.output_size_in_bytes):>10}",
+            f"  {'of it in arguments':<22}{_gib(memory.alias_size_in_bytes):>10}",
+        ]
+    lines += ["", f"{'parameters':<42}{'shape':<22}{'spread over':<28}{'GiB a device':>12}"]
+    for network in abstract.networks.values():
+        lines += _table(network.params)
+    return "\n".join(lines)
 
 
-def _held(state: state_lib.TrainState):
-    yield "parameters", state.params
-    yield "optimiser", state.optimizer
-    yield "moving average", state.average
-    if state.errors is not None:
-        yield "recycled errors", state.errors
+def _trees(objective, state):
+    for name, network in state.networks.items():
+        prefix = "" if len(state.networks) == 1 else f"{name} "
+        yield f"{prefix}parameters", network.params
+        yield f"{prefix}optimiser", network.opt_state
+        if network.ema is not None:
+            yield f"{prefix}moving average", network.ema
+    if state.carried is not None:
+        yield "carried state", state.carried
+    if objective.frozen:
+        yield "frozen arrays", objective.frozen
 
 
 def _table(params: params_lib.Tree):

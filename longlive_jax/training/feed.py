@@ -27,7 +27,8 @@ from longlive_jax.errors import InputError
 from longlive_jax.models import vae
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.prompts.encoder import PromptEncoder
-from longlive_jax.training.state import Batch
+from longlive_jax.training import batch as batch_lib
+from longlive_jax.training.batch import Batch
 
 HALO = 28  # latents before its own that an encoder sees: all that the first of its own depends on
 _NAME_BYTES = 128  # of a sample's name, on its way to the first process
@@ -60,8 +61,10 @@ class Encoders(NamedTuple):
     tokenizer: Tokenizer | None = None
 
 
-class Feed:
-    """Yields (Batch, names) of each step from `start` to `stop`, as `Step.batch_abstract` says.
+class Prefetcher:
+    """Yields (Batch, names) of each of `steps`, as `batch.abstract` says; reads one step ahead.
+
+    failures: the file that lists what could not be read.
 
     names: uint8 [accumulation, batch, byte], the samples' names in UTF-8, whole on every device;
       `decode_names` reads them.
@@ -73,16 +76,16 @@ class Feed:
     def __init__(
         self,
         cfg: config_lib.Config,
-        like: Batch,
+        mesh: jax.sharding.Mesh,
         source: Source,
         encoders: Encoders,
-        health: Health,
-        start: int,
-        stop: int,
+        failures: pathlib.Path,
+        steps: range,
     ):
-        self._cfg, self._like, self._encoders, self._health = cfg, like, encoders, health
-        self._left = stop - start
-        mesh = like.latents.sharding.mesh
+        self._cfg, self._encoders = cfg, encoders
+        self._health = Health(cfg.data.max_bad_share, failures)
+        self._left = len(steps)
+        self._like = like = batch_lib.abstract(cfg, mesh)
         self._names = jax.ShapeDtypeStruct(
             (*like.latents.shape[:2], _NAME_BYTES), jnp.uint8,
             sharding=jax.NamedSharding(mesh, jax.P(None, *mesh_lib.spec(("batch", None)))),
@@ -92,8 +95,10 @@ class Feed:
         self._encode = make_encode(cfg, mesh) if encoders.vae is not None else None
         self._rows = _local_rows(like.latents)
         total = cfg.train.batch_size * cfg.train.accumulation
-        self._samples = batches(source, self._rows, total, start, cfg.train.seed, cfg.data.workers)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
+        self._samples = batches(
+            source, self._rows, total, steps.start, cfg.train.seed, cfg.data.workers
+        )
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "prefetcher")
         self._next = self._pool.submit(self._load) if self._left else None
 
     def __iter__(self) -> Iterator[tuple[Batch, jax.Array]]:
@@ -125,16 +130,16 @@ class Feed:
             if self._pictures is None
             else place(self._pictures, functools.partial(_window, self._cfg, self._pictures))
         )
-        chunks = like.real.shape[2]
+        chunks = like.valid.shape[2]
         batch = Batch(
             latents=latents,
-            real=place(like.real, lambda sample: np.arange(chunks) < sample.chunks),
+            valid=place(like.valid, lambda sample: np.arange(chunks) < sample.chunks),
             **self._text(samples, place),
         )
         return batch, place(self._names, _name)
 
     def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, jax.Array]:
-        """The batch's context, or its ids and mask."""
+        """Embeddings of the batch's prompts, or their tokens: ids and mask."""
         like, cfg = self._like, self._cfg
         prompts = {id(s): s.prompts for s in samples.values()}
         if cfg.train.text_encoder:
@@ -145,13 +150,13 @@ class Feed:
                 "mask": place(like.mask, lambda sample: pairs[id(sample)][1]),
             }
         if cfg.data.cached:
-            return {"context": place(like.context, lambda sample: sample.text)}
+            return {"text": place(like.text, lambda sample: sample.text)}
         rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
-        return {"context": place(like.context, lambda sample: rows[id(sample)])}
+        return {"text": place(like.text, lambda sample: rows[id(sample)])}
 
 
 def decode_names(names: np.ndarray) -> list[str]:
-    """The names of a step's samples in their order: what `Feed` yields, on the host."""
+    """The names of a step's samples in their order: what `Prefetcher` yields, on the host."""
     rows = names.reshape(-1, names.shape[-1])
     return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
 
@@ -162,12 +167,12 @@ def _name(sample: Sample) -> np.ndarray:
 
 
 def _local_rows(like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The rows of a step's samples that this process's devices hold."""
+    """The rows of a step's samples that lie on this process's devices."""
     accumulation, batch = like.shape[:2]
-    held = set()
+    own = set()
     for _, rows, *_ in like.sharding.addressable_devices_indices_map(like.shape).values():
-        held.update(range(*rows.indices(batch)))
-    return tuple(sorted(a * batch + row for a in range(accumulation) for row in held))
+        own.update(range(*rows.indices(batch)))
+    return tuple(sorted(a * batch + row for a in range(accumulation) for row in own))
 
 
 def _global(

@@ -5,25 +5,52 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.data.source import Health, Source
-from longlive_jax.training import checkpoint, feed, metrics, state
-from longlive_jax.training.evaluate import Evaluator
-from longlive_jax.training.teacher_forcing import Step
+from longlive_jax.training import checkpoint, metrics, state
+from longlive_jax.training.objective import Objective
+from longlive_jax.training.plan import Plan
+from longlive_jax.training.state import NetworkState, TrainState
+from longlive_jax.training.step import Step
 
-FAILURES = "failures.jsonl"
 _PATIENCE_SECONDS = 3600  # with others who compile
 
 
 class DivergedError(Exception):
-    """train.max_bad_steps steps in a row had a loss or a gradient that is not finite."""
+    """More steps in a row than the plan allows had a loss or a gradient that is not finite."""
+
+
+class Batches(Protocol):
+    """Iterates over (batches, names) of steps: a step's batches as the objective says, and its
+    samples' names as `feed.decode_names` reads them, or None.
+    """
+
+    def __next__(self) -> tuple[Any, jax.Array | None]: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run needs beside its objective and plan, made when it is needed.
+
+    batches: of these steps, numbered from 0, one after the other.
+    params: initial weights of a new run, by network, float32, sharded by `mesh.RULES`; None: the
+      objective's own.
+    frozen: arrays, as Objective.frozen says.
+    evaluate: called after some steps with their number and the state of the networks; gives what
+      to show. None: nothing is evaluated.
+    """
+
+    batches: Callable[[range], Batches]
+    params: Callable[[], Mapping[str, params_lib.Tree]] | None = None
+    frozen: Any = ()
+    evaluate: Callable[[int, Mapping[str, NetworkState]], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,87 +62,87 @@ class Done:
 
 
 def run(
-    cfg: config_lib.Config,
-    mesh: jax.sharding.Mesh,
+    objective: Objective,
+    plan: Plan,
     root: pathlib.Path,
-    source: Source,
-    encoders: feed.Encoders,
-    initial: Callable[[], params_lib.Tree],
-    evaluator: Evaluator | None,
+    inputs: Inputs,
     show: Callable[[str], None],
-) -> Done:
-    """Trains to the last step, on from the newest state in `root`; `checkpoint.claimed` holds it.
+) -> tuple[TrainState, Done]:
+    """Trains to the last step, on from the newest state in `root`, locked by `checkpoint.acquire`.
 
     A run is a function of its config and its data: on the same mesh, one that was stopped anywhere
     and started again gives the same bits. SIGTERM, to any of the processes, makes all of them save
     after the same step and return.
-
-    Args:
-      initial: makes the weights of a new run, float32, sharded by `mesh.RULES`.
 
     Raises:
       InputError: bad data, a damaged state, a full disk.
       DivergedError: the steps' samples are in the message.
     """
     stop = _Stop()
-    step = Step(cfg, mesh)
-    like = step.batch_abstract()
-    compiled = _compile(step, state.abstract(cfg, mesh), like, show)
-    saved = checkpoint.Checkpoints(root, cfg.train)
+    step = Step(objective)
+    compiled = {due: _compile(step, due, show) for due in step.programs}
+    saved = checkpoint.Checkpoints(root, plan)
     if saved.latest is not None:
-        now = saved.restore(state.abstract(cfg, mesh))
+        now = saved.restore(state.abstract(objective))
         show(f"on from step {saved.latest} of {root}")
     else:
-        now = state.init(cfg, mesh, initial())
+        now = state.init(objective, inputs.params and inputs.params())
     done = saved.latest or 0
 
-    health = Health(cfg.data.max_bad_share, root / FAILURES)
     with (
-        contextlib.closing(
-            feed.Feed(cfg, like, source, encoders, health, done, cfg.train.steps)
-        ) as batches,
-        contextlib.closing(metrics.Metrics(root, cfg, mesh, done, show)) as told,
+        contextlib.closing(inputs.batches(range(done, plan.steps))) as batches,
+        contextlib.closing(metrics.Metrics(root, objective, plan, done, show)) as log,
     ):
         stopped = False
-        while done < cfg.train.steps and not stopped:
+        while done < plan.steps and not stopped:
             asked = time.perf_counter()
             batch, names = next(batches)
             began = time.perf_counter()
-            now, report = compiled(now, batch)
+            now, report = compiled[step.due(done)](now, inputs.frozen, batch)
             done += 1
-            _refuse_divergence(cfg, told.add(done, report, names, began, began - asked))
+            _refuse_divergence(plan, log.add(done, report, names, began, began - asked))
 
-            last, stopped = done == cfg.train.steps, stop.reached(done)
+            last, stopped = done == plan.steps, stop.reached(done)
             saved.check()
-            if done % cfg.train.save_every == 0 or last or stopped:
+            if done % plan.save_every == 0 or last or stopped:
                 # First its line, then the state: a run that goes on from it has the line.
-                _refuse_divergence(cfg, told.flush())
+                _refuse_divergence(plan, log.flush())
                 saved.save(done, now)
-            if evaluator is not None and not stopped and (done % cfg.train.eval_every == 0 or last):
-                _refuse_divergence(cfg, told.flush())
-                show(f"evaluation: {evaluator(done, now.average)}")
+            evaluates = inputs.evaluate is not None and not stopped
+            if evaluates and (done % plan.eval_every == 0 or last):
+                _refuse_divergence(plan, log.flush())
+                show(f"evaluation: {inputs.evaluate(done, now.networks)}")
         saved.close()
-    return Done(done, stopped)
+    stop.release()
+    return now, Done(done, stopped)
 
 
-def _compile(step, now, batch, show):
-    """The compiled step, when every process has it."""
+def _compile(step, due, show):
+    """The compiled program of these networks' steps, when every process has it."""
     start = time.perf_counter()
-    compiled = step.step.lower(now, batch).compile()
-    show(f"compiled in {time.perf_counter() - start:.1f} s")
+    compiled = step.lower(due).compile()
+    what = "" if len(step.programs) == 1 else f"{', '.join(due) or 'no network'}: "
+    show(f"{what}compiled in {time.perf_counter() - start:.1f} s")
     if jax.process_count() > 1:
         # One may have found it in a cache. Those who wait inside a collective have less patience.
-        multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=_PATIENCE_SECONDS * 1000)
+        key = f"compiled {'/'.join(due)}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_SECONDS * 1000)
     return compiled
 
 
-def _refuse_divergence(cfg, line):
-    if line is not None and line["bad_in_row"] >= cfg.train.max_bad_steps:
+def _refuse_divergence(plan, line):
+    if line is not None and line["bad_in_row"] >= plan.max_bad_steps:
+        found = ", ".join(
+            f"{name.replace('grad_norm', 'gradient norm').replace('_', ' ')} {value}"
+            for name, value in line.items()
+            if name.endswith(("loss", "grad_norm"))
+        )
+        samples = f"Its samples: {', '.join(line['samples'])}. " if "samples" in line else ""
         raise DivergedError(
-            f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']} (null: "
-            f"not finite), {line['bad_in_row']} steps in a row as train.max_bad_steps allows no "
-            f"more. Its samples: {', '.join(line['samples'])}. Look at them, or lower "
-            "train.learning_rate; the same command goes on from the last saved step"
+            f"step {line['step']}: {found} (null: not finite), {line['bad_in_row']} "
+            f"steps in a row as {plan.section}.max_bad_steps allows no more. {samples}Look at "
+            f"them, or lower {plan.section}.learning_rate; the same command goes on from the last "
+            "saved step"
         )
 
 
@@ -127,7 +154,12 @@ class _Stop:
         self._alone = not jax.distributed.is_initialized()
         self._asked = False
         if self._alone:
-            signal.signal(signal.SIGTERM, self._ask)
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def release(self) -> None:
+        """Leaves the signal to who had it before."""
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, number, frame):
         del number, frame

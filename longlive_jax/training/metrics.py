@@ -1,4 +1,4 @@
-"""What a run tells of its steps: a line of JSON each, TensorBoard, and a line on the screen.
+"""The log of a run: of each step a line of JSON, scalars for TensorBoard, a line on the screen.
 
 A step is reported when the next one has been given to the devices, so that they never wait for it.
 """
@@ -15,19 +15,22 @@ import jax
 import numpy as np
 import tensorboardX
 
-from longlive_jax import config as config_lib
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import cost
 from longlive_jax.training.feed import decode_names
-from longlive_jax.training.teacher_forcing import Report
+from longlive_jax.training.objective import Objective
+from longlive_jax.training.plan import Plan
+from longlive_jax.training.step import StepMetrics
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
-class _Step(NamedTuple):
+class _Pending(NamedTuple):
+    """A step that was given to the devices, whose line is not written yet."""
+
     number: int
-    report: Report
-    names: jax.Array
+    metrics: StepMetrics
+    names: jax.Array | None
     began: float  # when it was given to the devices
     waited: float  # for its data before that, seconds
 
@@ -43,14 +46,14 @@ class Metrics:
     def __init__(
         self,
         root: pathlib.Path,
-        cfg: config_lib.Config,
-        mesh: jax.sharding.Mesh,
+        objective: Objective,
+        plan: Plan,
         start: int,
         show: Callable[[str], None],
     ):
-        self._cfg, self._devices, self._show = cfg, mesh.size, show
-        self._peak = cost.PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
-        self._held: _Step | None = None
+        self._objective, self._plan, self._show = objective, plan, show
+        self._peak = cost.PEAK_TFLOPS.get(objective.mesh.devices.flat[0].device_kind)
+        self._pending: _Pending | None = None
         self._start = self._ended = time.perf_counter()
         self._worked = 0.0
         self._file = self._board = None
@@ -62,7 +65,12 @@ class Metrics:
             )
 
     def add(
-        self, number: int, report: Report, names: jax.Array, began: float, waited: float
+        self,
+        number: int,
+        metrics: StepMetrics,
+        names: jax.Array | None,
+        began: float,
+        waited: float,
     ) -> dict[str, Any] | None:
         """Takes a step that was just given to the devices; reports the one before it.
 
@@ -70,29 +78,31 @@ class Metrics:
           The line of the step before, or None: what `flush` returns.
         """
         # On its way before the next step is given: what is asked for later may come behind that.
-        for array in jax.tree.leaves((report, names)):
+        for array in jax.tree.leaves((metrics, names)):
             array.copy_to_host_async()
         line = self.flush()
-        self._held = _Step(number, report, names, began, waited)
+        self._pending = _Pending(number, metrics, names, began, waited)
         return line
 
     def flush(self) -> dict[str, Any] | None:
         """Waits for the step that was added last, if that was not done yet, and reports it."""
-        if self._held is None:
+        if self._pending is None:
             return None
-        step, self._held = self._held, None
-        report, names = jax.device_get((step.report, step.names))
+        step, self._pending = self._pending, None
+        metrics, names = jax.device_get((step.metrics, step.names))
         now = time.perf_counter()
         seconds = now - max(self._ended, step.began)
         self._ended = now
-        line = self._line(step, report, decode_names(names), seconds)
-        if self._file is not None:
+        self._worked += seconds
+        line = self._line(step, metrics, names, seconds)
+        last = step.number == self._plan.steps
+        if self._file is not None and (last or step.number % self._plan.log_every == 0):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(f"train/{name}", value, step.number)
-            self._show(self._text(line))
+            self._show(self._text(line, metrics))
         return line
 
     def close(self) -> None:
@@ -100,41 +110,43 @@ class Metrics:
             self._file.close()
             self._board.close()
 
-    def _line(self, step, report, names, seconds):
-        told = report.told
-        self._worked += seconds
-        tflops = cost.step_flops(self._cfg) / seconds / self._devices / 1e12
-        videos = self._cfg.train.batch_size * self._cfg.train.accumulation
-        line = {
-            "step": step.number,
-            "loss": number(told.loss),
-            "grad_norm": number(report.grad_norm),
-            "seconds": round(seconds, 6),
-            "samples": names,
-            # Unweighted, by timestep, noisiest last; null: no chunk had such a level.
-            "error_by_level": [
-                number(e / n) if n else None for e, n in zip(told.errors, told.counts)
-            ],
-            "bad_steps": int(report.bad[0]),
-            "bad_in_row": int(report.bad[1]),
-            "tokens_per_second": round(videos * cost.video_tokens(self._cfg) / seconds, 3),
-            "tflops_per_device": float(f"{tflops:.6g}"),
-        }
-        if self._peak is not None:
-            line["mfu"] = round(tflops / self._peak, 5)
+    def _line(self, step, metrics, names, seconds):
+        line, objective = {"step": step.number}, self._objective
+        for name, of_network in metrics.networks.items():
+            fields = {"loss": of_network.loss, "grad_norm": of_network.grad_norm}
+            fields |= objective.fields(name, of_network.values)
+            line |= {self._field(name, key): value for key, value in fields.items()}
+        line = {name: _json(value) for name, value in (line | metrics.carried).items()}
+        line["seconds"] = round(seconds, 6)
+        if names is not None:
+            line["samples"] = decode_names(names)
+        line |= {"bad_steps": int(metrics.bad[0]), "bad_in_row": int(metrics.bad[1])}
+        tokens, flops = objective.cost(tuple(metrics.networks))
+        if tokens:
+            line["tokens_per_second"] = round(tokens / seconds, 3)
+        if flops:
+            tflops = flops / seconds / objective.mesh.size / 1e12
+            line["tflops_per_device"] = float(f"{tflops:.6g}")
+            if self._peak is not None:
+                line["mfu"] = round(tflops / self._peak, 5)
         line["data_wait"] = round(step.waited, 6)
         # Of the time since the start: the rest compiled, saved, evaluated, waited for data.
         line["goodput"] = round(self._worked / (self._ended - self._start), 4)
-        return line | {f"recycling_{k}": number(v) for k, v in report.recycling.items()}
+        return line
 
-    def _text(self, line):
-        parts = [
-            f"step {line['step']}/{self._cfg.train.steps}",
-            f"loss {line['loss']}",
-            f"grad norm {line['grad_norm']}",
-            f"{line['seconds']:.2f} s",
-            f"{line['tflops_per_device']:.3g} TFLOP/s a device",
-        ]
+    def _field(self, network, name):
+        """Fields of several networks have the network's name before them."""
+        return name if len(self._objective.networks) == 1 else f"{network}_{name}"
+
+    def _text(self, line, metrics):
+        parts = [f"step {line['step']}/{self._plan.steps}"]
+        for network in metrics.networks:
+            for name in ("loss", "grad_norm", *self._objective.shown):
+                if (field := self._field(network, name)) in line:
+                    parts.append(f"{field.replace('_', ' ')} {line[field]}")
+        parts.append(f"{line['seconds']:.2f} s")
+        if "tflops_per_device" in line:
+            parts.append(f"{line['tflops_per_device']:.3g} TFLOP/s a device")
         if line["data_wait"] > 0.1 * line["seconds"]:
             parts.append(f"waited {line['data_wait']:.2f} s for data")
         if line["bad_in_row"]:
@@ -150,6 +162,12 @@ def number(value: Any) -> int | float | None:
     if value.dtype.kind in "iu":
         return int(value)
     return float(str(np.float32(value))) if np.isfinite(value) else None
+
+
+def _json(value):
+    if value is None:
+        return None
+    return [_json(x) for x in value] if np.ndim(value) else number(value)
 
 
 def cut(log: str | os.PathLike, step: int) -> None:

@@ -99,14 +99,20 @@ def test_it_is_exported_and_converted_back(quantized, tmp_path):
 def a_run(tmp_path_factory):
     """The folder of a training run: masters of random weights."""
     root, cfg = tmp_path_factory.mktemp("run"), tiny_config()
-    workdir.write(root, {"model.num_heads": cfg.model.num_heads}, None)
     draw = np.random.default_rng(0)
     params = jax.tree.map(
         lambda s: jnp.asarray(draw.standard_normal(s.shape), jnp.float32),
         dit.spec(cfg.model), is_leaf=params_lib.is_spec,
     )  # fmt: skip
-    ocp.save(root / workdir.STATES / "5", {"average": {"dit": params}})
+    write_run(root, params)
     return root, params
+
+
+def write_run(root, params):
+    settings = {"model.num_heads": tiny_config().model.num_heads}
+    workdir.write(root, workdir.Run(settings, None, "model"))
+    network = {"ema": {"dit": params}, "params": {"dit": params}}
+    ocp.save(root / workdir.STATES / "5", {"networks": {"model": network}})
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -161,8 +167,7 @@ def test_a_run_that_diverged(a_run, tmp_path):
     bad = jax.tree.map(lambda x: x, params)
     bias = bad["blocks"]["ffn"]["0"]
     bias["weight"] = bias["weight"].at[1, 2, 3].set(jnp.nan)
-    workdir.write(tmp_path, {"model.num_heads": tiny_config().model.num_heads}, None)
-    ocp.save(tmp_path / workdir.STATES / "5", {"average": {"dit": bad}})
+    write_run(tmp_path, bad)
     cfg = config("fp8")
     with pytest.raises(InputError, match="blocks/1/ffn/0/weight has values that are not finite"):
         _ = Pipeline(tmp_path, cfg, decodes=False).engine

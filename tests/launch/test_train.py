@@ -1,7 +1,9 @@
 """The command: what it writes, what it refuses, and how it ends."""
 
 import functools
+import json
 import resource
+import shutil
 import signal
 
 import jax
@@ -86,6 +88,22 @@ def test_samples_from_the_run(online, tmp_path):
     done = run("sample", *call, f"--checkpoint={root}/run", "--config.model.num_heads=4",
                f"--output={tmp_path}/b.mp4", check=False)  # fmt: skip
     assert done.code == 2 and "num_heads is 4 by the config, 8 in the run" in done.stderr
+
+
+def test_samples_from_a_run_made_before(checkpoint, tmp_path):
+    """Its state is of the first version; see tests/training/test_loop.py."""
+    root = shutil.copytree(tiny_run.RUN_BEFORE, tmp_path / "run")
+    settings = json.loads((root / "run.json").read_text()) | {"checkpoint": str(checkpoint)}
+    (root / "run.json").write_text(json.dumps(settings))
+    prompts = write(tmp_path / "prompts.txt", PROMPTS[0])
+    words = [
+        f for f in tiny_run.flags("x", "y", **tiny_run.BEFORE) if "config" in f and "data" not in f
+    ]
+    run(
+        "sample", *words, f"--prompts={prompts}", "--config.sample.chunks=1",
+        "--config.sample.steps=2", f"--checkpoint={root}", f"--output={tmp_path}/out.mp4",
+    )  # fmt: skip
+    assert (tmp_path / "out.mp4").stat().st_size
 
 
 @pytest.mark.slow

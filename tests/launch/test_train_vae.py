@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.launch import commands
-from tests.training.test_autoencoder import write
+from tests.training.objectives.test_autoencoder import write
 
 SETTINGS = {
     "vae.dim": 4, "vae.dec_dim": 4, "video.height": 32, "video.width": 32, "dtype": "float32",

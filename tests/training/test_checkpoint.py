@@ -9,23 +9,27 @@ import numpy as np
 import pytest
 
 from longlive_jax import mesh as mesh_lib
-from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import dit
 from longlive_jax.training import checkpoint, state
 from longlive_jax.training.checkpoint import Checkpoints
+from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing, settings
+from longlive_jax.training.plan import Plan
 from tests.training import tiny_run
 
 RINGS = dict(train__error_recycling__enabled=True, train__error_recycling__slots=2)
 
 
 def made(**overrides):
-    """Config, mesh, and a state none of whose arrays is zero."""
+    """The objective, the plan, and a state none of whose arrays is zero."""
     cfg = tiny_run.config(**overrides)
-    mesh = mesh_lib.make_mesh(cfg.mesh)
-    params = params_lib.init(state.specs(cfg), jax.random.key(0), jnp.float32, mesh)
-    return cfg, mesh, more(state.init(cfg, mesh, params))
+    objective = TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
+    return objective, plan(cfg), more(state.init(objective))
+
+
+def plan(cfg):
+    return Plan.of(cfg.train)
 
 
 @jax.jit
@@ -39,7 +43,7 @@ def more(tree):
 
 def write(root, steps, now, **overrides):
     """Saves the state after each of `steps`; a state is its predecessor plus one."""
-    states = Checkpoints(root, tiny_run.config(**overrides).train)
+    states = Checkpoints(root, plan(tiny_run.config(**overrides)))
     for step in steps:
         states.save(step, now)
         now = more(now)
@@ -52,8 +56,8 @@ def kept(root):
 
 @pytest.mark.parametrize("rings", [{}, RINGS], ids=["plain", "error recycling"])
 def test_a_state_comes_back_on_another_mesh(tmp_path, rings):
-    cfg, _, now = made(mesh__fsdp=2, mesh__seq=2, **rings)
-    states = Checkpoints(tmp_path, cfg.train)
+    _, its_plan, now = made(mesh__fsdp=2, mesh__seq=2, **rings)
+    states = Checkpoints(tmp_path, its_plan)
     assert states.latest is None
     before = jax.tree.map(lambda x: np.array(x), now)
     states.save(7, now)
@@ -61,10 +65,9 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, rings):
     jax.tree.map(lambda x: x.delete(), now)
     states.close()
     other = tiny_run.config(mesh__data=2, mesh__seq=2, **rings)
-    mesh = mesh_lib.make_mesh(other.mesh)
-    again = Checkpoints(tmp_path, other.train)
+    again = Checkpoints(tmp_path, plan(other))
     assert again.latest == 7
-    template = state.abstract(other, mesh)
+    template = state.abstract(TeacherForcing(other, mesh_lib.make_mesh(other.mesh)))
     back = again.restore(template)
     assert tiny_run.equal(back, before)
     jax.tree.map(
@@ -79,14 +82,15 @@ def test_the_last_are_kept_and_every_so_many(tmp_path):
 
 
 def test_what_a_killed_save_left_is_no_state(tmp_path):
-    cfg, mesh, now = made()
-    write(tmp_path, [2], now)
+    objective, its_plan, now = made()
+    with claim(tmp_path):
+        write(tmp_path, [2], now)
     whole = tmp_path / "checkpoints" / "2"
     for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-1"):
         shutil.copytree(whole, whole.with_name(name))
-    states = Checkpoints(tmp_path, cfg.train)
+    states = Checkpoints(tmp_path, its_plan)
     assert states.latest == 2 and workdir.State(tmp_path).step == 2
-    assert tiny_run.equal(states.restore(state.abstract(cfg, mesh)), now)
+    assert tiny_run.equal(states.restore(state.abstract(objective)), now)
     states.close()
     write(tmp_path, [4], now)
     assert kept(tmp_path) == [2, 4]
@@ -94,7 +98,7 @@ def test_what_a_killed_save_left_is_no_state(tmp_path):
 
 @pytest.mark.parametrize("what", ["empty", "file", "torn"])
 def test_a_damaged_state_is_named(tmp_path, what):
-    cfg, mesh, now = made()
+    objective, its_plan, now = made()
     write(tmp_path, [2, 4], now)
     newest = tmp_path / "checkpoints" / "4"
     if what == "empty":
@@ -104,15 +108,15 @@ def test_a_damaged_state_is_named(tmp_path, what):
         files = sorted((newest / "state" / "d").iterdir())
         files[0].write_bytes(files[0].read_bytes()[:100] if what == "torn" else b"")
     with pytest.raises(InputError, match=r"checkpoints/4: is damaged .*remove it, and the one bef"):
-        Checkpoints(tmp_path, cfg.train).restore(state.abstract(cfg, mesh))
+        Checkpoints(tmp_path, its_plan).restore(state.abstract(objective))
     shutil.rmtree(newest)
-    assert Checkpoints(tmp_path, cfg.train).latest == 2
+    assert Checkpoints(tmp_path, its_plan).latest == 2
 
 
 def test_a_full_disk_leaves_the_state_before(tmp_path):
-    cfg, mesh, now = made()
+    objective, its_plan, now = made()
     write(tmp_path, [2], now)
-    states = Checkpoints(tmp_path, cfg.train)
+    states = Checkpoints(tmp_path, its_plan)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
     try:
@@ -121,17 +125,17 @@ def test_a_full_disk_leaves_the_state_before(tmp_path):
             states.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    states = Checkpoints(tmp_path, cfg.train)
+    states = Checkpoints(tmp_path, its_plan)
     assert states.latest == 2
-    assert tiny_run.equal(states.restore(state.abstract(cfg, mesh)), now)
+    assert tiny_run.equal(states.restore(state.abstract(objective)), now)
 
 
 # Whose folder it is.
 
 
 def claim(root, checkpoint_=None, data="some data", **overrides):
-    wanted = checkpoint.settings(tiny_run.config(**overrides), data)
-    return checkpoint.claimed(root, wanted, checkpoint_)
+    wanted = settings(tiny_run.config(**overrides), data)
+    return checkpoint.acquire(root, wanted, MODEL, checkpoint_)
 
 
 def test_a_folder_is_one_runs(tmp_path):
@@ -139,11 +143,11 @@ def test_a_folder_is_one_runs(tmp_path):
     busy = pytest.raises(InputError, match="another process trains in it")
     with claim(root, "ckpt"), busy, claim(root):
         pass
-    assert workdir.read(root)["checkpoint"].endswith("/ckpt")
+    assert workdir.read(root).checkpoint.endswith("/ckpt")
     free = dict(mesh__fsdp=2, train__steps=9, train__learning_rate=1.0, data__workers=3,
                 data__path="moved", train__keep_last=1, train__remat="block")  # fmt: skip
     with claim(root, **free):
-        assert workdir.read(root)["checkpoint"].endswith("/ckpt")
+        assert workdir.read(root).checkpoint.endswith("/ckpt")
     for name, value in (
         ("train.accumulation", 1), ("train.latent_frames", 8), ("video.height", 64),
         ("model.num_layers", 3), ("dtype", "bfloat16"),
@@ -179,8 +183,10 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
 
 
 def test_weights_of_a_run(tmp_path):
-    cfg, mesh, now = made(mesh__seq=2)
-    now = now.replace(average=more(now.params))
+    objective, _, now = made(mesh__seq=2)
+    network = now.networks[MODEL]
+    network = network.replace(ema=more(network.params))
+    now, cfg, mesh = now.replace(networks={MODEL: network}), objective.cfg, objective.mesh
     with claim(tmp_path, mesh__seq=2):
         pass
     with pytest.raises(InputError, match="has saved nothing yet"):
@@ -189,7 +195,7 @@ def test_weights_of_a_run(tmp_path):
     found, spec = workdir.State(tmp_path), dit.spec(cfg.model)
     assert found.step == 1 and found.trained == ("dit",)
     found.check("dit", spec, cfg.model)
-    for weights, tree in (("average", now.average), ("latest", now.params)):
+    for weights, tree in (("average", network.ema), ("latest", network.params)):
         read = found.load("dit", spec, mesh, jnp.bfloat16, mesh_lib.SAMPLING_RULES, weights)
         assert tiny_run.equal(read, jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree["dit"]))
     wide = tiny_run.config(model__ffn_dim=64).model

@@ -1,4 +1,4 @@
-"""What the devices tell each other in a step of the full-size model, without compiling it."""
+"""What the devices send each other in a step of the full-size model, without compiling it."""
 
 import collections
 import dataclasses
@@ -11,7 +11,8 @@ from configs import sample_5b
 from longlive_jax import config as lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.training import state as state_lib
-from longlive_jax.training import teacher_forcing
+from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
+from longlive_jax.training.step import Step
 
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "psum", "ppermute")
 WEIGHTS = 7  # matrices of a block: qkv, o; q, kv, o; two of the FFN
@@ -25,8 +26,9 @@ def config(mesh):
 
 def traced(mesh):
     cfg = config(mesh)
-    step = teacher_forcing.Step(cfg, mesh_lib.make_mesh(mesh))
-    return step.step.trace(state_lib.abstract(cfg, step.mesh), step.batch_abstract()).jaxpr.jaxpr
+    objective = TeacherForcing(cfg, mesh_lib.make_mesh(mesh))
+    program = Step(objective).programs[(MODEL,)]
+    return program.trace(state_lib.abstract(objective), (), objective.batch).jaxpr.jaxpr
 
 
 def inner(equation):
@@ -64,20 +66,20 @@ def test_a_block_communicates_weights_and_heads_and_nothing_else(mesh):
     # q, k, v to heads and the output to tokens.
     assert collectives(forward) == {"all_to_all": 4, "all_gather": WEIGHTS}
     # Their transposes, and the forward's again but for what is kept.
-    told = collectives(backward)
-    assert told["all_gather"] == told["reduce_scatter"] == WEIGHTS
-    assert 4 <= told["all_to_all"] <= 8 and not told["psum"] and not told["ppermute"]
+    found = collectives(backward)
+    assert found["all_gather"] == found["reduce_scatter"] == WEIGHTS
+    assert 4 <= found["all_to_all"] <= 8 and not found["psum"] and not found["ppermute"]
 
 
-def test_one_device_is_not_told_anything():
+def test_one_device_receives_nothing():
     forward, backward = layers(traced(lib.Mesh()))
     assert not collectives(forward) and not collectives(backward)
 
 
 def test_parameters_and_all_that_mirrors_them_are_sharded():
     cfg = config(lib.Mesh(fsdp=2, seq=4))
-    state = state_lib.abstract(cfg, mesh_lib.make_mesh(cfg.mesh))
+    state = state_lib.abstract(TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh)))
     large = [x for x in jax.tree.leaves(state) if x.size > 1e6]
     whole = sum(4 * x.size for x in large)
-    held = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in large)
-    assert whole > 59e9 and held < 1.01 * whole / 8
+    on_one = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in large)
+    assert whole > 59e9 and on_one < 1.01 * whole / 8

@@ -10,12 +10,12 @@ import pytest
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.data.images import to_float
-from longlive_jax.data.source import Health, Sample
+from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer, umt5, vae
 from longlive_jax.prompts.encoder import PromptEncoder
+from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import feed
-from longlive_jax.training.teacher_forcing import Step
 from tests.launch.commands import PROMPTS
 from tests.training import tiny_run
 
@@ -48,9 +48,10 @@ def random_params(spec, scale=0.1):
 def step_batches(cfg, source, encoders, tmp_path, start=0, stop=2):
     """(batch, names) of steps, on the host."""
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    like = Step(cfg, mesh).batch_abstract()
-    health = Health(0.1, tmp_path / "failures.jsonl")
-    with contextlib.closing(feed.Feed(cfg, like, source, encoders, health, start, stop)) as batches:
+    like = batch_lib.abstract(cfg, mesh)
+    failures = tmp_path / "failures.jsonl"
+    prefetcher = feed.Prefetcher(cfg, mesh, source, encoders, failures, range(start, stop))
+    with contextlib.closing(prefetcher) as batches:
         for batch, names in batches:
             jax.tree.map(lambda x, y: x.sharding == y.sharding or 1 / 0, batch, like)
             assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
@@ -80,7 +81,7 @@ def test_batches_are_the_same_on_every_mesh(tmp_path):
             np.testing.assert_array_equal(
                 batch.latents[row].reshape(sample.latents.shape), sample.latents
             )
-            np.testing.assert_array_equal(batch.context[row], sample.text)
+            np.testing.assert_array_equal(batch.text[row], sample.text)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_pictures_are_encoded_as_whole_videos_are(encode, encoders, tmp_path):
         np.testing.assert_allclose(ours, whole, atol=1e-5 * float(jnp.abs(whole).max()))
         assert batch.real[0, row].tolist() == [True] * 29 + [False]
         for chunk in range(30):
-            np.testing.assert_array_equal(batch.context[0, row, chunk], texts[(index + chunk) % 2])
+            np.testing.assert_array_equal(batch.text[0, row, chunk], texts[(index + chunk) % 2])
 
 
 def test_prompts_are_embedded_once(encoders, monkeypatch):
@@ -134,7 +135,7 @@ def test_tokens_for_a_text_encoder_that_is_trained(encoders, tmp_path):
         cfg, source, encoders._replace(vae=None, texts=None), tmp_path, 0, 1
     )
     ids, mask = encoders.tokenizer(["a boat", "a cat"], 8)
-    assert batch.context is None
+    assert batch.text is None
     assert {row.tobytes() for row in batch.ids.reshape(-1, 8)} == {row.tobytes() for row in ids}
     assert {row.tobytes() for row in batch.mask.reshape(-1, 8)} <= {row.tobytes() for row in mask}
 

@@ -1,16 +1,18 @@
 """A run in this process: it learns, it goes on with the same bits, it knows when to stop."""
 
+import functools
+import json
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from longlive_jax import mesh as mesh_lib
-from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.training import checkpoint, feed, loop, state
+from longlive_jax.training.objectives import teacher_forcing
+from longlive_jax.training.plan import Plan
 from tests.training import tiny_run
 
 
@@ -23,25 +25,24 @@ def train(root, data, mesh=(1, 2, 2), **overrides):
     """Runs `loop.run` in the folder `root`; what it showed, and how it ended."""
     names = dict(zip(("mesh__data", "mesh__fsdp", "mesh__seq"), mesh))
     cfg = tiny_run.config(data__path=str(data), **names, **overrides)
-    made = mesh_lib.make_mesh(cfg.mesh)
+    objective = teacher_forcing.TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
     source, identity = feed.open_source(cfg)
     shown = []
-    with checkpoint.claimed(root, checkpoint.settings(cfg, identity), None):
-        done = loop.run(
-            cfg, made, root, source, feed.Encoders(), lambda: initial(cfg, made), None, shown.append
-        )
+
+    batches = functools.partial(
+        feed.Prefetcher, cfg, objective.mesh, source, feed.Encoders(), root / "failures.jsonl"
+    )
+    with checkpoint.acquire(root, teacher_forcing.settings(cfg, identity), "model"):
+        _, done = loop.run(objective, Plan.of(cfg.train), root, loop.Inputs(batches), shown.append)
     return done, shown
-
-
-def initial(cfg, mesh):
-    return params_lib.init(state.specs(cfg), jax.random.key(cfg.train.seed), jnp.float32, mesh)
 
 
 def saved(root, **overrides):
     """The newest state of a run."""
     cfg = tiny_run.config(mesh__fsdp=2, mesh__seq=2, **overrides)
-    states = checkpoint.Checkpoints(root, cfg.train)
-    found = states.restore(state.abstract(cfg, mesh_lib.make_mesh(cfg.mesh)))
+    objective = teacher_forcing.TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
+    states = checkpoint.Checkpoints(root, Plan.of(cfg.train))
+    found = states.restore(state.abstract(objective))
     states.close()
     return found
 
@@ -129,3 +130,21 @@ def test_other_settings_are_refused_by_name(whole, data, tmp_path):
     other = tiny_run.write_cached(tmp_path / "other", names=tiny_run.NAMES[1:])
     with pytest.raises(InputError, match="the training data="):
         train(whole, other)
+
+
+def test_goes_on_from_a_run_made_before_there_were_several_networks(data, tmp_path):
+    """tests/training/run_before: three steps, whose state has its only network's arrays at the top;
+    the losses are those that the program of then went on with.
+    """
+    root = shutil.copytree(tiny_run.RUN_BEFORE, tmp_path / "run")
+    source = feed.open_source(tiny_run.config(data__path=str(data), **tiny_run.BEFORE))
+    run = json.loads((root / "run.json").read_text())
+    run["settings"]["the training data"] = source[1]  # written anew, with names of today
+    (root / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"holds a run with train\.seed=0"):
+        train(root, data, (1, 1, 1), **tiny_run.BEFORE, train__seed=1)
+    done, shown = train(root, data, (1, 1, 1), **tiny_run.BEFORE | dict(train__steps=6))
+    assert done.step == 6 and f"on from step 3 of {root}" in shown
+    losses = [line["loss"] for line in tiny_run.lines(root)[3:]]
+    np.testing.assert_allclose(losses, [1.7225786, 1.4382145, 1.9626296], rtol=1e-5)
+    assert workdir.read(root).network == "model" and workdir.State(root).step == 6

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.training import cost, metrics
-from longlive_jax.training.teacher_forcing import BINS, Report, Told
+from longlive_jax.training.objectives.teacher_forcing import BINS, MODEL, TeacherForcing
+from longlive_jax.training.plan import Plan
+from longlive_jax.training.step import NetworkMetrics, StepMetrics
 from tests.training import tiny_run
 
 
@@ -26,21 +28,24 @@ def test_numbers_read_back_as_the_same_float32(value):
 def report(loss):
     errors, counts = np.arange(BINS, dtype=np.float32), np.full(BINS, 2, np.float32)
     counts[3] = 0
-    told = Told(jnp.float32(loss), jnp.asarray(errors), jnp.asarray(counts))
-    return Report(told, jnp.float32(0.1), jnp.asarray([5, 1], jnp.int32), {"held": jnp.int32(7)})
+    values = {"errors": jnp.asarray(errors), "counts": jnp.asarray(counts)}
+    network = NetworkMetrics(jnp.float32(loss), jnp.float32(0.1), values)
+    carried = {"recycling_held": jnp.int32(7)}
+    return StepMetrics({MODEL: network}, carried, jnp.asarray([5, 1], jnp.int32))
 
 
 def test_a_step_is_reported_when_the_next_is_given_to_the_devices(tmp_path):
     cfg, shown = tiny_run.config(mesh__seq=2), []
-    told = metrics.Metrics(tmp_path, cfg, mesh_lib.make_mesh(cfg.mesh), 0, shown.append)
+    objective = TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
+    log = metrics.Metrics(tmp_path, objective, Plan.of(cfg.train), 0, shown.append)
     names = np.zeros((2, 4, 8), np.uint8)
     names[..., :3] = np.frombuffer("né".encode(), np.uint8)
-    assert told.add(1, report(0.1), jnp.asarray(names), 0.0, 0.25) is None
+    assert log.add(1, report(0.1), jnp.asarray(names), 0.0, 0.25) is None
     assert not shown and not (tmp_path / "metrics.jsonl").read_text()
-    first = told.add(2, report(math.nan), jnp.asarray(names), 0.0, 0.0)
-    second = told.flush()
-    assert told.flush() is None
-    told.close()
+    first = log.add(2, report(math.nan), jnp.asarray(names), 0.0, 0.0)
+    second = log.flush()
+    assert log.flush() is None
+    log.close()
     assert tiny_run.lines(tmp_path) == [first, second]
     assert first["loss"] == 0.1 and second["loss"] is None
     assert first["samples"] == ["né"] * 8

@@ -10,7 +10,10 @@ import numpy as np
 from longlive_jax import config as lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.training import state as state_lib
-from longlive_jax.training import teacher_forcing
+from longlive_jax.training.batch import Batch
+from longlive_jax.training.objectives.teacher_forcing import MODEL as NETWORK
+from longlive_jax.training.objectives.teacher_forcing import TeacherForcing
+from longlive_jax.training.step import Step
 
 MODEL = lib.Model(
     dim=32, ffn_dim=48, num_heads=4, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=8,
@@ -39,24 +42,38 @@ def config(mesh=lib.Mesh(), image_to_video=False, dtype="float32", **train) -> l
 
 
 @functools.cache
-def step_of(cfg: lib.Config) -> teacher_forcing.Step:
-    return teacher_forcing.Step(cfg, mesh_lib.make_mesh(cfg.mesh))
+def objective_of(cfg: lib.Config) -> TeacherForcing:
+    return TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
+
+
+@functools.cache
+def program_of(cfg: lib.Config):
+    (program,) = Step(objective_of(cfg)).programs.values()
+    return program
+
+
+def step(cfg: lib.Config, state: state_lib.TrainState, data: Batch):
+    return program_of(cfg)(state, (), data)
 
 
 def random_state(cfg: lib.Config, scale: float = 0.2) -> state_lib.TrainState:
     """Every weight random, the last layer's too, so that every gradient is something."""
-    step = step_of(cfg)
+    objective = objective_of(cfg)
     draw = np.random.default_rng(0)
 
     def weight(like):
         x = scale * draw.standard_normal(like.shape).astype(np.float32)
         return jax.device_put(x, like.sharding)
 
-    abstract = state_lib.abstract(cfg, step.mesh)
-    return state_lib.init(cfg, step.mesh, jax.tree.map(weight, abstract.params))
+    params = state_lib.abstract(objective).networks[NETWORK].params
+    return state_lib.init(objective, {NETWORK: jax.tree.map(weight, params)})
 
 
-def batches(cfg: lib.Config, seed: int = 0) -> state_lib.Batch:
+def params_of(state: state_lib.TrainState):
+    return state.networks[NETWORK].params
+
+
+def batches(cfg: lib.Config, seed: int = 0) -> Batch:
     """Random data of the config's shapes, on its mesh."""
     draw = np.random.default_rng(seed)
 
@@ -69,18 +86,19 @@ def batches(cfg: lib.Config, seed: int = 0) -> state_lib.Batch:
             x = draw.standard_normal(like.shape).astype(like.dtype)
         return jax.device_put(x, like.sharding)
 
-    return jax.tree.map(array, step_of(cfg).batch_abstract())
+    return jax.tree.map(array, objective_of(cfg).batch)
 
 
-def run(cfg: lib.Config, steps: int, data: state_lib.Batch | None = None):
+def run(cfg: lib.Config, steps: int, data: Batch | None = None):
     """The state after so many steps on the same data, and (loss, grad_norm) of each."""
     state = random_state(cfg)
     data = batches(cfg) if data is None else data
-    told = []
+    figures = []
     for _ in range(steps):
-        state, report = step_of(cfg).step(state, data)
-        told.append((float(report.told.loss), float(report.grad_norm)))
-    return state, np.array(told)
+        state, metrics = step(cfg, state, data)
+        model = metrics.networks[NETWORK]
+        figures.append((float(model.loss), float(model.grad_norm)))
+    return state, np.array(figures)
 
 
 def replaced(cfg: lib.Config, **train) -> lib.Config:

@@ -19,6 +19,14 @@ SIZES = {
 }  # fmt: skip
 LATENTS, TEXT = (4, 2, 4, 4), (8, 32)  # of a sample, of a prompt
 NAMES = [f"clip-{i}" for i in range(7)]
+# A run of launch.train on `write_cached`'s data, made before a run could have several networks.
+RUN_BEFORE = pathlib.Path(__file__).parent / "run_before"
+BEFORE = {
+    "model__dim": 16, "model__ffn_dim": 16, "model__num_heads": 2, "model__num_layers": 1,
+    "model__freq_dim": 16, "train__steps": 3, "train__save_every": 3,
+    "train__error_recycling__enabled": True, "train__error_recycling__buckets": 2,
+    "train__error_recycling__slots": 1,
+}  # fmt: skip
 
 
 def config(**overrides) -> config_lib.Config:

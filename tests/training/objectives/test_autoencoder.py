@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,14 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import workdir
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.models import vae
-from longlive_jax.training import autoencoder, autoencoder_run
+from longlive_jax.training import checkpoint, loop
+from longlive_jax.training.objectives import autoencoder
+from longlive_jax.training.objectives.videos import Videos, read_videos
+from longlive_jax.training.plan import Plan
 
 Z = 4
 CFG = config_lib.Config(
@@ -29,7 +34,6 @@ CFG = config_lib.Config(
 )  # fmt: skip
 # Compiling is most of the time of these tests.
 _FAST = {"xla_backend_optimization_level": 0}
-_make_step = autoencoder.make_step
 
 
 def change(cfg=CFG, **settings):
@@ -51,7 +55,7 @@ def smooth(seed, count, height=32, width=32):
 
 def videos(*counts):
     frames = [smooth(seed, count) for seed, count in enumerate(counts)]
-    return autoencoder_run.Videos(
+    return Videos(
         tuple(f"{i}.mp4" for i in range(len(counts))),
         np.concatenate(frames),
         np.cumsum([0, *counts]),
@@ -67,91 +71,83 @@ def write(root, *folders, size=(32, 32)):
     return root
 
 
-@functools.cache
-def fast_step(cfg, mesh):
-    step = _make_step(cfg, mesh)
-    return jax.jit(step, donate_argnums=0, compiler_options=_FAST)
-
-
-@functools.cache
 def random_params():
     """Initial weights, with biases that are not zero."""
-    state = autoencoder.init(CFG, mesh_of())
     rng = np.random.default_rng(1)
-    noise = 0.1 * rng.standard_normal(state.params.shape, np.float32)
-    return autoencoder.tree(np.asarray(state.params) + noise, CFG.vae)
+    return jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), autoencoder.init(CFG)
+    )
 
 
 # Steps.
 
 
+def fit(root, objective, batches=lambda steps: (((), None) for _ in steps)):
+    """The state after the last step of a run in the folder `root`."""
+    cfg, inputs = objective.cfg, loop.Inputs(batches, frozen=objective.frozen_arrays())
+    with checkpoint.acquire(root, {"train_vae.seed": cfg.train_vae.seed}, network=None):
+        state, _ = loop.run(objective, Plan.of(cfg.train_vae), root, inputs, lambda text: None)
+    return jax.device_get(state)
+
+
+def lines(root):
+    return [json.loads(x) for x in (root / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_loss_falls_and_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "make_step", fast_step)
-    run = functools.partial(autoencoder_run.fit, CFG, mesh_of(), videos(6), show=lambda _: None)
-    whole = run(tmp_path / "whole")
-    lines = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == list(range(1, 17))
-    assert set(lines[0]) == {"step", "loss", "l1", "kl", "psnr", "grad_norm", "seconds"}
-    assert lines[-1]["loss"] < lines[0]["loss"] / 2
-    assert lines[-1]["psnr"] > lines[0]["psnr"] + 3
+    monkeypatch.setattr(loop, "Step", functools.cache(loop.Step))  # traced once for three runs
+    objective = autoencoder.Autoencoder(CFG, mesh_of(), videos(6))
+    whole, names = fit(tmp_path / "whole", objective), ("step", "loss", "l1", "kl", "psnr")
+    log = lines(tmp_path / "whole")
+    assert [x["step"] for x in log] == list(range(1, 17))
+    assert {*names, "grad_norm", "seconds"} <= set(log[0]) and "samples" not in log[0]
+    assert log[-1]["loss"] < log[0]["loss"] / 2
+    assert log[-1]["psnr"] > log[0]["psnr"] + 3
 
-    def stops(cfg, mesh):
-        def step(state, frames, windows):
-            if int(state.step) == 12:
-                raise KeyboardInterrupt
-            return fast_step(cfg, mesh)(state, frames, windows)
+    root = tmp_path / "stopped"
 
-        return step
+    def stops(steps):
+        yield from (((), None) for _ in range(12))
+        while not (root / "checkpoints" / "8").is_dir():  # written in the background
+            time.sleep(0.01)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoencoder, "make_step", stops)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped")
-    monkeypatch.setattr(autoencoder, "make_step", fast_step)
-    with (tmp_path / "stopped/metrics.jsonl").open("a") as file:
+        fit(root, objective, stops)
+    with (root / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1')  # what a kill may leave
-    resumed = run(tmp_path / "stopped")
+    resumed = fit(root, objective)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    again = [json.loads(x) for x in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
-    assert [x | {"seconds": 0} for x in again] == [x | {"seconds": 0} for x in lines]
-    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "stopped"), whole)
+    for ours, theirs in zip(lines(root), log, strict=True):
+        assert [ours[name] for name in names] == [theirs[name] for name in names]
 
 
 @pytest.mark.slow
-def test_gradient_does_not_depend_on_the_mesh():
-    results = []
-    for sizes in ({}, {"data": 2}):
-        mesh = mesh_of(**sizes)
-        arrays = autoencoder.init(CFG, mesh).params, np.int32(3), videos(9).frames, np.arange(5)
-        arrays = autoencoder.place(arrays, mesh)
-        call = jax.jit(autoencoder.make_gradients(CFG, mesh), compiler_options=_FAST)
-        results.append(jax.tree.map(np.asarray, call(*arrays)))
-    (one, figures), (two, same) = results
-    assert np.abs(one).max() > 1e-3
-    np.testing.assert_allclose(two, one, atol=1e-5 * np.abs(one).max(), rtol=1e-4)
-    for name, value in figures.items():
-        assert float(same[name]) == pytest.approx(float(value), rel=1e-5)
+def test_a_step_does_not_depend_on_the_mesh(tmp_path):
+    cfg = change(steps=3, save_every=3)
+    for name, mesh in (("one", mesh_of()), ("two", mesh_of(data=2))):
+        fit(tmp_path / name, autoencoder.Autoencoder(cfg, mesh, videos(9)))
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for field in ("loss", "l1", "kl", "psnr", "grad_norm"):
+            assert two[field] == pytest.approx(one[field], rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}
-    monkeypatch.setattr(autoencoder, "make_step", lambda *_: lambda state, *_: (state, metrics))
-    with pytest.raises(InputError, match=r"step 1: loss nan.*learning_rate"):
-        autoencoder_run.fit(CFG, mesh_of(), videos(7), tmp_path, print)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+def test_another_runs_folder_is_refused(tmp_path):
+    def acquire(data, **settings):
+        wanted = autoencoder.settings(change(**settings), data)
+        return checkpoint.acquire(tmp_path, wanted, network=None)
 
-
-def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "make_step", lambda *_: lambda *_: 1 / 0)
-    start = functools.partial(autoencoder_run.fit, mesh=mesh_of(), directory=tmp_path)
-    with pytest.raises(ZeroDivisionError):
-        start(CFG, videos=videos(7))
-    with pytest.raises(ZeroDivisionError):
-        start(change(log_every=7), videos=videos(7))  # changes nothing that is trained
+    with acquire(videos(7)):
+        pass
+    with acquire(videos(7), log_every=7):  # changes nothing that is trained
+        pass
     with pytest.raises(InputError, match=r"train_vae\.seed=0, this one has 1"):
-        start(change(seed=1), videos=videos(7))
+        acquire(videos(7), seed=1).__enter__()
     with pytest.raises(InputError, match=r"videos\.shape"):
-        start(CFG, videos=videos(8))
+        acquire(videos(8)).__enter__()
+    with pytest.raises(InputError, match="give the checkpoint that it wrote"):
+        workdir.State(tmp_path)
 
 
 # The model.
@@ -189,15 +185,15 @@ def test_moments_are_the_encoders_means_and_log_variances():
 @pytest.mark.slow
 def test_folded_statistics_leave_pictures_as_they_were():
     params, data, mesh = random_params(), videos(10, 5, 6), mesh_of(data=2)
-    mean, std = autoencoder_run.statistics(params, CFG, mesh, data)
+    mean, std = autoencoder.statistics(params, CFG, mesh, data)
     assert np.abs(mean).max() > 0.05
     assert np.abs(std - 1).max() > 0.05
     folded = autoencoder.fold(params, CFG.vae, mean, std)
-    new_mean, new_std = autoencoder_run.statistics(folded, CFG, mesh, data)
+    new_mean, new_std = autoencoder.statistics(folded, CFG, mesh, data)
     np.testing.assert_allclose(new_mean, 0, atol=1e-5)
     np.testing.assert_allclose(new_std, 1, atol=1e-5)
     before, after = (
-        list(autoencoder_run.reconstructions(p, CFG, mesh, data)) for p in (params, folded)
+        list(autoencoder.reconstructions(p, CFG, mesh, data)) for p in (params, folded)
     )
     assert [len(made) for _, made in before] == [2, 2]
     for (source, made), (_, again), start in zip(before, after, ([0, 5], [10, 15])):
@@ -216,7 +212,7 @@ def test_windows_lie_in_one_file():
 
 def test_videos_are_read_and_held_out_by_folder(tmp_path):
     root = write(tmp_path, (6, 7), (5,), (8, 9))
-    train, held_out = autoencoder_run.read_videos(with_data(root))
+    train, held_out = read_videos(with_data(root))
     assert [p.parent.name for p in train.paths] == ["clip-0", "clip-0", "clip-1"]
     assert train.starts.tolist() == [0, 6, 13, 18]
     assert held_out.starts.tolist() == [0, 8, 17]
@@ -235,21 +231,21 @@ def with_data(root, **settings):
         ([], None, {}, r"no .*video.*make_tiny_world"),
         ([(6,)], None, {}, r"1 folders of videos, train_vae\.held_out=1 leaves none"),
         ([(6,), (4,)], None, {}, r"000000\.mp4: 4 frames, fewer than train_vae\.frames=5"),
-        ([(6,), (6,)], (32, 48), {}, r"32x48 pixels.*--config\.sample\.width=48"),
+        ([(6,), (6,)], (32, 48), {}, r"32x48 pixels.*--config\.video\.width=48"),
         ([(6,), (6,)], None, {"memory_gib": 1e-5}, r"more than train_vae\.memory_gib=1e-05"),
     ],
 )
 def test_videos_that_cannot_be_used(tmp_path, folders, size, settings, message):
     root = write(tmp_path, *folders, size=size or (32, 32))
     with pytest.raises(InputError, match=message):
-        autoencoder_run.read_videos(with_data(root, **settings))
+        read_videos(with_data(root, **settings))
 
 
 def test_a_damaged_video_is_named(tmp_path):
     file = write(tmp_path, (6,), (6,)) / "video/clip-1/000000.mp4"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(InputError, match=r"clip-1/000000\.mp4"):
-        autoencoder_run.read_videos(with_data(tmp_path))
+        read_videos(with_data(tmp_path))
 
 
 # Settings.

@@ -23,7 +23,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.config import ErrorRecycling
 from longlive_jax.diffusion import schedule
 
-# Uses of a chunk's key; those below 16 are `training.draws`'.
+# Uses of a chunk's key; those below 16 are `randomness`'.
 _GATES, _ENTRIES, _REPLACE = range(16, 19)
 # What is drawn once for a batch comes from the key of this chunk, which no video has, of its first
 # sample.
@@ -38,16 +38,17 @@ _VIDEO = mesh_lib.spec(("batch", "chunk", None, None, None, None))
 class Ring:
     """Errors of one kind. `position` is 1 unless there is a ring for each chunk of the video.
 
-    entries: bfloat16 [position, bucket, slot, element]; element is [frame, h, w, channel], flat.
-    added: int32 [position, bucket], how many were ever added; min(added, slots) are held.
+    entries: bfloat16 [position, bucket, entry, element]; element is [frame, h, w, channel], flat.
+    added: int32 [position, bucket], how many errors were ever added; the ring keeps the first
+      min(added, entries) of its entries filled.
     """
 
     entries: jax.Array
     added: jax.Array
 
     @property
-    def held(self) -> jax.Array:
-        """int32 [position, bucket]; slots from 0 on are filled."""
+    def filled(self) -> jax.Array:
+        """int32 [position, bucket]; entries from 0 on are filled."""
         return jnp.minimum(self.added, self.entries.shape[2])
 
 
@@ -60,12 +61,16 @@ class Errors:
 
 
 @struct.dataclass
-class Counts:
-    """Chunks that an error was really added to, int32 each."""
+class Chunks:
+    """Which chunks of a run a batch consists of: what draws and rings depend on.
 
-    noise: jax.Array
-    latent: jax.Array
-    context: jax.Array
+    key: the step's. rows: int32 [batch], numbers of the samples within the step.
+    timestep_index: int32 [batch, chunk], entries of the noise table, 0 to 999.
+    """
+
+    key: jax.Array
+    rows: jax.Array
+    timestep_index: jax.Array
 
 
 @struct.dataclass
@@ -74,15 +79,16 @@ class Injected:
 
     noise, clean: float32 [batch, chunk, frame, h, w, channel], what the noisy input is mixed from;
       the target is this noise minus the clean latents as they were.
-    context: the same shape, what the chunks after see as their past.
+    past: the same shape, what the chunks after see of this one.
     kept: bool, whether the errors that come of it are to be stored.
+    counts: int32 scalars for the log, chunks that an error was really added to.
     """
 
     noise: jax.Array
     clean: jax.Array
-    context: jax.Array
+    past: jax.Array
     kept: jax.Array
-    counts: Counts
+    counts: dict[str, jax.Array]
 
 
 def abstract(
@@ -106,93 +112,72 @@ def abstract(
     return Errors(latent=ring, noise=ring)
 
 
-def init(
-    cfg: ErrorRecycling, chunks: int, shape: tuple[int, ...], mesh: jax.sharding.Mesh
-) -> Errors:
-    """Empty rings, of `abstract`'s shapes and shardings."""
-    like = abstract(cfg, chunks, shape, mesh)
-
-    def make():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
-
-
 def inject(
     cfg: ErrorRecycling,
     errors: Errors,
-    key: jax.Array,
+    chunks: Chunks,
     step: jax.Array,
-    rows: jax.Array,
-    levels: jax.Array,
+    *,
     clean: jax.Array,
     noise: jax.Array,
-    context: jax.Array,
+    past: jax.Array,
 ) -> Injected:
     """Adds errors of earlier batches to a batch, before its forward pass.
 
-    Whether noise, latents and context are disturbed, and whether the batch is left alone, is drawn
+    Whether noise, latents and past are disturbed, and whether the batch is left alone, is drawn
     once for all its samples; which error, and its scale, for each chunk. Noise and latents take
-    errors of their own level; context, which has no level, takes any. Where there is none yet,
+    errors of their own timestep; the past, which has none, takes any. Where there is none yet,
     nothing is added.
 
     Args:
-      key: the step's; `store` of the same batch takes the same.
+      chunks: `store` of the same batch takes the same.
       step: int32, steps done.
-      rows: int32 [batch], numbers of the samples within the step.
-      levels: int32 [batch, chunk], indices 0..999 of the noise table.
       clean, noise: float32 [batch, chunk, frame, h, w, channel], sharded over batch and chunk.
-      context: the same shape: `clean`, noised a little where the trainer does so.
+      past: the same shape: `clean`, noised a little where the trainer does so.
     """
-    rows, levels = _whole(errors, rows), _whole(errors, levels)
-    position, bucket = _cells(cfg, levels)
+    key, rows = chunks.key, _whole(errors, chunks.rows)
+    timestep_index = _whole(errors, chunks.timestep_index)
+    position, bucket = _cells(cfg, timestep_index)
     gates = _uniform(key, rows[:1], jnp.array([_WHOLE_BATCH]), _GATES, (5,))[0, 0]
-    draws = _uniform(key, rows, jnp.arange(levels.shape[1]), _ENTRIES, (3, 2))
+    draws = _uniform(key, rows, jnp.arange(bucket.shape[1]), _ENTRIES, (3, 2))
     ready = step >= cfg.start_step
     alone = ready & (gates[0] < cfg.clean_probability)
 
-    def disturb(x, ring, allowed, probability, gate, draw):
-        held = jnp.where(allowed, ring.held[position], 0)
-        of_bucket, slot, found = _pick(held, draw[..., 0])
+    def disturb(x, ring, allowed, probability, number):
+        gate, draw = gates[2 + number], draws[:, :, number]
+        filled = jnp.where(allowed, ring.filled[position], 0)
+        of_bucket, entry, found = _pick(filled, draw[..., 0])
         found &= ready & ~alone & (gate < probability)
         scale = 1 + cfg.modulation * (2 * draw[..., 1] - 1)
         weight = _like_video(errors, jnp.where(found, scale, 0.0))
-        error = _fetch(ring, (position, of_bucket, slot), x.shape).astype(jnp.float32)
+        error = _fetch(ring, (position, of_bucket, entry), x.shape).astype(jnp.float32)
         return x + weight * error, jnp.sum(found, dtype=jnp.int32)
 
     by_bucket = (*bucket.shape, cfg.buckets)
     own = jax.lax.broadcasted_iota(jnp.int32, by_bucket, 2) == bucket[..., None]
-    chunk = jax.lax.broadcasted_iota(jnp.int32, by_bucket, 1)
-    noise, of_noise = disturb(
-        noise, errors.noise, own, cfg.noise_probability, gates[2], draws[:, :, 0]
-    )
-    clean, of_clean = disturb(
-        clean, errors.latent, own, cfg.latent_probability, gates[3], draws[:, :, 1]
-    )
-    context, of_context = disturb(
-        context,
-        errors.latent,
-        chunk >= int(cfg.skip_first_chunk),
-        cfg.context_probability,
-        gates[4],
-        draws[:, :, 2],
-    )
+    late = jax.lax.broadcasted_iota(jnp.int32, by_bucket, 1) >= int(cfg.skip_first_chunk)
+    noise, of_noise = disturb(noise, errors.noise, own, cfg.noise_probability, 0)
+    clean, of_clean = disturb(clean, errors.latent, own, cfg.latent_probability, 1)
+    past, of_past = disturb(past, errors.latent, late, cfg.context_probability, 2)
     return Injected(
         noise=noise,
         clean=clean,
-        context=context,
+        past=past,
         kept=~alone | (gates[1] < cfg.clean_update_probability),
-        counts=Counts(noise=of_noise, latent=of_clean, context=of_context),
+        counts={
+            "recycling_noise_errors_injected": of_noise,
+            "recycling_latent_errors_injected": of_clean,
+            "recycling_context_errors_injected": of_past,
+        },
     )
 
 
 def store(
     cfg: ErrorRecycling,
     errors: Errors,
-    key: jax.Array,
-    rows: jax.Array,
-    levels: jax.Array,
+    chunks: Chunks,
     kept: jax.Array,
+    *,
     latent_error: jax.Array,
     noise_error: jax.Array,
 ) -> Errors:
@@ -202,14 +187,14 @@ def store(
     that is not finite is left out, or it would come back for hundreds of steps.
 
     Args:
-      key, rows, levels: as `inject` took them.
+      chunks: as `inject` took them.
       kept: bool, `Injected.kept`; or [batch, chunk], to leave out chunks of padding as well.
       latent_error: [batch, chunk, frame, h, w, channel], predicted minus clean latents.
       noise_error: the same shape and sharding, (predicted minus true velocity) (1 - sigma).
     """
-    rows, levels = _whole(errors, rows), _whole(errors, levels)
-    position, bucket = _cells(cfg, levels)
-    draws = _uniform(key, rows, jnp.arange(levels.shape[1]), _REPLACE, (2,))
+    rows, timestep_index = _whole(errors, chunks.rows), _whole(errors, chunks.timestep_index)
+    position, bucket = _cells(cfg, timestep_index)
+    draws = _uniform(chunks.key, rows, jnp.arange(bucket.shape[1]), _REPLACE, (2,))
     latent_error, noise_error = (x.astype(jnp.bfloat16) for x in (latent_error, noise_error))
     finite = jnp.isfinite(latent_error) & jnp.isfinite(noise_error)
     kept = _whole(errors, kept) & _whole(errors, jnp.all(finite, axis=(2, 3, 4, 5)))
@@ -224,16 +209,13 @@ def store(
     )
 
 
-def metrics(errors: Errors, counts: Counts) -> dict[str, jax.Array]:
-    """int32 scalars for the log. `counts`: of a batch, or summed over those of a step."""
+def metrics(errors: Errors) -> dict[str, jax.Array]:
+    """int32 scalars for the log, of the rings as they are."""
     return {
-        "latent_errors_held": jnp.sum(errors.latent.held),
-        "latent_errors_added": jnp.sum(errors.latent.added),
-        "noise_errors_held": jnp.sum(errors.noise.held),
-        "noise_errors_added": jnp.sum(errors.noise.added),
-        "latent_errors_injected": counts.latent,
-        "noise_errors_injected": counts.noise,
-        "context_errors_injected": counts.context,
+        "recycling_latent_errors_held": jnp.sum(errors.latent.filled),
+        "recycling_latent_errors_added": jnp.sum(errors.latent.added),
+        "recycling_noise_errors_held": jnp.sum(errors.noise.filled),
+        "recycling_noise_errors_added": jnp.sum(errors.noise.added),
     }
 
 
@@ -241,10 +223,10 @@ def metrics(errors: Errors, counts: Counts) -> dict[str, jax.Array]:
 # Draws: small, and the same on every device.
 
 
-def _cells(cfg, levels):
+def _cells(cfg, timestep_index):
     """Ring of each chunk: position and bucket, int32 [batch, chunk]."""
-    position = jax.lax.broadcasted_iota(jnp.int32, levels.shape, 1)
-    return position * int(cfg.positions), levels * cfg.buckets // schedule.LEVELS
+    position = jax.lax.broadcasted_iota(jnp.int32, timestep_index.shape, 1)
+    return position * int(cfg.positions), timestep_index * cfg.buckets // schedule.LEVELS
 
 
 def _uniform(key, rows, chunks, use, shape):
@@ -263,21 +245,21 @@ def _below(draw, count):
     return jnp.clip(number, 0, jnp.maximum(count - 1, 0))  # the product may round up to count
 
 
-def _pick(held, draw):
+def _pick(filled, draw):
     """An entry of a row of rings, each entry as likely as the others.
 
     Args:
-      held: int32 [batch, chunk, bucket], entries to choose from.
+      filled: int32 [batch, chunk, bucket], entries to choose from.
       draw: float32 [batch, chunk], in [0, 1).
 
     Returns:
-      bucket and slot, int32 [batch, chunk]; bool, whether there is such an entry.
+      bucket and entry, int32 [batch, chunk]; bool, whether there is such an entry.
     """
-    ends = jnp.cumsum(held, axis=2)
+    ends = jnp.cumsum(filled, axis=2)
     number = _below(draw, ends[..., -1])
     bucket = jnp.sum(ends <= number[..., None], axis=2, dtype=jnp.int32)
-    bucket = jnp.minimum(bucket, held.shape[2] - 1)
-    before = jnp.take_along_axis(ends - held, bucket[..., None], axis=2)[..., 0]
+    bucket = jnp.minimum(bucket, filled.shape[2] - 1)
+    before = jnp.take_along_axis(ends - filled, bucket[..., None], axis=2)[..., 0]
     return bucket, number - before, ends[..., -1] > 0
 
 
@@ -317,7 +299,7 @@ def _fetch(ring, index, shape):
     """Entries, bfloat16, in the shape and sharding of the latents of a batch.
 
     Args:
-      index: position, bucket and slot, int32 [batch, chunk] each, on every device.
+      index: position, bucket and entry, int32 [batch, chunk] each, on every device.
     """
     mesh, elements = _mesh(ring), ring.entries.shape[3]
     axes = _element_axes(mesh, elements)
@@ -340,7 +322,7 @@ def _add(ring, items, places, replacement):
     """The ring with `items`, [batch, chunk, frame, h, w, channel], added one after the other.
 
     Args:
-      places: position, bucket, the slot to give up at random, and whether to add it at all;
+      places: position, bucket, the entry to give up at random, and whether to add it at all;
         [batch, chunk] each, on every device.
     """
     mesh, elements = _mesh(ring), ring.entries.shape[3]
@@ -351,8 +333,9 @@ def _add(ring, items, places, replacement):
         items = _to_elements(items, axes)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (items, *places))
 
-        def put(state, item):
-            return _put(*state, *item, replacement, axes), None
+        def put(ring, new):
+            item, *place = new
+            return _put(ring, item, place, replacement, axes), None
 
         return jax.lax.scan(put, (entries, added), flat)[0]
 
@@ -366,21 +349,22 @@ def _add(ring, items, places, replacement):
     return Ring(entries=entries, added=added)
 
 
-def _put(entries, added, item, position, bucket, draw, kept, replacement, axes):
-    """One error's slice, [element], into this device's slice of its ring."""
-    slots, count = entries.shape[2], added[position, bucket]
+def _put(ring, item, place, replacement, axes):
+    """One error's slice, [element], into this device's slice of its ring: entries and `added`."""
+    (entries, added), (position, bucket, draw, kept) = ring, place
+    size, count = entries.shape[2], added[position, bucket]
     if replacement == "random":
         victim = draw
     elif replacement == "oldest":
-        victim = count % slots
+        victim = count % size
     else:
-        # A slot at a time: never a float32 copy of a whole ring.
+        # An entry at a time: never a float32 copy of a whole ring.
         distance = jax.lax.map(
             lambda entry: jnp.sum(jnp.square(entry.astype(jnp.float32) - item.astype(jnp.float32))),
             entries[position, bucket],
         )
         victim = jnp.argmin(jax.lax.psum(distance, axes)).astype(jnp.int32)
-    at = (position, bucket, jnp.where(count < slots, count, victim), jnp.int32(0))
+    at = (position, bucket, jnp.where(count < size, count, victim), jnp.int32(0))
     item = item[None, None, None]
     before = jax.lax.dynamic_slice(entries, at, item.shape)
     entries = jax.lax.dynamic_update_slice(entries, jnp.where(kept, item, before), at)

@@ -13,7 +13,8 @@ from flax import serialization, traverse_util
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.config import ErrorRecycling
-from longlive_jax.training import error_recycling
+from longlive_jax.training.objectives import error_recycling
+from longlive_jax.training.objectives.error_recycling import Chunks
 
 BATCH, CHUNKS = 2, 4
 SHAPE = (2, 2, 2, 2)  # 16 elements: every mesh below divides them
@@ -160,16 +161,33 @@ def place(batch, mesh):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train(cfg, errors, key, step, rows, levels, videos):
     clean, noise, context, latent_error, noise_error = videos
-    injected = error_recycling.inject(cfg, errors, key, step, rows, levels, clean, noise, context)
-    errors = error_recycling.store(
-        cfg, errors, key, rows, levels, injected.kept, latent_error, noise_error
+    chunks = Chunks(key, rows, levels)
+    injected = error_recycling.inject(
+        cfg, errors, chunks, step, clean=clean, noise=noise, past=context
     )
-    return errors, injected, error_recycling.metrics(errors, injected.counts)
+    errors = error_recycling.store(
+        cfg, errors, chunks, injected.kept, latent_error=latent_error, noise_error=noise_error
+    )
+    return errors, injected, error_recycling.metrics(errors) | injected.counts
+
+
+def named(**counts):
+    """Counts by the names that the log has for them."""
+    return {f"recycling_{name}_errors_injected": count for name, count in counts.items()}
+
+
+NOISE, LATENT, CONTEXT = named(noise=0, latent=0, context=0)
+
+
+def empty(cfg, chunks, shape, mesh):
+    """Rings without errors, which `Objective.init_carried` makes in a run."""
+    like = error_recycling.abstract(cfg, chunks, shape, mesh)
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
 
 
 def run(cfg, mesh, data):
     """The state after all batches, and what each of them was turned into."""
-    errors, seen = error_recycling.init(cfg, CHUNKS, SHAPE, mesh), []
+    errors, seen = empty(cfg, CHUNKS, SHAPE, mesh), []
     for batch in data:
         errors, injected, metrics = train(cfg, errors, *place(batch, mesh).values())
         seen.append(jax.device_get((injected, metrics)))
@@ -209,14 +227,14 @@ def test_equals_lists_on_the_host(changes):
         clean, noise, context, latent_error, noise_error = batch["videos"]
         fixed = [batch[name] for name in ("key", "rows", "levels")]
         expected = oracle.inject(fixed[0], batch["step"], *fixed[1:], clean, noise, context)
-        for ours, theirs in zip((injected.noise, injected.clean, injected.context), expected):
+        for ours, theirs in zip((injected.noise, injected.clean, injected.past), expected):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
         assert injected.kept == expected[3]
-        assert dataclasses.asdict(injected.counts) == expected[4]
+        assert injected.counts == named(**expected[4])
         oracle.store(*fixed, expected[3], latent_error, noise_error)
-        assert metrics["latent_errors_added"] == sum(oracle.added["latent"].values())
-        assert metrics["noise_errors_held"] == sum(map(len, oracle.noise.values()))
-    assert any(injected.counts.context for injected, _ in seen)
+        assert metrics["recycling_latent_errors_added"] == sum(oracle.added["latent"].values())
+        assert metrics["recycling_noise_errors_held"] == sum(map(len, oracle.noise.values()))
+    assert any(injected.counts[CONTEXT] for injected, _ in seen)
     assert max(oracle.added["latent"].values()) > cfg.slots  # full rings were seen
     assert_ring(errors.latent, oracle, "latent")
     assert_ring(errors.noise, oracle, "noise")
@@ -271,12 +289,12 @@ def test_inside_a_scan_over_batches():
         name: jax.tree.map(lambda *x: jnp.stack(x), *(batch[name] for batch in data))
         for name in data[0]
     }
-    errors = error_recycling.init(CFG, CHUNKS, SHAPE, mesh)
+    errors = empty(CFG, CHUNKS, SHAPE, mesh)
     before = errors.latent.entries.sharding
     found, counts = jax.jit(step, donate_argnums=0)(errors, *stacked.values())
     assert errors.latent.entries.is_deleted()
     assert found.latent.entries.sharding == before
-    assert counts.latent > 0
+    assert counts[LATENT] > 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
@@ -299,13 +317,16 @@ def test_empty_buckets_give_nothing_and_count_nothing():
     second["levels"][0, 0] = 0
     _, ((before, _), (after, metrics)) = run(ALWAYS, one_device(), [first, second])
     clean, noise, context, *_ = first["videos"]
-    for ours, given in zip((before.clean, before.noise, before.context), (clean, noise, context)):
+    for ours, given in zip((before.clean, before.noise, before.past), (clean, noise, context)):
         np.testing.assert_array_equal(ours, given)
-    assert dataclasses.asdict(before.counts) == {"noise": 0, "latent": 0, "context": 0}
-    assert dataclasses.asdict(after.counts) == {"noise": 1, "latent": 1, "context": 8}
+    assert before.counts == named(noise=0, latent=0, context=0)
+    assert after.counts == named(noise=1, latent=1, context=8)
     changed = np.any(after.clean != second["videos"][0], axis=(2, 3, 4, 5))
     np.testing.assert_array_equal(changed, second["levels"] == 0)
-    assert metrics["latent_errors_injected"] == 1 and metrics["context_errors_injected"] == 8
+    assert (
+        metrics["recycling_latent_errors_injected"] == 1
+        and metrics["recycling_context_errors_injected"] == 8
+    )
 
 
 def test_padding_and_errors_that_are_not_finite_are_left_out():
@@ -314,14 +335,16 @@ def test_padding_and_errors_that_are_not_finite_are_left_out():
     batch["videos"][3][0, 1, 0, 0, 0, 0] = np.nan
     batch["videos"][4][0, 2, 1, 1, 1, 1] = 3.4e38  # infinite in bfloat16
     batch = place(batch, mesh)
-    real = np.arange(CHUNKS)[None] < [[4], [1]]
-    real = jax.device_put(real, mesh_lib.sharding(mesh, ("batch", "chunk")))
+    valid = np.arange(CHUNKS)[None] < [[4], [1]]
+    valid = jax.device_put(valid, mesh_lib.sharding(mesh, ("batch", "chunk")))
+    latent_error, noise_error = batch["videos"][3:]
     errors = jax.jit(error_recycling.store, static_argnums=0)(
         CFG,
-        error_recycling.init(CFG, CHUNKS, SHAPE, mesh),
-        *(batch[name] for name in ("key", "rows", "levels")),
-        jnp.bool_(True) & real,
-        *batch["videos"][3:],
+        empty(CFG, CHUNKS, SHAPE, mesh),
+        Chunks(*(batch[name] for name in ("key", "rows", "levels"))),
+        jnp.bool_(True) & valid,
+        latent_error=latent_error,
+        noise_error=noise_error,
     )
     assert errors.latent.added.sum() == errors.noise.added.sum() == 3
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(errors))
@@ -331,7 +354,7 @@ def test_gates_open_as_often_as_they_should():
     """4000 batches of one chunk with full rings, the first 500 of them before `start_step`."""
     early, count = 500, 4000
     cfg = dataclasses.replace(CFG, buckets=1, slots=1, start_step=5)
-    full = error_recycling.init(cfg, 1, (1, 1, 1, 1), one_device())
+    full = empty(cfg, 1, (1, 1, 1, 1), one_device())
     full = jax.tree.map(lambda x: jnp.ones_like(x), full)
     video, zeros = jnp.zeros((1, 1, 1, 1, 1, 1)), jnp.zeros((1, 1), jnp.int32)
 
@@ -340,22 +363,24 @@ def test_gates_open_as_often_as_they_should():
     def gates(full, number):
         step = jnp.where(number < early, 4, 5)
         key = jax.random.fold_in(jax.random.key(1), number)
-        x = error_recycling.inject(cfg, full, key, step, zeros[0], zeros, video, video, video)
+        x = error_recycling.inject(
+            cfg, full, Chunks(key, zeros[0], zeros), step, clean=video, noise=video, past=video
+        )
         return x.counts, x.kept, x.clean.ravel()[0]
 
     counts, kept, clean = jax.device_get(gates(full, jnp.arange(count)))
-    assert kept[:early].all() and not np.any(counts.latent[:early] + counts.context[:early])
+    assert kept[:early].all() and not np.any(counts[LATENT][:early] + counts[CONTEXT][:early])
     counts, kept, clean = jax.tree.map(lambda x: x[early:], (counts, kept, clean))
     live = 1 - cfg.clean_probability
     for opened, share in [
-        (counts.noise, live * cfg.noise_probability),
-        (counts.latent, live * cfg.latent_probability),
-        (counts.context, live * cfg.context_probability),
+        (counts[NOISE], live * cfg.noise_probability),
+        (counts[LATENT], live * cfg.latent_probability),
+        (counts[CONTEXT], live * cfg.context_probability),
         (kept, live + cfg.clean_probability * cfg.clean_update_probability),
     ]:
         assert abs(opened.mean() - share) < 4 * 0.5 / np.sqrt(count - early)
-    assert not np.any(~kept & (counts.noise + counts.latent + counts.context > 0))
-    scales = clean[counts.latent > 0]
+    assert not np.any(~kept & (sum(counts.values()) > 0))
+    scales = clean[counts[LATENT] > 0]
     assert 0.7 <= scales.min() < 0.71 and 1.29 < scales.max() <= 1.3
     assert abs(scales.mean() - 1) < 0.02
 
@@ -417,10 +442,13 @@ def test_full_size_on_four_devices():
         return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding(mesh, axes))
 
     def step(errors, key, step, rows, levels, clean, noise):
-        x = error_recycling.inject(cfg, errors, key, step, rows, levels, clean, noise, clean)
+        chunks = Chunks(key, rows, levels)
+        x = error_recycling.inject(cfg, errors, chunks, step, clean=clean, noise=noise, past=clean)
         # As in training, what is stored depends on what was injected, so the rings need no copy.
-        predicted = (rows, levels, x.kept, x.clean - x.context, x.noise - noise)
-        return error_recycling.store(cfg, errors, key, *predicted), x.counts
+        errors = error_recycling.store(
+            cfg, errors, chunks, x.kept, latent_error=x.clean - x.past, noise_error=x.noise - noise
+        )
+        return errors, x.counts
 
     video = struct((1, chunks, *shape), jnp.float32, "batch", "chunk", None, None, None, None)
     arguments = (

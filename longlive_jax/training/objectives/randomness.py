@@ -14,33 +14,33 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import schedule
 
 # Uses of a chunk's key. Error recycling folds its own, from 16 on.
-NOISE, LEVEL, CONTEXT_NOISE, CONTEXT_LEVEL, ROUNDING = range(5)
+NOISE, TIMESTEP, PAST_NOISE, PAST_TIMESTEP, ROUNDING = range(5)
 
 
-class Draws(struct.PyTreeNode):
-    """noise: float32 [batch, chunk, frame, h, w, channel]; levels: int32 [batch, chunk], indices of
-    `diffusion.schedule.training_schedule`. The same of the clean context when
+class Randomness(struct.PyTreeNode):
+    """noise: float32 [batch, chunk, frame, h, w, channel]; timestep_index: int32 [batch, chunk],
+    entries of `diffusion.schedule.training_schedule`. The same of the clean past when
     train.context_levels asks for it, else None. rounding: keys [batch, chunk] for the rounding of
     gradients, if the recipe rounds them stochastically, else None.
     """
 
     noise: jax.Array
-    levels: jax.Array
-    context_noise: jax.Array | None = None
-    context_levels: jax.Array | None = None
+    timestep_index: jax.Array
+    past_noise: jax.Array | None = None
+    past_timestep_index: jax.Array | None = None
     rounding: jax.Array | None = None
 
 
 def draw(
     cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array, shape
-) -> Draws:
-    """Draws for the samples `rows` (int32 [batch], their numbers in the step), global arrays.
+) -> Randomness:
+    """Of the samples `rows` (int32 [batch], their numbers in the step), as global arrays.
 
     Args:
       key: the step's.
       shape: of the latents, [batch, chunk, frame, h, w, channel].
     """
-    context = cfg.train.context_levels
+    noised = cfg.train.context_levels
     recipe = recipe_lib.get(cfg.quant.recipe)
     rounding = recipe is not None and recipe.gradients.stochastic
 
@@ -50,15 +50,15 @@ def draw(
         def noise(use):
             return jax.random.normal(jax.random.fold_in(here, use), shape[2:])
 
-        def level(use, least):
-            # Every level is as likely; the shift is in what the levels stand for.
+        def index(use, least):
+            # Every index is as likely; the shift is in what the table says of it.
             return jax.random.randint(jax.random.fold_in(here, use), (), least, schedule.LEVELS)
 
-        return Draws(
+        return Randomness(
             noise(NOISE),
-            level(LEVEL, 0),
-            noise(CONTEXT_NOISE) if context else None,
-            level(CONTEXT_LEVEL, schedule.LEVELS - context) if context else None,
+            index(TIMESTEP, 0),
+            noise(PAST_NOISE) if noised else None,
+            index(PAST_TIMESTEP, schedule.LEVELS - noised) if noised else None,
             jax.random.fold_in(here, ROUNDING) if rounding else None,
         )
 
@@ -66,12 +66,12 @@ def draw(
         return jax.vmap(lambda row: jax.vmap(lambda chunk: one(key, row, chunk))(chunks))(rows)
 
     latents = mesh_lib.spec(("batch", "chunk", None, None, None, None))
-    levels = mesh_lib.spec(("batch", "chunk"))
-    specs = Draws(
+    by_chunk = mesh_lib.spec(("batch", "chunk"))
+    specs = Randomness(
         latents,
-        levels,
-        *((latents, levels) if context else (None, None)),
-        levels if rounding else None,
+        by_chunk,
+        *((latents, by_chunk) if noised else (None, None)),
+        by_chunk if rounding else None,
     )
     place = jax.shard_map(
         local,

@@ -1,0 +1,54 @@
+"""A batch of videos, as the objectives that learn from videos read it."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+
+
+class Batch(struct.PyTreeNode):
+    """Videos as latents, with their prompts. A step's arrays have a leading axis of such batches.
+
+    latents: [batch, chunk, frame, h, w, channel], clean and normalised; float32 or bfloat16.
+    valid: bool [batch, chunk]; chunks that are False are padding and bear no loss.
+    text: [batch, chunk, text_len, text_dim], embeddings of each chunk's prompt; None when the text
+      encoder is trained too.
+    ids, mask: int32 [batch, chunk, text_len], tokens of each chunk's prompt; None otherwise.
+    """
+
+    latents: jax.Array
+    valid: jax.Array
+    text: jax.Array | None = None
+    ids: jax.Array | None = None
+    mask: jax.Array | None = None
+
+
+def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a step's batches."""
+    lead = (cfg.train.accumulation, cfg.train.batch_size, chunks(cfg))
+    tokens = (*lead, cfg.model.text_len)
+    trained = cfg.train.text_encoder
+
+    def array(shape, dtype):
+        spec = jax.P(None, *mesh_lib.spec(("batch", "chunk")), *(None,) * (len(shape) - 3))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return Batch(
+        latents=array(lead + chunk_shape(cfg), cfg.compute_dtype),
+        valid=array(lead, jnp.bool_),
+        text=None if trained else array((*tokens, cfg.model.text_dim), cfg.compute_dtype),
+        ids=array(tokens, jnp.int32) if trained else None,
+        mask=array(tokens, jnp.int32) if trained else None,
+    )
+
+
+def chunks(cfg: config_lib.Config) -> int:
+    """Chunks of a training sample."""
+    return cfg.train.latent_frames // cfg.model.chunk_frames
+
+
+def chunk_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
+    """Of one chunk's latents: frame, h, w, channel."""
+    return cfg.model.chunk_frames, *cfg.video.latent_size, cfg.model.in_dim
