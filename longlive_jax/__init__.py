@@ -7,6 +7,12 @@ kernels can be imported alone.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longlive_jax.config import Config, load_config
+    from longlive_jax.pipeline import Pipeline
+    from longlive_jax.sampling.session import Session
 
 _HOMES = {
     "Config": "config",

@@ -34,7 +34,8 @@ HEARTBEAT_SECONDS = 60  # without a sign of life from a process, all others end
 
 
 def make_mesh(
-    config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
+    config: config_lib.Mesh,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> jax.sharding.Mesh:
     """A mesh with axes `AXES` over the first `config.size` of `devices` (default: all of JAX's).
 
@@ -72,15 +73,16 @@ def start(
     With no arguments the cluster is found by itself (SLURM, Kubernetes, TPU, MPI); where there is
     none, the process stays alone. If a process dies, the others end with a message that names it.
     """
-    limits = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if coordinator is not None:
         if num_processes is None or process_id is None:
             raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
-        jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
         return
     if num_processes is not None or process_id is not None:
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
     try:
-        jax.distributed.initialize(**limits)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError:  # JAX found no cluster to ask for a coordinator
         return

@@ -106,7 +106,7 @@ def flatten(tree: Tree) -> dict[Path, Any]:
     return traverse_util.flatten_dict(tree)
 
 
-def unflatten(leaves: Mapping[Path, Any]) -> Tree:
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves))
 
@@ -137,7 +137,7 @@ def _draw(init, shape, dtype, where):
     return jax.jit(lambda key: init(key, shape, dtype), out_shardings=where)
 
 
-def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: dict = mesh_lib.RULES) -> Tree:
+def shardings[T](specs: T, mesh: jax.sharding.Mesh, rules: dict = mesh_lib.RULES) -> T:
     """A NamedSharding for each parameter."""
     return jax.tree.map(lambda s: mesh_lib.sharding(mesh, s.axes, rules), specs, is_leaf=is_spec)
 
@@ -147,12 +147,12 @@ def partition_specs(specs: Tree, rules: dict = mesh_lib.RULES) -> Tree:
     return jax.tree.map(lambda s: mesh_lib.spec(s.axes, rules), specs, is_leaf=is_spec)
 
 
-def abstract(
-    specs: Tree,
+def abstract[T](
+    specs: T,
     mesh: jax.sharding.Mesh | None = None,
     dtype=jnp.float32,
     rules: dict = mesh_lib.RULES,
-) -> Tree:
+) -> T:
     """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints.
 
     dtype: of those whose spec names none.

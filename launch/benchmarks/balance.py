@@ -10,6 +10,7 @@ the whole video. It exists here only. Both exchange heads for tokens around the 
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,21 @@ from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import feed
 
 
+class Inputs(NamedTuple):
+    """A step's latents [batch, chunk, frame, h, w, channel], and what they come with.
+
+    clean, noisy: of the naive layout 2 n chunks, clean then noisy, in both; it reads `clean`.
+    timesteps, positions: [batch, chunk, frame]. text: [batch, chunk, text_len, text_dim].
+    """
+
+    clean: jax.Array
+    noisy: jax.Array
+    target: jax.Array
+    timesteps: jax.Array
+    positions: jax.Array
+    text: jax.Array
+
+
 def run(cfg: config_lib.Config) -> dict:
     config_lib.validate_training(cfg)
     mesh = mesh_lib.make_mesh(cfg.mesh)
@@ -32,8 +48,8 @@ def run(cfg: config_lib.Config) -> dict:
     figures, times = {}, {}
     for name, loss in (("balanced", _balanced), ("naive", _naive)):
         inputs = _inputs(cfg, mesh, copies=1 if name == "balanced" else 2)
-        gradient = _gradient(cfg, mesh, loss).lower(params, *inputs).compile()
-        call = functools.partial(gradient, params, *inputs)
+        gradient = _gradient(cfg, mesh, loss).lower(params, inputs).compile()
+        call = functools.partial(gradient, params, inputs)
         figures[f"{name}_loss"] = float(call()[0])
         times[name] = measure.percentile(measure.seconds(call, max(2, flags.FLAGS.chunks // 4)), 50)
     params = None
@@ -54,21 +70,17 @@ def run(cfg: config_lib.Config) -> dict:
     return figures
 
 
-# Each takes a device's share of clean, noisy, target [batch, chunk, frame, h, w, channel],
-# timesteps, positions [batch, chunk, frame] and text [batch, chunk, text_len, text_dim]. In the
-# naive layout there are 2 n chunks, clean then noisy, in `clean`, and `noisy` is not looked at.
+# Losses of a device's share of the inputs.
 
 
-def _balanced(cfg, params, clean, noisy, target, timesteps, positions, text, **on):
+def _balanced(cfg, params, x: Inputs, **on):
     velocity = dit.teacher_forcing(
-        params, cfg.model, clean, noisy, timesteps, positions, text=text, **on
+        params, cfg.model, x.clean, x.noisy, x.timesteps, x.positions, text=x.text, **on
     )
-    return jnp.sum((velocity.astype(jnp.float32) - target) ** 2)
+    return jnp.sum((velocity.astype(jnp.float32) - x.target) ** 2)
 
 
-def _naive(cfg, params, copies, noisy, target, timesteps, positions, text, **on):
-    del noisy
-
+def _naive(cfg, params, x: Inputs, **on):
     @dit.over_chunks
     def attend(*qkv):
         both = (jnp.swapaxes(y.reshape(len(y), 2, -1, *y.shape[2:]), 1, 2) for y in qkv)
@@ -78,10 +90,11 @@ def _naive(cfg, params, copies, noisy, target, timesteps, positions, text, **on)
     plain, *others = dit.BRANCHES
     branch = dataclasses.replace(plain, attention=plain.attention._replace(block_causal=attend))
     velocity = dit.block_causal(
-        params, cfg.model, copies, timesteps, positions, text=text, branches=(branch, *others), **on
-    )
-    error = jnp.mean((velocity.astype(jnp.float32) - target) ** 2, axis=(-3, -2, -1))
-    return jnp.sum(jnp.where(timesteps > 0, error, 0)) * velocity[0, 0, 0].size
+        params, cfg.model, x.clean, x.timesteps, x.positions, text=x.text,
+        branches=(branch, *others), **on,
+    )  # fmt: skip
+    error = jnp.mean((velocity.astype(jnp.float32) - x.target) ** 2, axis=(-3, -2, -1))
+    return jnp.sum(jnp.where(x.timesteps > 0, error, 0)) * velocity[0, 0, 0].size
 
 
 def _gradient(cfg, mesh, loss):
@@ -90,24 +103,20 @@ def _gradient(cfg, mesh, loss):
     sharding = dit.Sharding.training()
     precision = dit.Precision(dtype=cfg.compute_dtype)
 
-    def local(params, *inputs):
+    def local(params, inputs):
         def of(params):
-            return loss(
-                cfg, params, *inputs,
-                sharding=sharding, precision=precision, remat=cfg.train.remat,
-            )  # fmt: skip
+            on = dict(sharding=sharding, precision=precision, remat=cfg.train.remat)
+            return loss(cfg, params, inputs, **on)
 
         value, gradient = jax.value_and_grad(of)(params)
         return sharding.sum(value), sharding.sum_gradients(gradient, specs)
 
     place = params_lib.partition_specs(specs)
-    chunk = mesh_lib.spec(("batch", "chunk"))
-    inputs = (chunk,) * 6
     return jax.jit(
         jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(place, *inputs),
+            in_specs=(place, mesh_lib.spec(("batch", "chunk"))),
             out_specs=(jax.P(), place),
             check_vma=False,
         )
@@ -123,21 +132,21 @@ def _inputs(cfg, mesh, copies):
     def make():
         clean, noise = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
         words = (*shape[:2], cfg.model.text_len, cfg.model.text_dim)
-        context = jax.random.normal(jax.random.key(2), words, cfg.compute_dtype)
+        text = jax.random.normal(jax.random.key(2), words, cfg.compute_dtype)
         frames = jnp.arange(shape[1] * shape[2], dtype=jnp.int32).reshape(1, *shape[1:3])
         frames = jnp.broadcast_to(frames, shape[:3])
         timesteps = jnp.full(shape[:3], 500.0)
         target = noise - clean
         x, y = (z.astype(cfg.compute_dtype) for z in (clean, (clean + noise) / 2))
         if copies == 1:
-            return x, y, target, timesteps, frames, context
+            return Inputs(x, y, target, timesteps, frames, text)
 
         def twice(a, b):
             return jnp.concatenate([a, b], axis=1)
 
         x, target = twice(x, y), twice(jnp.zeros_like(target), target)
         timesteps = twice(jnp.zeros_like(timesteps), timesteps)
-        return x, x, target, timesteps, twice(frames, frames), twice(context, context)
+        return Inputs(x, x, target, timesteps, twice(frames, frames), twice(text, text))
 
     return make()
 

@@ -129,7 +129,7 @@ def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
     """
     name = _DEFAULT if wanted is None else wanted
     chosen, rule = recipe_lib.get(name), _rule(saved)
-    if not holds(chosen):
+    if chosen is None or not isinstance(chosen.weight, NVFP4):
         raise InputError(
             f"--recipe={name}: {file} holds weights in NVFP4 already; leave --recipe out, or "
             f"{_OTHERWISE}"
@@ -142,7 +142,9 @@ def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
         )
     if rule not in (None, chosen.weight.rule):
         fitting = [
-            r.name for r in recipe_lib.RECIPES.values() if holds(r) and r.weight.rule == rule
+            r.name
+            for r in recipe_lib.RECIPES.values()
+            if r and isinstance(r.weight, NVFP4) and r.weight.rule == rule
         ]
         way_out = (
             f"if it was trained in {' or '.join(fitting)}, give that as --recipe; else {_OTHERWISE}"
@@ -180,6 +182,7 @@ def fields(
     Raises:
       InputError: as `Packed.read`; or the recipe has square blocks, and the weight has not.
     """
+    assert isinstance(own.weight, NVFP4)  # as `holds` says
     packed = [tensors[key] for key in weight.keys]
     parts = [p.read() for p in packed]
     for p, part in zip(packed, parts):
@@ -200,6 +203,7 @@ def fields(
 
 def header(own: Recipe) -> dict[str, str]:
     """What the original's files say of themselves, for a safetensors header."""
+    assert isinstance(own.weight, NVFP4) and isinstance(own.activation, NVFP4)  # as `holds` says
     quantization = {
         "format": "nvfp4",
         "backend": "fouroversix",
@@ -255,7 +259,7 @@ _MAKE = {
 }
 
 
-def _padded(shape: tuple[int, int]) -> tuple[int, int]:
+def _padded(shape: tuple[int, int]) -> tuple[int, ...]:
     return tuple(-(-n // tile) * tile for n, tile in zip(shape, _TILE))
 
 

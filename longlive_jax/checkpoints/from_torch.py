@@ -48,6 +48,7 @@ class Source:
         dtypes = self._dtypes()
         for w in layout.weights(self.spec):
             if _packed(self.tensors[w.keys[0]]):
+                assert self.recipe is not None and w.layer is not None  # of a block
                 for field, array in four_over_six.fields(w, self.tensors, self.recipe):
                     yield layout.Piece((*w.path, field), w.layer, array[None])
                 progress(len(w.keys))

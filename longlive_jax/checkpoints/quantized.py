@@ -81,7 +81,7 @@ def pieces(
 _quantize = jax.jit(quantize_weight, static_argnames="recipe")
 
 
-def _fields(tensor: Quantized) -> dict[str, jax.Array]:
+def _fields(tensor: Quantized) -> params_lib.Tree:
     # Not in one program with the quantisation, which XLA would then repeat for the packing.
     return weights_lib.as_dicts(tensor.pack())
 

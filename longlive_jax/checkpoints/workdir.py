@@ -104,7 +104,7 @@ class State:
         self.step = max(steps)
         self._path = self._root / STATES / str(self.step)
         try:
-            state = ocp.metadata(self._path).metadata
+            state = ocp.metadata(str(self._path)).metadata
             # Of each tree of weights, where it lies in the state; a network may have no average.
             self._keys = {"ema": ("average",), "params": ("params",)}
             if not is_flat(self._path):
@@ -121,7 +121,7 @@ class State:
 
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
         """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
-        wanted = {(part, *path): s.shape for path, s in params_lib.flatten(spec).items()}
+        wanted = {path: s.shape for path, s in params_lib.flatten({part: spec}).items()}
         wrong = [
             f"{'/'.join(p)} is {wanted.get(p)} by the config, {self._shapes.get(p)} in the run"
             for p in sorted({*wanted, *(p for p in self._shapes if p[0] == part)})
@@ -163,14 +163,14 @@ class State:
         try:
             with context:
                 wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), tree)
-                return functools.reduce(operator.getitem, keys, ocp.load(self._path, wanted))
+                return functools.reduce(operator.getitem, keys, ocp.load(str(self._path), wanted))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(self._path, error) from error
 
 
 def is_flat(path: pathlib.Path) -> bool:
     """Whether a state was written before a run could have several networks."""
-    return "networks" not in ocp.metadata(path).metadata
+    return "networks" not in ocp.metadata(str(path)).metadata
 
 
 def damaged(path: pathlib.Path, error: Exception) -> InputError:

@@ -326,11 +326,11 @@ class Records:
             prompts=prompts,
             chunks=min(fields["chunks"], self._chunks),
             latents=latents[: self._latent_frames],
-            text=None if self._text is None else self._embeddings(prompts),
+            text=None if self._text is None else self._embeddings(self._text, prompts),
         )
 
-    def _embeddings(self, prompts: Sequence[str]) -> np.ndarray:
-        rows = {prompt: self._text.read(self._prompts[prompt])[1] for prompt in set(prompts)}
+    def _embeddings(self, texts: Shards, prompts: Sequence[str]) -> np.ndarray:
+        rows = {prompt: texts.read(self._prompts[prompt])[1] for prompt in set(prompts)}
         text = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
         for padded, prompt in zip(text, prompts):
             padded[: len(rows[prompt])] = rows[prompt]

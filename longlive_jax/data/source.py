@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -66,7 +66,7 @@ class Source(Protocol):
 
 def batches(
     source: Source, rows: Sequence[int], batch: int, start: int, seed: int, workers: int
-) -> Iterator[list[Sample]]:
+) -> Generator[list[Sample]]:
     """This process's samples of each step from `start` on, without end.
 
     Sample g of a run is row g % batch of step g // batch. The records are shuffled anew each epoch;
@@ -97,7 +97,7 @@ def batches(
     return _batches(samples.mp_prefetch(options, worker_init_fn=_start_worker), len(rows))
 
 
-def _batches(dataset: grain.IterDataset, count: int) -> Iterator[list[Sample]]:
+def _batches(dataset: grain.IterDataset, count: int) -> Generator[list[Sample]]:
     iterator = iter(dataset)
     try:
         while True:
@@ -141,6 +141,7 @@ class _Load:
         step, row = divmod(i, len(self.rows))
         g = (self.start + step) * self.batch + self.rows[row]
         record = grain.MapDataset.range(len(self.source)).shuffle(self.seed).repeat()[g]
+        assert record is not None  # nothing is filtered
         key = np.random.SeedSequence((self.seed, g)).generate_state(1, np.uint64)
         sample = self.source.sample(int(record), int(key[0]))
         return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}

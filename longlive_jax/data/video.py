@@ -14,7 +14,7 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -303,7 +303,7 @@ class VideoFile:
             raise InputError(f"{self.path}: {what}")
         if self.path.stat().st_size == 0:
             raise InputError(f"{self.path}: not a video: the file is empty")
-        self._size = None if height is None else (height, width)
+        self._size = None if height is None or width is None else (height, width)
         self._decoder = self._rewind()
         try:
             self.info = self._probe()
@@ -330,7 +330,7 @@ class VideoFile:
             raise InputError(f"{self.path}: frames {start}:{stop} of a video of {len(self)} frames")
         return np.stack(list(self.pick(range(start, stop))))
 
-    def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    def pick(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         """The frames of these indices, uint8 [height, width, 3] each. Ascending is fast."""
         for index, times in itertools.groupby(indices):
             frame = self._frame(int(index))
@@ -385,7 +385,7 @@ class VideoFile:
         if not frames or first is None or not fps:
             raise InputError(f"{self.path}: holds a video stream without frames")
         height, width, _ = _pixels(first).shape
-        return VideoInfo(frames, Fraction(fps), height, width)
+        return VideoInfo(frames, Fraction(fps.numerator, fps.denominator), height, width)
 
     def _open(self):
         container = av.open(str(self.path))
@@ -433,7 +433,7 @@ def _pixels(frame: av.VideoFrame) -> np.ndarray:
 
 def frame_indices(
     source_frames: int,
-    source_fps: float,
+    source_fps: float | Fraction,
     num_frames: int | None = None,
     fps: float = 24,
     start: int = 0,

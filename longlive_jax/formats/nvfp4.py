@@ -311,7 +311,7 @@ def to_hardware_order(scales: jax.Array) -> jax.Array:
     return tiles.transpose(0, 3, 2, 1, 4).reshape(-1)
 
 
-def from_hardware_order(flat: jax.Array, rows: int, columns: int) -> jax.Array:
+def from_hardware_order[A: (jax.Array, np.ndarray)](flat: A, rows: int, columns: int) -> A:
     """The inverse of `to_hardware_order`: scales [rows, columns], the padding cut off.
 
     Raises:

@@ -51,6 +51,7 @@ class Quantized:
 
     values: jax.Array
     dtype: np.dtype
+    __dataclass_fields__: ClassVar[dict]  # each is a `flax.struct.dataclass`
 
     # Whether a product's sums may be rounded to its dtype before they are scaled: codes of 8 bits
     # are wrong by more than bfloat16's rounding, which halves what is written and read there.

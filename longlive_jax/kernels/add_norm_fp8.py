@@ -132,7 +132,7 @@ def _kernel(x, sums, rates, *refs, rows, at_most, eps):
     first = run * rows + part * at_most
     count = lax.min(jnp.int32(at_most), rows - part * at_most)
     slices = range(x.shape[1] // lib.LINES)
-    weight, offset, *affine = (
+    weight, offset, scale, shift = (
         [lib.load(ref.at[run, lib.lines(i), :]) for i in slices] for ref in shared
     )
 
@@ -144,7 +144,7 @@ def _kernel(x, sums, rates, *refs, rows, at_most, eps):
             a, b = (lib.load(ref.at[0, lib.lines(i), :]).astype(jnp.float32) for ref in fetched)
             made.append(lib.rounded(a + (b * rate * weight[i] + offset[i])))
             mosaic.store(total.at[row, lib.lines(i), :], made[-1])
-        lib.quantize_normed(made, *affine, eps, values.at[row], scales.at[row])
+        lib.quantize_normed(made, scale, shift, eps, values.at[row], scales.at[row])
         plgpu.commit_smem()  # all have read, and written: the next row may come
 
     spec = plgpu.BlockSpec((1, *x.shape[1:]), lambda i: (first + i, 0, 0))

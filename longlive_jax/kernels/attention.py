@@ -141,19 +141,22 @@ def send_window(smem, stages, tiles, filled, tile, chunk, cache):
 
 
 class Steps:
-    """A warpgroup that multiplies: for each tile of keys logits, softmax, product with values.
-
-    A subclass has
-
-      values(n): the n-th tile of values, [key, head_dim], in shared memory.
-      softmax(x, scale, top): probabilities as the product's operand, and their `fold`ed sums.
-    """
+    """A warpgroup that multiplies: for each tile of keys logits, softmax, product with values."""
 
     def __init__(self, smem, warpgroup, tuning, interpret):
         self.smem, self.warpgroup = smem, warpgroup
         self.tuning, self.interpret = tuning, interpret
-        self.product = plgpu.ACC((ROWS, HEAD_DIM), jnp.float32)
-        self.logits = plgpu.ACC((ROWS, smem.keys.shape[1]), jnp.float32)
+        accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+        self.product = accumulator((ROWS, HEAD_DIM), jnp.float32)
+        self.logits = accumulator((ROWS, smem.keys.shape[1]), jnp.float32)
+
+    def values(self, n):
+        """The n-th tile of values, [key, head_dim], in shared memory: the subclass's."""
+        raise NotImplementedError
+
+    def softmax(self, x, scale, top):
+        """Probabilities as the product's operand, and their `fold`ed sums: the subclass's."""
+        raise NotImplementedError
 
     def issue_logits(self, n, out):
         keys = self.smem.keys.at[self.stage(n)].transpose((1, 0))

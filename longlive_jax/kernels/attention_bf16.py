@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.kernels import attention as shared
+from longlive_jax.kernels import mosaic
 from longlive_jax.kernels.attention import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS
 
 DTYPE = jnp.bfloat16
@@ -84,11 +85,10 @@ def kernel(
 
 
 def _scratch(tuning, interpret):
-    rows_of_128_bytes = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     stages = tuning.stages
 
     def operand(*shape):
-        return plgpu.SMEM(shape, DTYPE, transforms=rows_of_128_bytes)
+        return plgpu.SMEM(shape, DTYPE, transforms=mosaic.rows_of_128_bytes(DTYPE))
 
     return {
         "queries": operand(2, ROWS, HEAD_DIM),  # at last the result

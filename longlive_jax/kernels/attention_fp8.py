@@ -43,9 +43,10 @@ from jaxlib.mlir.dialects import llvm, vector
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8Tensor
 from longlive_jax.kernels import attention as shared
+from longlive_jax.kernels import mosaic
 from longlive_jax.kernels.attention import HEAD_DIM, LOG2_SCALE, QUERIES, ROWS, TILE
 
-E4M3 = jnp.float8_e4m3fn
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = 448.0  # E4M3's
 TINY = 2.0**-100  # least magnitude of a query row that gets a scale of its own
 GAIN = 8.0  # log2 of what probabilities are multiplied by
@@ -71,8 +72,9 @@ def pack(k: FP8Tensor, v: FP8Tensor) -> tuple[FP8Tensor, FP8Tensor]:
     Raises:
       InputError: tokens that are not a multiple of 16.
     """
-    v = v.replace(values=jnp.moveaxis(v.values, -3, -1), scale=jnp.swapaxes(v.scale, -3, -2))
-    return k.replace(values=pack_keys(k.values)), v
+    values, scale = jnp.moveaxis(v.values, -3, -1), jnp.swapaxes(v.scale, -3, -2)
+    v = dataclasses.replace(v, values=values, scale=scale)
+    return dataclasses.replace(k, values=pack_keys(k.values)), v
 
 
 def pack_keys(k: jax.Array) -> jax.Array:
@@ -165,9 +167,8 @@ def kernel(
 
 
 def _scratch(dtype, tuning, interpret):
-    rows_of_128_bytes = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
     stages = tuning.stages
-    operand = functools.partial(plgpu.SMEM, transforms=rows_of_128_bytes)
+    operand = functools.partial(plgpu.SMEM, transforms=mosaic.rows_of_128_bytes(E4M3))
     return {
         "io": plgpu.SMEM((2, ROWS, HEAD_DIM), dtype),
         "queries": operand((2, ROWS, HEAD_DIM), E4M3),
@@ -310,7 +311,7 @@ def _operand(p):
             _is_signed=None,
         )
 
-    return convert(p)
+    return convert(p)  # pyright: ignore[reportCallIssue]  # the compiler gives the context
 
 
 def registers_of_operand(registers, shape):

@@ -171,6 +171,7 @@ def _quantize(x, noise, unit, encode, tables, rule):
         sums_4, scale_sums_4, scale_4, error_4 = _candidate(
             magnitude, noise, wanted * 1.5, tables, rule
         )
+        assert error_4 is not None and error is not None  # of an adaptive rule
         four = error_4 < error
         sums = jnp.where(_wide(four), sums_4, sums)
         scale_sums = jnp.where(four, scale_sums_4, scale_sums)

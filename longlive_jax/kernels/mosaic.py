@@ -32,6 +32,13 @@ def a_row_a_thread(vector: int):
     return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
 
 
+def rows_of_128_bytes(dtype) -> tuple:
+    """Transforms of shared memory that the tensor cores read, and whose banks differ by row."""
+    tile = (8, 128 // jnp.dtype(dtype).itemsize)
+    tiling = plgpu.TilingTransform(tile)  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+
+
 def magnitude(x: jax.Array) -> jax.Array:
     """The bits of |x|, bfloat16, as uint16: in the order of the magnitudes, with NaN above all."""
     return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)

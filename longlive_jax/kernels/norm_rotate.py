@@ -99,10 +99,11 @@ def kernel(
         raise InputError(f"norm_rotate kernel: {misfit}; or use ops.rotated")
     tokens, words = math.prod(qkv.shape[:-1]), qkv.shape[-1] // (3 * _WORD)
     shared = plgpu.SMEM((_THREADS, _PAIRS), jnp.float32)
-    sums, scales = qkv, ()
     if isinstance(qkv, PendingMatmul):
         columns = (y.reshape(3, words, _WORD) for y in (qkv.column, qkv.bias))
         sums, scales = qkv.sums, (qkv.row.reshape(-1), *columns)
+    else:
+        sums, scales = qkv, ()
     outs = plgpu.kernel(
         functools.partial(_kernel, eps=eps),
         out_type=(jax.ShapeDtypeStruct((tokens, words, _WORD), qkv.dtype),) * 3,

@@ -15,6 +15,7 @@ programs share a multiprocessor and fill each other's waits.
 The bits are those of `formats.quantize_fp8`, which also makes the scales out of the magnitudes.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -37,7 +38,7 @@ _GROUP = math.prod(_SPLIT)
 _GROUPS = TILE // _GROUP
 _WORD = 16  # bytes that a thread stores at once
 # Of one column's words, those of 8 rows lie in different banks.
-_SPREAD = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+_SPREAD = mosaic.rows_of_128_bytes(jnp.float8_e4m3fn)
 _LINES = 8  # tokens that a warpgroup measures at a time: 16 bytes a thread
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 _GRID = ("row", "tile", "head")
@@ -83,7 +84,7 @@ def quantize_heads(x: jax.Array) -> FP8Tensor:
     by_head = jnp.swapaxes(x, 1, 2).reshape(rows, heads, -1)
     q = quantize_fp8(by_head, axis=-1)
     values = jnp.swapaxes(q.values.reshape(rows, heads, tokens, head_dim), 1, 2)
-    return q.replace(values=values, scale=q.scale.reshape(rows, 1, heads, 1))
+    return dataclasses.replace(q, values=values, scale=q.scale.reshape(rows, 1, heads, 1))
 
 
 def supports(x: jax.Array) -> bool:

@@ -82,7 +82,7 @@ def kernel(
     if misfit := _misfit(x, scale, shift, activation):
         raise InputError(f"quantize_fp8 kernel: {misfit}; or use ops.quantized")
     number, operands = 1, [lib.tiled(x)]
-    if scale is not None:
+    if scale is not None and shift is not None:
         number = lib.runs(x.shape, scale.shape, shift.shape)
         operands += [lib.tiled(y.astype(jnp.float32)) for y in (scale, shift)]
     at_most, in_flight, at_once = tiling or tilings(x.shape[-1], scale is not None)[0]
@@ -125,7 +125,8 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
 
     def normed(row, x_smem):
         x = [lib.load(x_smem.at[lib.lines(i), :]) for i in slices]
-        lib.quantize_normed(x, *affine, eps, values_ref.at[row], scales_ref.at[row])
+        gain, offset = affine
+        lib.quantize_normed(x, gain, offset, eps, values_ref.at[row], scales_ref.at[row])
 
     def gelu(_, x):
         return lib.rounded(lib.gelu_by_logistic(x.astype(jnp.float32)))

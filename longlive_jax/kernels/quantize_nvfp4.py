@@ -45,7 +45,7 @@ def quantize_nvfp4(
         amax = exact.largest_magnitude(x)
     amax = jnp.asarray(amax, jnp.float32)
     values, scales = _by_kernel(x, amax, rule, None if key is None else threefry.seeds(key))
-    return formats.NVFP4Tensor(values, scales, amax, rule, tuple(block), x.dtype)
+    return formats.NVFP4Tensor(values, scales, amax, rule, (block[0], block[1]), x.dtype)
 
 
 def _by_kernel(x, amax, rule, seeds):
@@ -180,7 +180,7 @@ def _kernel(constants_ref, *refs, rule, steps, in_flight, tiles):
         if seeds_ref:
             group = lax.div(program, jnp.int32(tiles // steps))
             block = lib.thread() + ((tile - group * tiles) * lib.ROWS).astype(jnp.uint32)
-            noise = threefry.random_bits(*seeds_ref, group, block)
+            noise = threefry.random_bits(seeds_ref[0], group, block)
         codes, scales = lib.quantize_blocks(x, noise, constants_ref=constants_ref, rule=rule)
         rows = pl.ds(tile * lib.ROWS, lib.ROWS)
         mosaic.store(codes_ref.at[rows, :], codes)

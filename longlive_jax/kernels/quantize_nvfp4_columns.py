@@ -159,7 +159,7 @@ def _kernel(constants_ref, *refs, tile, codes, scales, here, rule, transform, ti
         y = _block(tile, i)
         if transform:
             y = _transform(y).astype(jnp.bfloat16).astype(jnp.float32)
-        noise = _noise(*seeds_ref, tiles, of_tile, i) if seeds_ref else None
+        noise = _noise(seeds_ref[0], tiles, of_tile, i) if seeds_ref else None
         block_codes, block_scales = blocks.quantize_blocks(
             y, noise, constants_ref=constants_ref, rule=rule
         )

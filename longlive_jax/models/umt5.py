@@ -107,7 +107,7 @@ def encode(
     cfg: config_lib.UMT5,
     ids: jax.Array,
     mask: jax.Array,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
     """Hidden states of a batch of texts.
 
@@ -167,7 +167,7 @@ def prompt_embeddings(
     ids: jax.Array,
     mask: jax.Array,
     text_len: int,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
     """What the video transformer reads: `encode`, zero past each prompt's length.
 
@@ -197,7 +197,7 @@ def encode_prompts(
     ids: np.ndarray,
     mask: np.ndarray,
     text_len: int,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> np.ndarray:
     """`prompt_embeddings` of any number of prompts of any lengths, on the host's side.
 

@@ -17,6 +17,7 @@ channels and halves the size three times; the decoder goes back.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def decode(
     x = (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
     x = blocks.pointwise(params["conv2"], x)
     p = params["decoder"]
-    new = {"upsamples": {}}
+    new: dict[str, Any] = {"upsamples": {}}
     new["conv1"], x = blocks.causal_conv(p["conv1"], c["conv1"], x, axis)
     new["middle"], x = blocks.middle(p["middle"], c["middle"], x, axis)
     for i, stage in enumerate(vae_spec.decoder_stages(cfg)):
@@ -138,7 +139,7 @@ def decode_video(
     """
     _check_array("latents", latents, cfg.z_dim)
     _check_calls("decode_video", "latents", latents.shape[1])
-    state = init_decode_state(cfg, latents.shape[0], *latents.shape[2:4], latents.dtype)
+    state = init_decode_state(cfg, latents.shape[0], *latents.shape[2:4], dtype=latents.dtype)
     step = functools.partial(decode, params, cfg, axis=axis)
     return _whole_clip(step, state, latents, latents_per_call, 1)
 
@@ -186,7 +187,7 @@ def encode(
     c = _restart(state.conv_cache, frames, axis) if first else state.conv_cache
     axis = _sharded(axis)
     p = params["encoder"]
-    new = {"downsamples": {}}
+    new: dict[str, Any] = {"downsamples": {}}
     new["conv1"], x = blocks.causal_conv(p["conv1"], c["conv1"], _fold(frames), axis)
     for i, stage in enumerate(vae_spec.encoder_stages(cfg)):
         stage_p, stage_c = p["downsamples"][str(i)], c["downsamples"][str(i)]

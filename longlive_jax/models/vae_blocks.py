@@ -39,7 +39,7 @@ def norm_spec(dim: int) -> Tree:
 
 
 def residual_spec(in_dim: int, out_dim: int) -> Tree:
-    spec = {
+    spec: dict[str, Tree] = {
         "residual": {
             "0": norm_spec(in_dim),
             "2": conv_spec((3, 3, 3), in_dim, out_dim),
@@ -67,13 +67,13 @@ def head_spec(dim: int, out_dim: int) -> Tree:
 
 def resample_spec(dim: int, time_out_dim: int | None) -> Tree:
     """A change of size in space, and in time where `time_out_dim` is given."""
-    spec = {"resample": {"1": conv_spec((3, 3), dim, dim)}}
+    spec: dict[str, Tree] = {"resample": {"1": conv_spec((3, 3), dim, dim)}}
     if time_out_dim is not None:
         spec["time_conv"] = conv_spec((3, 1, 1), dim, time_out_dim)
     return spec
 
 
-def conv_cache_shapes(spec: Tree, height: int, width: int, frames: int = CACHED_FRAMES) -> Tree:
+def conv_cache_shapes(spec: Tree, height: int, width: int, frames: int = CACHED_FRAMES) -> dict:
     """(frame, height, width, channel) of the cache of each causal convolution in `spec`."""
     return params_lib.unflatten(
         {
@@ -90,7 +90,7 @@ def conv_cache_shapes(spec: Tree, height: int, width: int, frames: int = CACHED_
 def pointwise(params: Tree, x: jax.Array) -> jax.Array:
     """A convolution whose kernel has one tap, as a matmul."""
     weight = params["weight"]
-    return linear_lib.linear(params | {"weight": weight.reshape(weight.shape[-2:])}, x)
+    return linear_lib.linear({**params, "weight": weight.reshape(weight.shape[-2:])}, x)
 
 
 def causal_conv(

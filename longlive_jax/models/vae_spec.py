@@ -3,7 +3,7 @@
 `vae.py` runs it and is the module to import.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -129,7 +129,7 @@ def init_decode_state(
     """
     tree = spec(cfg)["decoder"]
     h, w = latent_height, latent_width
-    shapes = {
+    shapes: dict[str, Any] = {
         "conv1": blocks.conv_cache_shapes({"conv1": tree["conv1"]}, h, w)["conv1"],
         "middle": blocks.conv_cache_shapes(tree["middle"], h, w),
         "upsamples": {},
@@ -156,7 +156,7 @@ def init_encode_state(
     """
     tree = spec(cfg)["encoder"]
     h, w = latent_height * PIXELS // FOLD, latent_width * PIXELS // FOLD
-    shapes = {"downsamples": {}}
+    shapes: dict[str, Any] = {"downsamples": {}}
     shapes["conv1"] = blocks.conv_cache_shapes({"conv1": tree["conv1"]}, h, w)["conv1"]
     for i, stage in enumerate(encoder_stages(cfg)):
         stage_tree = tree["downsamples"][str(i)]["downsamples"]

@@ -47,7 +47,7 @@ def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def axis_frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def axis_frequencies(head_dim: int) -> tuple[np.ndarray, ...]:
     """Frequencies of the (time, row, column) pairs of a head: 22, 21 and 21 of them at 128."""
     pairs = head_dim // 2
     space = pairs // 3

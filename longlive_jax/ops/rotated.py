@@ -58,7 +58,7 @@ def composed(
 
 def _forward(qkv, weight_q, weight_k, angle, eps):
     angle = jax.lax.stop_gradient(angle)
-    return jax.vjp(lambda *x: composed(*x, angle, eps), qkv, weight_q, weight_k)
+    return jax.vjp(lambda *x: composed(*x, angle=angle, eps=eps), qkv, weight_q, weight_k)
 
 
 def _backward(eps, pull, g):

@@ -141,9 +141,9 @@ def _attention_bwd(backend, residuals, dout):
     q, k, v, out, lse = residuals
     diagonal = dense_attention.backward(
         *(_diagonal(x) for x in (q, k, v, out)),
-        _tokens_last(_diagonal(lse)),
-        _diagonal(dout),
-        backend,
+        lse=_tokens_last(_diagonal(lse)),
+        dout=_diagonal(dout),
+        backend=backend,
     )
     dqs, dks, dvs = ([x.reshape(q.shape)] for x in diagonal)
     for part in schedule(q.shape[1]):

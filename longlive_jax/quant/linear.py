@@ -56,6 +56,7 @@ def linear(
         gradient by a recipe for inference, without its key, or through a weight quantised by rows.
     """
     if recipe is None:
+        assert not isinstance(x, Quantized)
         return plain.linear(params, x)
     weight, bias = params["weight"], params["bias"]
     if isinstance(x, Quantized):
@@ -211,6 +212,7 @@ def _product_bwd(recipe, axes, residuals, dy):
         x_columns = operands.columns(gradients.activation, x, 1, axes)
     samples = range(dy.shape[1])
     if gradients.wgrad is None:
+        assert isinstance(dy_rows, list)  # one scale a tensor: `Gradients` says so
         columns = [rows.transposed().merged() for rows in dy_rows]
         dw = [
             _add(matmul(x_columns[i], part[i : i + 1], jnp.float32) for i in samples)

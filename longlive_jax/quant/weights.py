@@ -102,7 +102,9 @@ def is_quantized(tree: params_lib.Tree) -> bool:
     return any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf))
 
 
-def map_quantized(function, tree: params_lib.Tree, *others: params_lib.Tree) -> params_lib.Tree:
+def map_quantized(
+    function, tree: params_lib.Tree | Quantized, *others: params_lib.Tree
+) -> params_lib.Tree:
     """`tree`, of arrays or of specs, with `function(weight, *others' weight)` of quantised ones."""
 
     def one(leaf, *rest):
@@ -115,7 +117,7 @@ def _is_leaf(x):
     return isinstance(x, Quantized) or params_lib.is_spec(x)
 
 
-def as_dicts(tree: params_lib.Tree) -> params_lib.Tree:
+def as_dicts(tree: params_lib.Tree | Quantized) -> params_lib.Tree:
     """A tree of arrays, or of specs, with dicts for quantised weights: for a checkpoint's paths."""
 
     def one(q):

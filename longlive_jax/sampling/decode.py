@@ -46,12 +46,11 @@ class Decoder:
         latents = jax.device_put(latents, mesh_lib.sharding(self.mesh, vae_spec.SHARDED))
         latents = latents.astype(self._cfg.compute_dtype)
         first = state is None
-        if state is None:
-            state = self.init_state(latents.shape[0], *latents.shape[2:4])
+        now = self.init_state(latents.shape[0], *latents.shape[2:4]) if state is None else state
         for piece in vae.pieces(latents.shape[1], self._cfg.sample.vae_latents_per_call):
             call = decode_program(self._cfg.vae, self.mesh, first, finish)
-            state, frames = call(self._params, state, latents[:, piece])
-            yield state, frames
+            now, frames = call(self._params, now, latents[:, piece])
+            yield now, frames
             first = False
 
     def init_state(self, batch: int, height: int, width: int) -> vae.DecodeState:

@@ -15,8 +15,7 @@ from longlive_jax.formats import Format
 from longlive_jax.quant import kv
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values, by slot.
 
     k, v: [layer, branch, batch, slot, token, head, head_dim]; two branches under classifier-free
@@ -70,8 +69,7 @@ class KVCache:
         return self.replace(k=jax.tree.map(into, self.k, k), v=jax.tree.map(into, self.v, v))
 
 
-@struct.dataclass
-class Past:
+class Past(struct.PyTreeNode):
     """A cache and its visible slots, `valid` bool [batch, slot]: what the transformer is given."""
 
     cache: KVCache

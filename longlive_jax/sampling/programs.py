@@ -7,6 +7,7 @@ only then does JAX's persistent compilation cache hand one to the other.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,15 +77,18 @@ def step_arguments(
     specs = dit.sampling_spec(m, recipe_lib.get(cfg.quant.recipe), dtype)
     params = params_lib.abstract(specs, mesh, dtype, mesh_lib.SAMPLING_RULES)
     state = jax.eval_shape(functools.partial(stream.init_state, cfg, batch, height, width))
-    text = jax.ShapeDtypeStruct((batch, m.text_len, m.text_dim), dtype)
-    latents = (batch, m.chunk_frames, height, width, m.in_dim)
-    first = jax.ShapeDtypeStruct((batch, 1, *latents[2:]), jnp.float32)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    text = array(m.text_len, m.text_dim, dtype=dtype)
+    picture = (height, width, m.in_dim)
     inputs = stream.ChunkInput(
-        noise=jax.ShapeDtypeStruct(latents, jnp.float32),
+        noise=array(m.chunk_frames, *picture),
         text=text,
-        cut=jax.ShapeDtypeStruct((batch,), jnp.bool_),
+        cut=array(dtype=jnp.bool_),
         negative=text if cfg.sample.guided else None,
-        first_frame=first if cfg.video.image_to_video else None,
+        first_frame=array(1, *picture) if cfg.video.image_to_video else None,
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))

@@ -344,7 +344,7 @@ class Session:
         self._placed = now.prompts, inputs.text, inputs.negative
         return inputs
 
-    def _embed(self, prompts):
+    def _embed(self, prompts) -> tuple[Any, Any]:
         """Embeddings of each row, and of the negative prompt, in compute dtype."""
         if new := [p for p in dict.fromkeys(prompts) if p not in self._rows]:
             self._rows.update(zip(new, self.texts(new)))

@@ -11,6 +11,7 @@ be directed, saved and replayed.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,7 @@ class _Transformer:
             self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), positions,
             text=self.text, cache=past, slot=slot, sharding=self.sharding, precision=self.precision,
         )  # fmt: skip
+        assert isinstance(past, Past)
         return past.cache
 
     def _branches(self, x):
@@ -384,7 +386,7 @@ def init_state(cfg: config_lib.Config, batch: int, height: int, width: int) -> S
     )
 
 
-def _spec(*axes: str | None) -> jax.P:
+def _spec(*axes: str | None) -> Any:  # a PartitionSpec, in an array's place
     # Of full rank: P("x") and P("x", None) are the same, and yet two entries in jit's cache.
     return mesh_lib.spec(axes, mesh_lib.SAMPLING_RULES)
 

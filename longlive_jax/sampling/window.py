@@ -18,8 +18,7 @@ from longlive_jax import config as config_lib
 EMPTY = -1
 
 
-@struct.dataclass
-class Window:
+class Window(struct.PyTreeNode):
     """The slot table, and where each stream of the batch stands.
 
     chunk: int32 [batch, slot], index of the chunk that a slot holds, EMPTY if none.

@@ -1,5 +1,7 @@
 """A batch of videos, as the objectives that learn from videos read it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -31,7 +33,7 @@ def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
     tokens = (*lead, cfg.model.text_len)
     trained = cfg.train.text_encoder
 
-    def array(shape, dtype):
+    def array(shape, dtype) -> Any:
         spec = jax.P(None, *mesh_lib.spec(("batch", "chunk")), *(None,) * (len(shape) - 3))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 

@@ -84,13 +84,14 @@ class Checkpoints:
     def __init__(self, root: pathlib.Path, plan: Plan):
         self._path = root / workdir.STATES
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(plan.keep_last)]
-        if plan.keep_every:
-            keep.append(policies.EveryNSteps(plan.keep_every))
+        latest, every = policies.LatestN(plan.keep_last), plan.keep_every
+        keep = policies.AnyPreservationPolicy(
+            [latest, policies.EveryNSteps(every)] if every else [latest]
+        )
         try:
             self._saved = ocp.training.Checkpointer(
-                self._path,
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                str(self._path),
+                preservation_policy=keep,  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,  # what killed processes left
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -127,7 +128,8 @@ class Checkpoints:
         """
         self.wait()
         with self._explained(step):
-            self._saving = step, self._saved.save_async(step, state, force=True)
+            response = self._saved.save_async(step, state, force=True)
+            self._saving = None if response is None else (step, response)
 
     def check(self) -> None:
         """Looks whether the last save has failed by now.

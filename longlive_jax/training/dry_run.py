@@ -23,6 +23,7 @@ def report(objective: Objective) -> str:
     ]
     for due in step.programs:
         memory = step.lower(due).compile().memory_analysis()
+        assert memory is not None
         of = "" if len(step.programs) == 1 else f" of {', '.join(due) or 'no network'}"
         lines += [
             f"the compiled step{of}, GiB a device",

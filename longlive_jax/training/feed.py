@@ -33,6 +33,8 @@ from longlive_jax.training.batch import Batch
 HALO = 28  # latents before its own that an encoder sees: all that the first of its own depends on
 _NAME_BYTES = 128  # of a sample's name, on its way to the first process
 
+Like = jax.Array | jax.ShapeDtypeStruct  # an array to be made: its shape, dtype and sharding
+
 
 def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
     """What the config's data.path holds, and what tells it from other data, wherever it lies.
@@ -105,7 +107,7 @@ class Prefetcher:
         return self
 
     def __next__(self) -> tuple[Batch, jax.Array]:
-        if not self._left:
+        if not self._left or self._next is None:
             raise StopIteration
         batch, names = self._next.result()
         self._left -= 1
@@ -143,6 +145,7 @@ class Prefetcher:
         like, cfg = self._like, self._cfg
         prompts = {id(s): s.prompts for s in samples.values()}
         if cfg.train.text_encoder:
+            assert self._encoders.tokenizer is not None
             read = functools.partial(self._encoders.tokenizer, text_len=cfg.model.text_len)
             pairs = {key: read(texts) for key, texts in prompts.items()}
             return {
@@ -151,6 +154,7 @@ class Prefetcher:
             }
         if cfg.data.cached:
             return {"text": place(like.text, lambda sample: sample.text)}
+        assert self._encoders.texts is not None
         rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
         return {"text": place(like.text, lambda sample: rows[id(sample)])}
 
@@ -166,19 +170,20 @@ def _name(sample: Sample) -> np.ndarray:
     return np.frombuffer(text.ljust(_NAME_BYTES, b"\0"), np.uint8)
 
 
-def _local_rows(like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+def _local_rows(like: Like) -> tuple[int, ...]:
     """The rows of a step's samples that lie on this process's devices."""
     accumulation, batch = like.shape[:2]
     own = set()
-    for _, rows, *_ in like.sharding.addressable_devices_indices_map(like.shape).values():
+    places = like.sharding.addressable_devices_indices_map(like.shape).values()
+    for _, rows, *_ in filter(None, places):
         own.update(range(*rows.indices(batch)))
     return tuple(sorted(a * batch + row for a in range(accumulation) for row in own))
 
 
 def _global(
     samples: Mapping[int, Sample],
-    like: jax.ShapeDtypeStruct,
-    pick: Callable[[Sample], np.ndarray],
+    like: Like,
+    pick: Callable[[Sample], "np.ndarray | _Windows"],
 ) -> jax.Array:
     """The array [accumulation, batch, ...] of what `pick` makes of each sample."""
     picked = functools.cache(lambda row: pick(samples[row]))
@@ -196,7 +201,8 @@ def _global(
     return jax.make_array_from_callback(like.shape, like.sharding, local)
 
 
-def _latents(like: jax.ShapeDtypeStruct, sample: Sample) -> np.ndarray:
+def _latents(like: Like, sample: Sample) -> np.ndarray:
+    assert sample.latents is not None
     shape = like.shape[2:]
     wanted = (shape[0] * shape[1], *shape[2:])
     if sample.latents.shape != wanted:
@@ -215,6 +221,7 @@ def picture_abstract(cfg: config_lib.Config, like: Batch) -> jax.ShapeDtypeStruc
     width, 3]: with data.encode="halo" each rank of `seq` has a window of its own, with "width" a
     share of the width.
     """
+    assert isinstance(like.latents.sharding, jax.NamedSharding)
     mesh, ranks, latents = like.latents.sharding.mesh, 1, cfg.train.latent_frames
     if cfg.data.encode == "halo":
         ranks = mesh.shape[mesh_lib.SEQ]
@@ -246,6 +253,7 @@ def window(cfg: config_lib.Config, ranks: int) -> tuple[int, list[int]]:
 
 
 def _window(cfg: config_lib.Config, like: jax.ShapeDtypeStruct, sample: Sample) -> "_Windows":
+    assert sample.frames is not None
     ranks, frames = like.shape[2:4]
     starts = window(cfg, ranks)[1] if cfg.data.encode == "halo" else [0]
     return _Windows(sample.frames, [config_lib.TEMPORAL_COMPRESSION * s for s in starts], frames)

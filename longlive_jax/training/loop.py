@@ -108,8 +108,8 @@ def run(
                 # First its line, then the state: a run that goes on from it has the line.
                 _refuse_divergence(plan, log.flush())
                 saved.save(done, now)
-            evaluates = inputs.evaluate is not None and not stopped
-            if evaluates and (done % plan.eval_every == 0 or last):
+            evaluates = not stopped and (done % plan.eval_every == 0 or last)
+            if evaluates and inputs.evaluate is not None:
                 _refuse_divergence(plan, log.flush())
                 show(f"evaluation: {inputs.evaluate(done, now.networks)}")
         saved.close()

@@ -95,8 +95,8 @@ class Metrics:
         self._ended = now
         self._worked += seconds
         line = self._line(step, metrics, names, seconds)
-        last = step.number == self._plan.steps
-        if self._file is not None and (last or step.number % self._plan.log_every == 0):
+        due = step.number == self._plan.steps or step.number % self._plan.log_every == 0
+        if self._file is not None and self._board is not None and due:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
             for name, value in line.items():
@@ -106,12 +106,13 @@ class Metrics:
         return line
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
 
     def _line(self, step, metrics, names, seconds):
-        line, objective = {"step": step.number}, self._objective
+        line: dict[str, Any] = {"step": step.number}
+        objective = self._objective
         for name, of_network in metrics.networks.items():
             fields = {"loss": of_network.loss, "grad_norm": of_network.grad_norm}
             fields |= objective.fields(name, of_network.values)

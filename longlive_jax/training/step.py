@@ -20,7 +20,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.models.sharding import Sharding
 from longlive_jax.training import state as state_lib
 from longlive_jax.training.objective import Moment, Objective
-from longlive_jax.training.state import NetworkState, TrainState
+from longlive_jax.training.state import TrainState
 
 Due = tuple[str, ...]  # names of the networks that a step trains
 
@@ -157,7 +157,7 @@ class Step:
         if network.ema_decay is not None:
             decay = network.ema_decay(state.step + 1)
             ema = optax.incremental_update(params, old.ema, 1 - decay)
-        new = NetworkState(params, opt_state, ema)
+        new = old.replace(params=params, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         return new, NetworkMetrics(loss, norm, values), good
 

@@ -182,7 +182,7 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly compress
         with context:
-            ocp.save(directory / name, params_lib.unflatten({p.path: p.array for p in group}))
+            ocp.save(str(directory / name), params_lib.unflatten({p.path: p.array for p in group}))
         groups[name] = {"/".join(p.path): [p.start, len(p.array)] for p in group}
         group.clear()
 

@@ -38,6 +38,7 @@ def block(p: params_lib.Tree, x: jax.Array, layer: Layer, branches: tuple[Branch
 
 def modulated(p: params_lib.Tree, layer: Layer) -> Layer:
     """`layer` with the modulation of the block's parameters."""
+    assert layer.given is not None
     modulation = block_modulation(p["modulation"], layer.given.time)
     return dataclasses.replace(layer, modulation=modulation)
 
@@ -73,6 +74,7 @@ def _ffn(p, x, layer):
 def keys_values(p: params_lib.Tree, x: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
     """The block's rotated keys, and values, and nothing else: [.., token, head, head_dim]."""
     layer = modulated(p, layer)
+    assert layer.modulation is not None
     _, h = layer.norm("self_attn.qkv", Hidden(x), *layer.modulation.attention.affine())
     _, k, v = _qkv(p, h, layer)
     return _tokens(k), _tokens(v)

@@ -15,8 +15,7 @@ from longlive_jax.ops.gelu import gelu
 from longlive_jax.ops.linear import linear
 
 
-@struct.dataclass
-class Conditioning:
+class Conditioning(struct.PyTreeNode):
     """What a layer is conditioned on; all layers share it, but for the text.
 
     Leading axes are [batch, chunk, (copy,)], of size 1 where all share a value.

@@ -104,7 +104,7 @@ def commit(
     for i in range(whole):
         p, given = params["blocks"][i], given.replace(text=text[i])
         x, caches = _committing_layer(
-            p, x, given, caches, np.int32(i), slot, net, net.branches_at(i)
+            p, x, given, caches, np.int32(i), slot, net=net, branches=net.branches_at(i)
         )
     if whole == last:
         p = net.gather_block(params["blocks"][last])
@@ -144,7 +144,8 @@ def _each_layer(net, params, x, given, text, cache):
     caches = _by_branch(cache)
     for i in range(net.cfg.num_layers):
         p, given = params["blocks"][i], given.replace(text=text[i])
-        x = _denoising_layer(p, x, given, caches, np.int32(i), net, net.branches_at(i))
+        branches = net.branches_at(i)
+        x = _denoising_layer(p, x, given, caches, np.int32(i), net=net, branches=branches)
         yield x
 
 
@@ -157,7 +158,7 @@ def _by_branch(cache):
 
 
 @functools.partial(jax.jit, static_argnames=("net", "branches"))
-def _denoising_layer(p, x, given, caches, i, net, branches):
+def _denoising_layer(p, x, given, caches, i, *, net, branches):
     def past(name, q, k, v):
         return caches[name].attend(i, q, k, v)
 
@@ -165,7 +166,7 @@ def _denoising_layer(p, x, given, caches, i, net, branches):
 
 
 @functools.partial(jax.jit, static_argnames=("net", "branches"))
-def _committing_layer(p, x, given, caches, i, slot, net, branches):
+def _committing_layer(p, x, given, caches, i, slot, *, net, branches):
     caches = dict(caches)
 
     def past(name, q, k, v):

@@ -55,7 +55,7 @@ def moments(params: params_lib.Tree, cfg: config_lib.VAE, frames: jax.Array):
 
 def decode(params: params_lib.Tree, cfg: config_lib.VAE, latents: jax.Array) -> jax.Array:
     """Clips of latents: [batch, 1 + k, h, w, z_dim] -> [batch, 1 + 4 k, 16 h, 16 w, 3]."""
-    state = vae.init_decode_state(cfg, latents.shape[0], *latents.shape[2:4], latents.dtype)
+    state = vae.init_decode_state(cfg, latents.shape[0], *latents.shape[2:4], dtype=latents.dtype)
     call = functools.partial(vae.decode, params, cfg, axis=mesh_lib.SEQ)
     return _clip(call, state, latents)
 

@@ -14,6 +14,7 @@ Keys are folded by (sample, chunk, use), never by device.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,13 +102,13 @@ def abstract(
     """
     cells = (chunks if cfg.positions else 1, cfg.buckets)
     elements = math.prod(shape)
+
+    def array(shape, dtype, spec) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
     ring = Ring(
-        entries=jax.ShapeDtypeStruct(
-            (*cells, cfg.slots, elements),
-            jnp.bfloat16,
-            sharding=jax.NamedSharding(mesh, _entries_spec(mesh, elements)),
-        ),
-        added=jax.ShapeDtypeStruct(cells, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P())),
+        entries=array((*cells, cfg.slots, elements), jnp.bfloat16, _entries_spec(mesh, elements)),
+        added=array(cells, jnp.int32, jax.P()),
     )
     return Errors(latent=ring, noise=ring)
 

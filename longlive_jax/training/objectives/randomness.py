@@ -4,6 +4,8 @@ So a result does not depend on the mesh, and a run that is started again draws w
 drawn.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -31,6 +33,10 @@ class Randomness(struct.PyTreeNode):
     rounding: jax.Array | None = None
 
 
+def _spec(*axes: str | None) -> Any:  # a PartitionSpec, in an array's place
+    return mesh_lib.spec(axes)
+
+
 def draw(
     cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array, shape
 ) -> Randomness:
@@ -42,7 +48,7 @@ def draw(
     """
     noised = cfg.train.context_levels
     recipe = recipe_lib.get(cfg.quant.recipe)
-    rounding = recipe is not None and recipe.gradients.stochastic
+    rounding = recipe is not None and recipe.gradients is not None and recipe.gradients.stochastic
 
     def one(key, row, chunk):
         here = jax.random.fold_in(jax.random.fold_in(key, row), chunk)
@@ -65,8 +71,7 @@ def draw(
     def local(key, rows, chunks):
         return jax.vmap(lambda row: jax.vmap(lambda chunk: one(key, row, chunk))(chunks))(rows)
 
-    latents = mesh_lib.spec(("batch", "chunk", None, None, None, None))
-    by_chunk = mesh_lib.spec(("batch", "chunk"))
+    latents, by_chunk = _spec("batch", "chunk", None, None, None, None), _spec("batch", "chunk")
     specs = Randomness(
         latents,
         by_chunk,

@@ -103,6 +103,7 @@ class TeacherForcing(Objective):
 
     def before(self, network: str, moment: Moment) -> Inputs:
         batch = moment.batch
+        assert moment.rows is not None
         drawn = randomness.draw(self.cfg, self.mesh, moment.key, moment.rows, batch.latents.shape)
         data = batch.latents.astype(jnp.float32)
         past = data if drawn.past_noise is None else self._noised_past(data, drawn)
@@ -126,6 +127,7 @@ class TeacherForcing(Objective):
     ) -> tuple[error_recycling.Errors | None, dict[str, jax.Array]]:
         if not outputs:
             return None, {}
+        assert inputs.kept is not None and inputs.injected is not None
         errors = error_recycling.store(
             self.cfg.train.error_recycling, moment.carried, _chunks(moment, inputs),
             jnp.logical_and(inputs.batch.valid, inputs.kept), **outputs,
@@ -184,7 +186,7 @@ class TeacherForcing(Objective):
             target = jnp.where(shown, 0.0, target)
             bears_loss &= ~given
 
-        shared = dict(
+        shared: dict[str, Any] = dict(
             text=self._text(params, inputs.batch, sharding), sharding=sharding,
             precision=precision, remat=cfg.train.remat, key=inputs.rounding,
         )  # fmt: skip
@@ -236,6 +238,7 @@ class TeacherForcing(Objective):
 
 
 def _chunks(moment: Moment, inputs: Inputs) -> error_recycling.Chunks:
+    assert moment.rows is not None
     return error_recycling.Chunks(moment.key, moment.rows, inputs.timestep_index)
 
 
