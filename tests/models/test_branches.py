@@ -90,10 +90,10 @@ def train(params, cfg, **given):
 
 
 def with_chunk(cache, c):
-    """The cache, or each of a dict's, with chunk c in slot c."""
+    """The past, or each of a dict's, in which slot c is visible."""
     if isinstance(cache, dict):
         return {name: with_chunk(one, c) for name, one in cache.items()}
-    return cache.replace(chunk=cache.chunk.at[:, c].set(c))
+    return cache.replace(valid=cache.valid.at[:, c].set(True))
 
 
 def stream(params, cfg, cache, inserted=lambda chunk: None, **given):
@@ -115,11 +115,12 @@ def stream(params, cfg, cache, inserted=lambda chunk: None, **given):
     return jnp.stack(found, axis=1)
 
 
-def empty_cache(cfg):
+def empty_past(cfg):
     window = (CHUNKS + 1) * cfg.chunk_frames
     sample = config_lib.Sample(window_frames=window, sink_frames=0, multi_shot_sink=False)
     whole = config_lib.Config(model=cfg, sample=sample, dtype="float32")
-    return kv_cache.init(whole, 1, 1, TOKENS, cfg.num_heads)
+    cache = kv_cache.init(whole, 1, 1, TOKENS, cfg.num_heads)
+    return kv_cache.Past(cache, jnp.zeros((1, cache.k.shape[3]), jnp.bool_))
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +152,9 @@ def test_a_zero_branch_changes_no_bit_in_training(plain, extended):
 
 def test_a_zero_branch_changes_no_bit_in_streaming(plain, extended):
     branches = with_branch(SPEED)
-    expected = stream(plain, MODEL, empty_cache(MODEL))
+    expected = stream(plain, MODEL, empty_past(MODEL))
     found = stream(
-        extended, MODEL, empty_cache(MODEL), lambda c: {"speed": SPEEDS[:, c, None]},
+        extended, MODEL, empty_past(MODEL), lambda c: {"speed": SPEEDS[:, c, None]},
         branches=branches,
     )  # fmt: skip
     np.testing.assert_array_equal(found, expected)
@@ -174,7 +175,7 @@ def test_the_plain_models_parameters_stay_where_they_are():
 def test_a_branch_with_a_cache_streams_as_it_trains(layers):
     branches = with_branch(memory(layers))
     params = random_params(SHORT, branches)
-    caches = {name: empty_cache(SHORT) for name in ("self_attention", "memory")}
+    caches = {name: empty_past(SHORT) for name in ("self_attention", "memory")}
     expected = train(params, SHORT, branches=branches)
     found = stream(params, SHORT, caches, branches=branches)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
