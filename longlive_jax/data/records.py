@@ -23,7 +23,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from array_record.python import array_record_module  # pyright: ignore (compiled)
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from longlive_jax import config as config_lib
 from longlive_jax.data.source import Sample
