@@ -80,8 +80,8 @@ def contact_sheet(
       frames: uint8 [height, width, 3] each, all of one size; at least one.
 
     Raises:
-      InputError: no frames, frames of several sizes, another number of labels than of frames, or
-        an unwritable path.
+      InputError: no frames, frames of several sizes, too few or too many labels, or an unwritable
+        path.
       OSError: ENOSPC, naming `path`.
     """
     if len(frames) == 0:
@@ -122,7 +122,7 @@ class ContactSheet:
     Args:
       every: frames between two thumbnails, at first.
       width: pixels of a thumbnail; its height follows from the frames.
-      fps: for the captions, which give the time of each thumbnail in seconds.
+      fps: for the labels, which give the time of each thumbnail in seconds.
     """
 
     def __init__(self, every: int = 24, max_cells: int = 64, width: int = 192, fps: float = 24):

@@ -44,7 +44,7 @@ def config(**fields):
 
 
 def clip(i):
-    """Latents, prompts and real chunks of sample i."""
+    """Latents, prompts and valid chunks of sample i."""
     latents = np.random.default_rng(i).standard_normal((STORED, 2, 4, 4)).astype(jnp.bfloat16)
     return latents, [PROMPTS[i % 3], PROMPTS[i % 3], PROMPTS[(i + 1) % 3]], 3 - (i == 4)
 
@@ -172,10 +172,10 @@ def test_samples(folder):
         assert sample.latents.dtype == sample.text.dtype == jnp.bfloat16
         np.testing.assert_array_equal(sample.latents, latents[:4])
         assert sample.text.shape == (2, 6, 8)
-        for context, prompt in zip(sample.text, prompts):
+        for text, prompt in zip(sample.text, prompts):
             which = PROMPTS.index(prompt)
-            np.testing.assert_array_equal(context[: TOKENS[which]], embedding(which))
-            assert not context[TOKENS[which] :].any()
+            np.testing.assert_array_equal(text[: TOKENS[which]], embedding(which))
+            assert not text[TOKENS[which] :].any()
     with pytest.raises(IndexError):
         source.sample(5, key=0)
 
