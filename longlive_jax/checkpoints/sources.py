@@ -34,7 +34,7 @@ def locate(source: str, part: str) -> str:
       part: "dit", "vae", "umt5", "lora" or "tokenizer".
 
     Raises:
-      InputError: there is none.
+      InputError: nothing there holds the part.
     """
     path = pathlib.Path(_download(source, part) if source.startswith("hf://") else source)
     if path.is_file():
