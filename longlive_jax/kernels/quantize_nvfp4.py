@@ -85,7 +85,7 @@ def supports(
 ) -> bool:
     """Whether the kernel quantises x: bfloat16 in rows of blocks, on Hopper GPUs.
 
-    With a key, which must be one, x must be local.
+    With a key, which must be a single one, x must be local.
     """
     sharding = jax.typeof(x).sharding
     return (
@@ -115,7 +115,7 @@ def kernel(
     Jitted: it takes seconds to lower, so a program with many calls shares one of each shape.
 
     Args:
-      x: [..., n], bfloat16, n a multiple of 16 and the whole one of 2048.
+      x: [..., n], bfloat16, n a multiple of 16 and x's size one of 2048.
       amax: float32 [], the largest magnitude of x, or of the whole of which it is a part.
       rule: a key of `nvfp4.RULES`.
       tiling: one of `TILINGS`, or another.

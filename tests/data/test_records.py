@@ -224,7 +224,7 @@ def test_it_is_read_by_grain(folder):
         ("model_text_len", 7, r"model.text_len=6, the config says 7"),
         ("model_text_dim", 16, r"model.text_dim=8, the config says 16"),
         ("train_latent_frames", 8, r"6 latent frames a sample.*train.latent_frames=8 is more"),
-        ("train_latent_frames", 6, r"padded samples of 2 real .*least is 3.*allow_padding=True"),
+        ("train_latent_frames", 6, r"padded samples of 2 valid .*least is 3.*allow_padding=True"),
     ],
 )
 def test_a_config_that_does_not_fit(folder, field, value, message):
