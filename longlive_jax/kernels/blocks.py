@@ -78,7 +78,7 @@ def validate(x: jax.Array, rule: str, seeds: jax.Array | None) -> int:
     return len(seeds)
 
 
-def constants_and(seeds: jax.Array | None, amax: jax.Array, rule: str, interpret) -> list[jax.Array]:
+def constants_and(seeds: jax.Array | None, amax: jax.Array, rule: str, interpret) -> list:
     """A kernel's arguments besides x: `constants`, and seeds if there are any."""
     return [constants(amax, rule, interpret), *([] if seeds is None else [seeds])]
 
@@ -276,7 +276,7 @@ def fold(operation, x: jax.Array) -> jax.Array:
     return x
 
 
-def columns(x: jax.Array) -> list[jax.Array]:
+def columns(x: jax.Array) -> list:
     """[rows, n] -> n arrays [rows, 1]."""
     return [x[:, i : i + 1] for i in range(x.shape[1])]
 
