@@ -113,7 +113,7 @@ def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> No
     trained = teacher_forcing.specs(cfg)
     for part in trained:
         if FLAGS.checkpoint and part in networks.parts(FLAGS.checkpoint):
-            networks.check(FLAGS.checkpoint, part, cfg)
+            networks.check(FLAGS.checkpoint, part, cfg, grown=True)
     subtrees = _vae_subtrees(cfg, prompts)
     if subtrees:
         networks.check(FLAGS.checkpoint, "vae", cfg, subtrees)
@@ -176,15 +176,14 @@ def _embed_by_ema(cfg, mesh, prompts):
 def _initial(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> params_lib.Tree:
     """Weights to begin with: the checkpoint's where it has them, else random."""
     has = networks.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
-    params = {}
+    params, key = {}, jax.random.key(cfg.train.seed)
     for part, spec in teacher_forcing.specs(cfg).items():
         if part in has:
-            params[part] = networks.load(
-                FLAGS.checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES
-            )
+            params[part], absent = networks.load_or_init(FLAGS.checkpoint, part, cfg, mesh, key)
+            for path in absent:
+                _show(f"{part}: {path} begins at its initial value, as --checkpoint has none")
         else:
             _show(f"{part}: the weights begin at random, as --checkpoint gives none")
-            key = jax.random.key(cfg.train.seed)
             params |= params_lib.init({part: spec}, key, jnp.float32, mesh)
     return params
 

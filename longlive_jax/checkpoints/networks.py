@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
@@ -30,15 +31,19 @@ def check(
     only: Sequence[str] = (),
     *,
     quantized: bool = False,
+    grown: bool = False,
 ) -> None:
-    """Refuses, without reading an array, what `load` of the same arguments would refuse."""
+    """Refuses, without reading an array, what `load` of the same arguments would refuse.
+
+    grown: what `load_or_init` would.
+    """
     section, tree = spec(part, cfg, only)
     trained = _trained(checkpoint, part)
     if trained is not None:
         trained.check(part, tree, section)
         return
     stored = store.Stored(directory(checkpoint), part)
-    stored.check(tree, section, _recipe(stored, cfg, quantized))
+    stored.check(tree, section, _recipe(stored, cfg, quantized), grown=grown)
 
 
 def load(
@@ -74,6 +79,16 @@ def load(
     where = directory(checkpoint)
     recipe = _recipe(store.Stored(where, part), cfg, quantized)
     return store.load(where, part, tree, mesh, dtype, rules, config=section, recipe=recipe)
+
+
+def load_or_init(
+    checkpoint: str, part: str, cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array
+) -> tuple[params_lib.Tree, tuple[str, ...]]:
+    """Weights to train on from, float32, sharded by `mesh.RULES`: as `store.load_or_init`."""
+    section, tree = spec(part, cfg)
+    if _trained(checkpoint, part) is not None:
+        return load(checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES), ()
+    return store.load_or_init(directory(checkpoint), part, tree, key, mesh, config=section)
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:

@@ -1,17 +1,22 @@
 """Networks of any name in one checkpoint, and those that grew since they were saved."""
 
+import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from configs import tiny as tiny_config
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import store, to_torch
+from longlive_jax.checkpoints import networks, store, to_torch
 from longlive_jax.errors import InputError
+from longlive_jax.models import dit
 from tests.checkpoints import tiny
+from tests.models.test_branches import SPEED
 
 LAYER = {
     "ffn": {"0": {"weight": params_lib.ParamSpec((8, 16), (None, None), params_lib.normal(1))}}
@@ -142,3 +147,22 @@ def test_what_grew_must_fit_where_it_is_not_new(tmp_path):
     save(root, "dit", SPEC, 0)
     with pytest.raises(InputError, match="its dit has no action_embedding"):
         store.load(root, "dit", grown())
+
+
+def test_a_transformer_that_gained_a_branch_begins_with_what_is_stored(tmp_path, monkeypatch):
+    cfg = config_lib.from_config_dict(tiny_config.get_config())
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    plain = dit.spec(cfg.model)
+    tree = params_lib.init(plain, jax.random.key(1))
+    store.save_tree(tmp_path, "dit", tree, plain, section=cfg.model)
+    grown = dit.insert(dit.BRANCHES, dataclasses.replace(SPEED, layers=1), before="ffn")
+    # By its name: `dit.spec` is the function.
+    spec_module = sys.modules["longlive_jax.models.dit.spec"]
+    monkeypatch.setattr(spec_module, "branches_of", lambda cfg: grown)
+    with pytest.raises(InputError, match="speed"):
+        networks.check(str(tmp_path), "dit", cfg)
+    networks.check(str(tmp_path), "dit", cfg, grown=True)
+    begun, absent = networks.load_or_init(str(tmp_path), "dit", cfg, mesh, jax.random.key(2))
+    assert set(absent) == {"blocks/speed/weight", "blocks/speed/bias"}
+    assert not np.any(begun["blocks"].pop("speed")["weight"])
+    equal(begun, tree)

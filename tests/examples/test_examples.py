@@ -1,8 +1,10 @@
 """The scripts for people who write Python."""
 
+import json
+
 import pytest
 
-from examples import direct_live, generate
+from examples import direct_live, generate, train_toy
 from longlive_jax.data.video import probe
 from tests.launch.commands import ROOT
 
@@ -27,3 +29,12 @@ def test_direct_live(tmp_path, capsys):
     assert len(lines) == 3 and lines[2].endswith(
         "The scene transitions. A blue star falls over a black background."
     )
+
+
+def test_train_toy(tmp_path, capsys):
+    assert train_toy.main(tmp_path, steps=4).step == 4
+    assert train_toy.main(tmp_path, steps=12).step == 12
+    out = capsys.readouterr().out
+    assert "on from step 4" in out and "student distance" in out
+    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-3]["student_loss"] < losses[0]["student_loss"]

@@ -1,56 +1,17 @@
-"""An objective is a file of its own: here a toy in a few lines, and what it gets for them."""
+"""An objective is a file of its own: a toy in a few lines (examples/), and what it gets for them."""
 
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from examples.train_toy import SPECS, Distillation
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.training import checkpoint, dry_run, loop, state
-from longlive_jax.training.objective import Network, Objective
 from longlive_jax.training.plan import Plan
-
-# The toy, which CONTRIBUTING shows: a student learns to be a frozen teacher, while a critic learns,
-# three times as often, how far away it is.
-
-SPECS = {"w": params_lib.ParamSpec((8, 8), ("embed", None), params_lib.normal(0.1))}
-ROWS = jax.P(None, ("data", "fsdp"))
-
-
-class Distillation(Objective):
-    shown = ("distance",)
-
-    def __init__(self, mesh, accumulation=1):
-        self.mesh, self.batch_size, self.accumulation = mesh, 8 // accumulation, accumulation
-        self.networks = {
-            "student": Network(SPECS, optax.adam(0.03), lambda step: jnp.float32(0.5), period=3),
-            "critic": Network(SPECS, optax.sgd(0.3)),
-        }
-        self.frozen = {"teacher": params_lib.abstract(SPECS, mesh)}
-        shape, where = (accumulation, self.batch_size, 8), jax.NamedSharding(mesh, ROWS)
-        self.batch = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-
-    def loss(self, network, params, frozen, inputs, key):
-        def apply(tree):  # parameters arrive as this device's shards
-            return inputs @ params_lib.gather(tree, SPECS, mesh_lib.RULES)["w"]
-
-        apart = apply(params["student"]) - apply(frozen["teacher"])
-        distance = jnp.mean(apart**2) / self._parts()
-        if network == "student":
-            return distance, {"distance": distance}
-        error = jnp.mean((apply(params["critic"]) - jax.lax.stop_gradient(apart)) ** 2)
-        return error / self._parts(), {}
-
-    def _parts(self):  # what devices and batches return is summed
-        return self.mesh.size * self.accumulation
-
-
-# The end of the toy. Everything below it gets without a further line.
 
 
 def objective(accumulation=1, **mesh):
