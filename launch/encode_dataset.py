@@ -118,7 +118,7 @@ def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
     total = len(source) * FLAGS.epochs
     done = _lines(progress, "latents")
     records.Shards(progress.folder, _shards(done))  # refuses files that are gone
-    # The report and the count of failures are made again from those of the whole files.
+    # The report and the count of failures are made again from the lines of complete files.
     report = progress.folder / records.FAILURES
     report.unlink(missing_ok=True)
     health, used = Health(cfg.data.max_bad_share, report), set()

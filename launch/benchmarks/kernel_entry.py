@@ -45,7 +45,7 @@ class Entry:
     error, limit: (result, expected) -> a number, and the largest right one.
     details: more calls to time, by name: parts of `call`, other tilings.
     bytes, flops: the least that `call` moves between chip and memory, and multiplies and adds.
-    fp8: whether the flops are those of FP8 products, of which a chip does twice as many.
+    fp8: whether the flops are of FP8 products, of which a chip does twice as many.
     """
 
     name: str

@@ -25,7 +25,7 @@ class Source:
     """Weights of one part: validated by name and shape, not read yet."""
 
     part: parts_lib.Part
-    spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
+    spec: params_lib.Tree  # of the arrays in the file: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
     tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
     files: tuple[str, ...]

@@ -53,7 +53,7 @@ def pieces(
 ) -> Iterator[Any]:
     """A transformer's `store.Piece`s, with the linear layers' weights quantised one by one.
 
-    The numbers are those of `quant.weights.quantize_params`.
+    The numbers equal those of `quant.weights.quantize_params`.
 
     Args:
       dtype: the compute dtype, which weights are cast to first.

@@ -17,7 +17,7 @@ class Data(Section):
     eval_path: str = ""  # held-out captions, in any form that launch.sample reads
     # Processes that decode, on each host; 0: the trainer itself decodes.
     workers: Annotated[int, Range(0, 1024)] = 2
-    # Longer shots are cut after so many chunks, and one second is skipped; 0: no limit.
+    # Longer shots are cut after this number, and one second is skipped; 0: no limit.
     max_chunks_per_shot: Index = 0
     single_shot: bool = False  # a sample is one video file, not a row of them
     allow_padding: bool = False  # folders too short for a sample are padded, the rest masked

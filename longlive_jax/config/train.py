@@ -56,7 +56,7 @@ class Train(Section):
     accumulation: Count = 1  # batches a step
     latent_frames: Count = 96
     teacher_forcing: bool = True  # chunks see clean ones before them; False: noisy ones
-    # The clean copy is noised to one of so many lowest noise levels; 0: it is exactly clean.
+    # The clean copy is noised to one of this number of lowest levels; 0: it is exactly clean.
     context_levels: Annotated[int, Range(0, TIMESTEPS)] = 0
     text_encoder: bool = False  # the text encoder is trained too
     learning_rate: Positive = 1e-5

@@ -22,7 +22,7 @@ _GAP = 2
 
 
 def to_float(frames: np.ndarray) -> np.ndarray:
-    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape: what the VAE encodes."""
+    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape: the VAE's input."""
     if frames.dtype != np.uint8:
         raise InputError(f"to_float: frames are {frames.dtype}, must be uint8")
     return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)

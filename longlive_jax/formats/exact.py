@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _IMPLICIT = 1 << 23  # a normal float32's leading bit
-TINY = 2.0**-126  # smallest normal float32: XLA's CPU backend flushes what is below
+TINY = 2.0**-126  # smallest normal float32: XLA's CPU backend flushes smaller ones to 0
 
 
 def exponent(x: jax.Array) -> jax.Array:

@@ -123,7 +123,7 @@ def _quantize(x, amax, dtype, axis):
     y = exact.round_input(x)
     scale = jnp.maximum(exact.divide_by(jnp.asarray(amax, jnp.float32), largest), exact.TINY)
     inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
-    # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.
+    # Clipped because a conversion to float8_e4m3fn makes NaN of larger numbers.
     y = jnp.clip(y * inverse, -largest, largest)
     return FP8Tensor(values=y.astype(dtype), scale=scale, dtype=x.dtype)
 

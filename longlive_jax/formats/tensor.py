@@ -53,7 +53,7 @@ class Quantized:
     dtype: np.dtype
 
     # Whether a product's sums may be rounded to its dtype before they are scaled: codes of 8 bits
-    # are wrong by more than bfloat16's rounding, which halves what is written and read there.
+    # are wrong by more than bfloat16's rounding, which halves the memory traffic there.
     rounds_sums: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False  # whether `pack` changes `values`
 

@@ -141,7 +141,7 @@ def quantize_blocks(
       x: float32 [rows, 16] with a register for each number.
       noise: uint32 [rows, 16], of 16 bits, to round stochastically.
       constants_ref: `constants`, in memory. They are read anew each time, by way of the cache:
-        registers are what is scarce.
+        registers are scarce.
 
     Returns:
       codes uint8 [rows, 8], in registers of 8, scales uint8 [rows, 1].
@@ -182,7 +182,7 @@ def _quantize(x, noise, unit, encode, tables, rule):
     codes, signs = columns(codes), columns(_bits(x))
     words = []
     for i in (0, 8):
-        # What is above a code's four bits is above those of four codes, too.
+        # Bits above a code's four bits are above the bits of four codes, too.
         low, high = (functools.reduce(_append, codes[j : j + 4][::-1]) - offset for j in (i, i + 4))
         word = low & 0xFFFF | high << 16
         tops = functools.reduce(_append, [sign >> 28 for sign in signs[i : i + 8][::-1]])

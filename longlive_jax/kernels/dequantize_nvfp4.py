@@ -5,12 +5,12 @@ operand of a product.
 
 XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
 expands a block of 16 numbers, and the copy engine stores a program's. Programs are short, and many
-share a multiprocessor: they hide each other's latency, above all that of loads.
+share a multiprocessor: they hide each other's latency, above all of loads.
 
 A code and a scale become floats by their bits alone: below a fixed exponent these make v, and
 min(v, 2 v - the number of that exponent) is theirs, subnormals included. Code times scale times
 amax is exact, as amax is a bfloat16 number. So only the product with 1 / 3, out of the format's
-1536, is rounded, and then to bfloat16: that is the oracle's number, for what is a third of so few
+1536, is rounded, and then to bfloat16: that is the oracle's number, for a third of so few
 bits is either one that bfloat16 rounds at, and then the product is, too, or not near to one.
 Without amax nothing is rounded: code times scale has 6 significant bits.
 """
@@ -171,7 +171,7 @@ def _program(words_ref, scales_ref, out_ref, tile, first, factor, rest):
     )
     words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
     y = _dequantize(words, scales.astype(jnp.uint32), factor, rest)
-    # In registers of 8 numbers, a pair of which is rounded at a time.
+    # In registers of 8 numbers, of which pairs are rounded together.
     mosaic.store(tile, plgpu.layout_cast(y, mosaic.a_row_a_thread(8)).astype(jnp.bfloat16))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, out_ref.at[pl.ds(program * ROWS, ROWS), :])

@@ -9,7 +9,7 @@ Arrays are [n, 8]: of every eighth head a thread has 8 numbers, 16 bytes, in its
 swapping the numbers of a pair only renames registers. All its heads need the same 4 angles. The 64
 angles reach 128 threads through shared memory, where they are written eight times over.
 
-The bits are those of `ops.norm.rms_norm` and `ops.rope.rotate` by XLA, but for the order of sums:
+The bits equal those of `ops.norm.rms_norm` and `ops.rope.rotate` by XLA, but for the order of sums:
 no product is contracted into a sum that XLA keeps apart from it.
 """
 

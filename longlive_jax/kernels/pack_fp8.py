@@ -13,7 +13,7 @@ programs share a multiprocessor and hide each other's latency.
   values  A thread owns a channel. Of a token, neighbouring threads read neighbouring numbers; a
           thread's codes of 16 tokens are one word of 16 bytes, which it stores.
 
-The bits are those of `formats.quantize_fp8`, which also makes the scales out of the magnitudes.
+The bits equal those of `formats.quantize_fp8`, which also computes scales from the magnitudes.
 """
 
 import functools

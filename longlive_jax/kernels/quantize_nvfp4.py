@@ -32,7 +32,7 @@ def quantize_nvfp4(
     """`formats.quantize_nvfp4`, by the kernel where `supports` says that it runs.
 
     On a mesh of explicit axes each device quantises its part, by the largest magnitude of all. In
-    a manual `jax.shard_map` the default amax is that of the device's own part, as in `formats`.
+    a manual `jax.shard_map` the default amax is the device's own part's, as in `formats`.
 
     Raises:
       InputError: what `formats.quantize_nvfp4` refuses.
@@ -172,7 +172,7 @@ def _kernel(constants_ref, *refs, rule, steps, in_flight, tiles):
     first = program * steps
 
     def step(index, x_smem):
-        # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
+        # A thread loads 8 numbers, 16 bytes, together; each then has a register to itself.
         x = mosaic.load(x_smem, mosaic.a_row_a_thread(8))
         x = plgpu.layout_cast(x.astype(jnp.float32), mosaic.a_row_a_thread(1))
         tile = first + index[0]

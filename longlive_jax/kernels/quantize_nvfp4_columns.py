@@ -67,7 +67,7 @@ def kernel(
 
     Args:
       x: [token, n], bfloat16, tokens a multiple of `tile`, n of 128.
-      amax: float32 [], the largest magnitude of what is quantised, see `largest_magnitude`, or of
+      amax: float32 [], the largest magnitude to be quantised, see `largest_magnitude`, or of
         the whole of which it is a part.
       rule: a key of `nvfp4.RULES`.
       transform: quantise `formats.random_hadamard` of the columns.

@@ -54,7 +54,7 @@ class Hidden:
 class Attention(NamedTuple):
     """How a branch's chunks attend to each other, including the exchange between devices.
 
-    Queries, keys, values and results are what the branch's own functions agree on;
+    The branch's own functions agree on the shapes of queries, keys, values and results;
     self-attention's are [batch, chunk, (copy,) token, head, head_dim].
 
     teacher_forcing, block_causal: (q, k, v, sharding) -> out, in training.

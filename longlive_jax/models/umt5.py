@@ -24,7 +24,7 @@ BATCHES = (8, 1)  # batch sizes that programs are compiled for
 def spec(cfg: config_lib.UMT5) -> params_lib.Tree:
     """Parameter specs. Paths follow the original's; weights of linear layers are [in, out].
 
-    Initial values are those of T5 (Raffel et al., arXiv 1910.10683): since logits are not divided
+    Initial values are T5's (Raffel et al., arXiv 1910.10683): since logits are not divided
     by sqrt(head_dim), the initial q is smaller by that factor.
     """
     d, inner, ffn = cfg.dim, cfg.dim_attn, cfg.dim_ffn

@@ -22,7 +22,7 @@ from longlive_jax.params import ParamSpec, Tree
 CACHED_FRAMES = 2  # frames a causal convolution of three taps sees before its input
 
 
-# Specs. Names are those of the original's state dict.
+# Specs, with the names of the original's state dict.
 
 
 def conv_spec(kernel: tuple[int, ...], in_dim: int, out_dim: int) -> Tree:

@@ -87,7 +87,7 @@ def dense(
 def dense_fp8(
     q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, filled: jax.Array
 ) -> jax.Array:
-    """`attend_fp8` by `ops.attention`, over what the codes stand for. filled: int32 [row]."""
+    """`attend_fp8` by `ops.attention`, over the dequantised numbers. filled: int32 [row]."""
     keys, values = (
         _join(*(unpack(z.dequantize(q.dtype)) for z in (x, y)))
         for unpack, x, y in zip(_UNPACK, fresh, _at(layer, past))

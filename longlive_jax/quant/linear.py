@@ -142,7 +142,7 @@ def _add_bias_fwd(once, y, bias):
 
 def _add_bias_bwd(once, _, dy):
     del once
-    # Of what the product's gradient quantises, so that XLA does not keep dy in float32 for this.
+    # Of the array that the product's gradient quantises, or XLA would keep dy in float32 for this.
     return dy, jnp.sum(exact.round_input(dy), axis=range(dy.ndim - 1)).astype(dy.dtype)
 
 
@@ -160,7 +160,7 @@ def _product(recipe, axes, weight, x, keys):
 
 
 def _forward(recipe, x, weight):
-    # For inference, sums of 4-bit codes may be rounded as those of 8-bit ones are.
+    # For inference, sums of 4-bit codes may be rounded, as sums of 8-bit ones are.
     sums = x.dtype if recipe.gradients is None else None
     return matmul(x, _quantized(weight, recipe), x.dtype, sums)
 
@@ -248,7 +248,7 @@ def _quantized(weight, recipe):
 
 
 def _keys_of(key, shape):
-    """One key for each [sample, group]: groups are what the key's further axes count."""
+    """One key for each [sample, group]; the key's further axes count groups."""
     if key.ndim == 0:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))[:, None]
     if key.shape != shape[: key.ndim]:

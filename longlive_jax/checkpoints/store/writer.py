@@ -92,7 +92,7 @@ def save(
 def save_tree(
     directory: str | os.PathLike, name: str, tree: params_lib.Tree, spec: params_lib.Tree, **kwargs
 ) -> Summary:
-    """`save` of arrays that are in memory, see `tree_pieces`; `kwargs`: those of `save`."""
+    """`save` of arrays that are in memory, see `tree_pieces`; `kwargs`: as of `save`."""
     return save(directory, name, tree_pieces(tree, spec), spec, **kwargs)
 
 

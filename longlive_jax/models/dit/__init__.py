@@ -8,7 +8,7 @@ apart so that values of a frame (timestep, temporal position) broadcast. Four us
   denoise           sampling: velocity of one chunk; reads the KV cache
   commit            sampling: the clean pass; writes the chunk's keys and values into the cache
 
-A block is a tuple of branches (`models.branch`); `branches_of` gives those of a config.
+A block is a tuple of branches (`models.branch`); `branches_of` gives a config's.
 """
 
 from longlive_jax.config import PATCH

@@ -34,7 +34,7 @@ def spec(cfg: config_lib.Model, branches: Branches | None = None) -> params_lib.
     "blocks" holds each branch's parameters, stacked over the layers that have it. So the plain
     branches have the same tree, in memory and in a checkpoint, whatever else is inserted.
 
-    branches: of a block; None: those of the config.
+    branches: of a block; None: the config's.
 
     Raises:
       InputError: a branch asks for more layers than the model has.

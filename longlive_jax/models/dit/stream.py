@@ -56,7 +56,7 @@ def denoise(
       text: `text_keys_values` of the chunk's prompt.
       cache: the visible past.
       inserted: conditioning of inserted branches, by name.
-      branches: of a block; None: those of the config.
+      branches: of a block; None: the config's.
 
     Returns:
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
@@ -153,7 +153,7 @@ def _by_branch(cache):
 
 
 # ---------------------------------------------------------------------------------------------
-# Layers: those of equal structure are traced and lowered once.
+# Layers. Layers of equal structure are traced and lowered once.
 
 
 @functools.partial(jax.jit, static_argnames=("net", "branches"))

@@ -68,7 +68,7 @@ def block_causal(
         remat: of `config.REMAT`, what each block keeps for its gradient; by default "qkv".
         key: keys [batch, chunk], if the recipe rounds gradients stochastically.
         inserted: conditioning of inserted branches, by name.
-        branches: of a block; by default those of the config.
+        branches: of a block; by default the config's.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
