@@ -276,7 +276,7 @@ def fold(operation, x: jax.Array) -> jax.Array:
     return x
 
 
-def columns(x: jax.Array) -> list:
+def columns(x: jax.Array) -> list[jax.Array]:
     """[rows, n] -> n arrays [rows, 1]."""
     return [x[:, i : i + 1] for i in range(x.shape[1])]
 
