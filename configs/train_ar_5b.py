@@ -16,7 +16,7 @@ def get_config():
     return lib.to_config_dict(
         lib.Config(
             mesh=lib.Mesh(seq=4),
-            # Of evaluations; what is trained here is not yet distilled to few steps.
+            # Of evaluations; this stage's model is not yet distilled to few steps.
             sample=lib.Sample(guidance_scale=3.0),
             train=lib.Train(error_recycling=lib.ErrorRecycling(enabled=True)),
         )

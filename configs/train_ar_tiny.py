@@ -7,8 +7,8 @@
     python -m launch.train --config=configs/train_ar_tiny.py --checkpoint=out/demo/checkpoint \\
         --workdir=out/train_ar_tiny
 
-Minutes on two cores. The demo's VAE and text encoder are random: what is shown is a run, and not
-what it could learn. Without the third command, --config.data.cached=False and
+Minutes on two cores. The demo's VAE and text encoder are random: this shows a run, not what it
+could learn. Without the third command, --config.data.cached=False and
 --config.data.path=out/tiny_world encode while training.
 """
 

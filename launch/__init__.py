@@ -1,7 +1,7 @@
 """The commands. XLA reads its flags when JAX first meets a device: they are set here, before.
 
-Each flag stands with the measurement that put it there; flags of the user's XLA_FLAGS win. What
-concerns the sampler's programs alone is in `sampling/stream.py`.
+Each flag stands with the measurement that put it there; flags of the user's XLA_FLAGS win. Flags of
+the sampler's programs alone are in `sampling/stream.py`.
 """
 
 import os

@@ -53,7 +53,7 @@ def run(main: Callable[..., None], arguments: int = 0) -> None:
 
 
 def check_output(name: str, *suffixes: str) -> None:
-    """Refuses an output that is missing, of another kind, or cannot be written: now, not later.
+    """Refuses an output that is missing, of another kind, or cannot be written, before any work.
 
     Raises:
       InputError: also for a path that is a folder.
@@ -105,7 +105,7 @@ def _parse(argv: list[str], arguments: int) -> list[str]:
 
 
 def _renamed(word: str) -> str:
-    """A word of the command line, by today's name of the setting that it overrides."""
+    """A word of the command line, with the present name of the setting that it overrides."""
     flag, *value = word.split("=", 1)
     dashes, _, name = flag.partition("config.")
     new = config_lib.renamed(name)
@@ -125,7 +125,7 @@ def _unknown(overrides: list[str], otherwise: str) -> str:
                 there = f"; known keys: {', '.join(fields)}" if fields else ""
                 return f"{override}{there}"
             kind = fields[name]
-    # A config file of before, whose settings have moved: its error names the key alone.
+    # An old config file, whose settings have moved: its error names the key alone.
     moved = (new for old, new in config_lib.MOVED.items() if f'"{old.split(".")[1]}"' in otherwise)
     return otherwise + "".join(f"; it is now config.{new}" for new in moved)
 

@@ -1,4 +1,4 @@
-"""Compiles all that a sampler runs, before there are weights, into JAX's compilation cache.
+"""Compiles all programs of a sampler, without weights, into JAX's compilation cache.
 
     python -m launch.compile --config=configs/sample_5b.py --cache=DIR
     python -m launch.sample --config=configs/sample_5b.py --compile_cache=DIR ...
@@ -66,8 +66,8 @@ def main() -> None:
 def _compile(programs):
     """Yields (name, whether the cache had it, its record) as each is done.
 
-    XLA compiles outside of Python's lock, so threads use all cores; on a GPU it measures one
-    algorithm at a time all the same.
+    XLA compiles outside of Python's lock, so threads use all cores; on a GPU it still measures
+    one algorithm at a time.
     """
     here = threading.local()
 

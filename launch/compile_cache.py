@@ -1,7 +1,7 @@
-"""A compilation cache made ahead of time, and the manifest that says where it is good.
+"""A compilation cache made ahead of time, and the manifest of the machine that it is for.
 
 JAX finds a program in its cache by the program, its own version, XLA's flags and the kind of
-device. It does not look at the driver or at cuDNN, nor whether a file is whole: the manifest does.
+device. It checks neither the driver, nor cuDNN, nor whether a file is whole: the manifest does.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def machine() -> dict[str, str]:
-    """What compiled programs depend on, beside the program."""
+    """The properties of this machine that compiled programs depend on."""
     device = jax.devices()[0]
     driver = pathlib.Path("/proc/driver/nvidia/version")
     facts = {
@@ -75,7 +75,7 @@ def run_id(cfg: config_lib.Config, batch: int, vae_device: int | None) -> str:
 
 @dataclasses.dataclass
 class Manifest:
-    """What is in a cache.
+    """The content of a cache.
 
     runs: by `run_id`, {"source": hash, "programs": {name: {"seconds", "temp_bytes", ...}}}.
     entries: the cache's files, with the hash of each.
@@ -87,7 +87,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str) -> "Manifest | None":
-        """That of a cache; None if it has none.
+        """The manifest of a cache; None if it has none.
 
         Raises:
           InputError: a file that is not a manifest.
@@ -113,7 +113,7 @@ class Manifest:
             partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def differences(self) -> list[str]:
-        """In what this machine differs from the one that the programs were compiled on."""
+        """Differences of this machine from the one that the programs were compiled on."""
         here = machine()
         return [
             f"{name} is {here.get(name) or 'absent'}, was {self.machine.get(name) or 'absent'}"
@@ -122,7 +122,7 @@ class Manifest:
         ]
 
     def damaged(self, directory: str) -> list[str]:
-        """Entries that are missing or not what was written: JAX itself would never replace one."""
+        """Entries that are missing or have changed: JAX itself would never replace one."""
         files = {name: pathlib.Path(directory, name) for name in self.entries}
         return [n for n, f in files.items() if not f.is_file() or _hash(f) != self.entries[n]]
 
@@ -136,13 +136,13 @@ def _files(directory: str | os.PathLike) -> set[str]:
 
 
 def renew(directory: str) -> list[str]:
-    """Makes a cache ready to be filled: what cannot be trusted is deleted from it.
+    """Prepares a cache to be filled: deletes entries that cannot be trusted.
 
     Returns:
-      What was wrong, as lines for people.
+      The problems found, as lines of text.
 
     Raises:
-      InputError: a folder that cannot be written, or with programs that no manifest tells of.
+      InputError: a folder that cannot be written, or with programs but no manifest.
     """
     folder = pathlib.Path(directory)
     partial_file(folder / FILE).unlink()
@@ -165,7 +165,7 @@ def renew(directory: str) -> list[str]:
         _delete(folder, files & {*damaged, *unknown})
         wrong = [f"{name} was missing or damaged" for name in damaged]
         wrong += [f"{name} was not in the manifest" for name in unknown]
-    # Before anything is compiled: what an interrupted run leaves is then of a known machine.
+    # Before anything is compiled: then the machine of an interrupted run's entries is known.
     manifest.write(directory)
     return wrong
 

@@ -10,7 +10,7 @@
 Sources are files, folders or hf://owner/name[/file]. Parts may be given one at a time, to the same
 --output. Weights keep their dtype, and are streamed: memory does not grow with the model. With
 --recipe the transformer's linear layers are quantised, to the bit as launch.sample would with
---config.quant.recipe. The original's model_4o6.pt is so already, and needs no --recipe.
+--config.quant.recipe. The original's model_4o6.pt is already quantised, and needs no --recipe.
 """
 
 import os
@@ -161,7 +161,7 @@ def _export() -> None:
     if not FLAGS.checkpoint:
         raise InputError("--to_safetensors needs --checkpoint=CKPT")
     names = [name for name in store.parts(FLAGS.checkpoint) if name != tokenizer_lib.NAME]
-    # Of a network of our own, there are no files of the original's.
+    # The original has no files for networks of our own.
     parts = [name for name in names if to_torch.check(FLAGS.checkpoint, name).network]
     folders.make(FLAGS.to_safetensors, "--to_safetensors")
     for part in parts:

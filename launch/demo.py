@@ -3,9 +3,9 @@
     python -m launch.demo --output=out/demo
 
 A transformer of 7 million weights, trained on a small world of moving shapes (assets/tiny_world),
-paints three shots; then a fourth continues the mp4 that came out. `checkpoint` in the folder is
-made of other, random weights in the original's formats, to show that these are read; its model is
-that of `configs/tiny.py`.
+samples three shots; then a fourth continues their mp4. `checkpoint` in the folder is converted from
+other, random weights in the original's formats, to show that these are read; `configs/tiny.py` is
+its config.
 """
 
 import json
@@ -55,7 +55,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={out}: {error.strerror}; give a folder to write to") from error
-    # Programs that several of the commands below compile are compiled once.
+    # The commands below share a cache, so that each program is compiled once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "cache").resolve()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     start = time.monotonic()

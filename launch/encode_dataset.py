@@ -90,7 +90,7 @@ def _config() -> config_lib.Config:
 
 
 def _settings(cfg: config_lib.Config, source: Source) -> dict:
-    """What the files depend on, by the names of the flags. Of the mesh only rounding does."""
+    """Settings that the files depend on, by flag name; the mesh affects rounding only."""
     data = ("path", "max_chunks_per_shot", "single_shot", "allow_padding", "min_chunks")
     names = {
         "data": data,
@@ -118,7 +118,7 @@ def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
     total = len(source) * FLAGS.epochs
     done = _lines(progress, "latents")
     records.Shards(progress.folder, _shards(done))  # refuses files that are gone
-    # The report and the count of failures are made again from those of the whole files.
+    # The report and the count of failures are made again from the lines of complete files.
     report = progress.folder / records.FAILURES
     report.unlink(missing_ok=True)
     health, used = Health(cfg.data.max_bad_share, report), set()
@@ -145,10 +145,10 @@ def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
 
 
 def _take(stream, folders: int, health: Health, used: set, line: dict, bar) -> Iterator[Sample]:
-    """The samples to encode, and into `line` what is to be known of them.
+    """The samples to encode; what `progress` needs of them goes into `line`.
 
-    In place of a folder that gives none, the source gives a sample of another; a folder is used
-    once an epoch.
+    For a folder that gives no sample, the source gives another folder's; a folder is used once an
+    epoch.
     """
     for (sample,) in stream:
         key = health.read // folders, sample.name
@@ -164,7 +164,7 @@ def _take(stream, folders: int, health: Health, used: set, line: dict, bar) -> I
 
 
 def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
-    """Records of samples, encoded one a replica of the mesh at a time."""
+    """Records of samples; each replica of the mesh encodes one sample of a batch."""
     replicas = _replicas(mesh)
     for batch in itertools.batched(samples, replicas):
         frames = [sample.frames for sample in batch]
@@ -190,7 +190,7 @@ def _read(mesh, frames: list[np.ndarray], start: int, stop: int) -> jax.Array:
 
 
 # On the devices: the host would take as long for it as a device for the latents. By a table,
-# because XLA turns the division by 127.5 into a product, which rounds otherwise.
+# because XLA replaces the division by 127.5 by a product, which rounds otherwise.
 @functools.partial(jax.jit, static_argnums=1)
 def _floats(pixels, where):
     table = jnp.asarray(to_float(np.arange(256, dtype=np.uint8)))
@@ -249,7 +249,7 @@ def _shards(lines) -> list[records.Shard]:
 
 
 def _prompts(progress) -> list[str]:
-    """The distinct prompts, in the order met."""
+    """The distinct prompts, in the order of their first use."""
     lines = _lines(progress, "latents")
     return list(dict.fromkeys(itertools.chain.from_iterable(line["prompts"] for line in lines)))
 

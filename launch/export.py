@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "The folder of a training run.")
 flags.DEFINE_string("output", None, "The checkpoint to make.")
 flags.DEFINE_enum(
-    "weights", "average", list(workdir.WEIGHTS), "Their moving average, or the last step's."
+    "weights", "average", list(workdir.WEIGHTS), "The weights' moving average, or the last step's."
 )
 
 

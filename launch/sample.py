@@ -33,7 +33,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert or launch.train.")
 flags.DEFINE_enum(
     "weights", "average", list(workdir.WEIGHTS),
-    "Of a training run: their moving average, or the last step's.",
+    "Of a training run: the weights' moving average, or the last step's.",
 )  # fmt: skip
 flags.DEFINE_string("prompts", None, "A .txt or .json file, or a folder of captions.")
 flags.DEFINE_string("output", None, "The .mp4 to write.")
@@ -136,7 +136,7 @@ def _open_clip(cfg, batches):
 def _write(cfg, chunks, batch, videos, number, start):
     """Writes a batch as it is made, with a progress bar; returns the number of frames.
 
-    `number`: of the batch, and of how many. `start`: when the command began.
+    `number`: the batch's number, and the number of batches. `start`: when the command began.
     """
     count = len(batch.videos)
     total = batches_lib.frames(batch.latent_frames(cfg.model))

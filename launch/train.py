@@ -6,13 +6,13 @@ The same command goes on where it stopped, on any mesh and any number of hosts. 
   checkpoints/        the states; launch.sample --checkpoint=DIR samples from the newest
   metrics.jsonl       a line a step; tensorboard/ has the same
   evaluation/         videos of data.eval_path, every train.eval_every steps
-  failures.jsonl      what of the data could not be read
-  run.json            what the run is, and where its --checkpoint lies
-CKPT gives the weights to begin with, the VAE and the text encoder. With data.cached=True and no
+  failures.jsonl      training files that could not be read, and why
+  run.json            settings of the run, and the path of its --checkpoint
+CKPT gives the initial weights, the VAE and the text encoder. With data.cached=True and no
 evaluation it may be left out: then the weights are random.
 
 Where no cluster lets the hosts find each other, add --coordinator=HOST:PORT --num_processes=N
---process_id=I. SIGTERM to one of them makes all save and end. --dry_run compiles the step, prints
+--process_id=I. On SIGTERM to one host all save and end. --dry_run compiles the step, prints
 its memory, and ends: no array is made, no data read.
 
 Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
@@ -90,7 +90,7 @@ def _train() -> None:
     source, identity = feed.open_source(cfg)
     prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None
     _check_parts(cfg, prompts)
-    # Weights may come from another run; its other parts lie where its own checkpoint does.
+    # Weights may come from another run; the other parts then come from that run's --checkpoint.
     others = networks.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
     if recipe := recipe_lib.get(cfg.quant.recipe):
         _show(f"linear layers by {matmul.backend(recipe)}")
@@ -109,7 +109,7 @@ def _train() -> None:
 
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:
-    """Refuses a --checkpoint that the run would stumble over later."""
+    """Refuses a --checkpoint with which the run would fail later."""
     trained = teacher_forcing.specs(cfg)
     for part in trained:
         if FLAGS.checkpoint and part in networks.parts(FLAGS.checkpoint):
@@ -127,13 +127,13 @@ def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> No
 
 
 def _vae_subtrees(cfg, prompts) -> tuple[str, ...]:
-    """What of the VAE the run needs: videos are encoded, or evaluations decoded."""
+    """The subtrees of the VAE that the run needs, to encode videos or to decode evaluations."""
     encodes = not cfg.data.cached or (prompts and prompts.batch.pictured)
     return (networks.ENCODER if encodes else ()) + (networks.DECODER if prompts else ())
 
 
 def _models(cfg, mesh, root, prompts) -> tuple[evaluate.Evaluator | None, feed.Encoders]:
-    """What is not trained, loaded as far as it is needed."""
+    """The networks that are not trained, as far as they are needed."""
     trains_text = cfg.train.text_encoder
     subtrees = _vae_subtrees(cfg, prompts)
     vae = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, subtrees) if subtrees else None
@@ -159,7 +159,7 @@ def _embed(cfg, mesh, prompts):
 
 
 def _embed_by_ema(cfg, mesh, prompts):
-    """The same, by the text encoder that is trained."""
+    """As `_embed`, by the text encoder that is trained."""
     read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
     whole = jax.jit(
         lambda tree: jax.tree.map(lambda w: w.astype(cfg.compute_dtype), tree),

@@ -2,11 +2,11 @@
 
     python -m launch.train_vae --config=configs/train_vae_tiny_world.py --workdir=DIR
 
-Reads data.path/video/*/*.mp4; the last train_vae.held_out of those folders are for measuring only.
+Reads data.path/video/*/*.mp4; the last train_vae.held_out of those folders are for evaluation only.
 DIR gets
   checkpoint/             the weights' moving average, in compute dtype: --checkpoint of
                           launch.encode, launch.decode and launch.sample
-  reconstructions.png     held-out frames, each beside what the VAE makes of it
+  reconstructions.png     held-out frames, each beside its reconstruction
   metrics.jsonl           a line every train_vae.log_every steps; tensorboard/ has the same
   checkpoints/, run.json  from which the same command goes on, with the same numbers
 """
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> params_lib.Tree | None:
-    """The moving average of the weights after the last step, on the host; None: was stopped."""
+    """The moving average of the weights after the last step, on the host; None: it was stopped."""
     root = pathlib.Path(os.path.abspath(FLAGS.workdir))
     objective = autoencoder.Autoencoder(cfg, mesh, videos)
     # Clips are drawn on the device, so that a step's batch is empty.
@@ -77,7 +77,7 @@ def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> par
 
 
 def _save(ema, cfg, mesh, videos):
-    """Writes the checkpoint and gives its weights: what is measured is what is kept."""
+    """Writes the checkpoint and returns its weights, so that these are evaluated."""
     mean, std = autoencoder.statistics(ema, cfg, mesh, videos)
     params = autoencoder.fold(ema, cfg.vae, mean, std)
     params = jax.tree.map(lambda x: x.astype(cfg.compute_dtype), params)

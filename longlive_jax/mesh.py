@@ -15,7 +15,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
 
 AXES = ("data", "fsdp", "seq")
-SEQ = "seq"  # the axis that carries a chunk's frames, the cache's heads, the VAE's width
+SEQ = "seq"  # the axis that shards a chunk's frames, the cache's heads, the VAE's width
 
 # Logical axis -> mesh axes. An axis that is absent here is never sharded.
 RULES = {
@@ -26,11 +26,11 @@ RULES = {
     "width": "seq",  # of the VAE's pictures
     "embed": ("fsdp", "seq"),  # of parameters in training, with their optimiser state and EMA
 }
-# A sampler reads each weight five times a chunk and never writes it: a whole copy a device, unless
-# `fsdp` is there to save memory.
+# A sampler reads each weight five times a chunk and never writes it: each device has a whole copy,
+# unless `fsdp` saves memory.
 SAMPLING_RULES = RULES | {"embed": "fsdp"}
 
-HEARTBEAT_SECONDS = 60  # without a sign of life from a process, all others end
+HEARTBEAT_SECONDS = 60  # when a process has been silent for so long, all others end
 
 
 def make_mesh(
@@ -40,7 +40,7 @@ def make_mesh(
     """A mesh with axes `AXES` over the first `config.size` of `devices` (default: all of JAX's).
 
     Raises:
-      InputError: fewer devices than the mesh has places.
+      InputError: there are fewer devices than the mesh needs.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < config.size:
@@ -70,8 +70,8 @@ def start(
 ) -> None:
     """Joins this process to the others of a multi-host run; call it before any other JAX call.
 
-    With no arguments the cluster is found by itself (SLURM, Kubernetes, TPU, MPI); where there is
-    none, the process stays alone. If a process dies, the others end with a message that names it.
+    Without arguments JAX detects the cluster (SLURM, Kubernetes, TPU, MPI); if there is none, the
+    process runs alone. If a process dies, the others end with a message that names it.
     """
     if coordinator is not None:
         if num_processes is None or process_id is None:

@@ -1,6 +1,6 @@
-"""One tree of ParamSpec says everything about a model's parameters.
+"""A tree of ParamSpecs describes a model's parameters completely.
 
-From it come shapes for `jax.eval_shape`, shardings, initial values and the checkpoint template.
+It gives shapes for `jax.eval_shape`, shardings, initial values and the checkpoint template.
 A parameter tree is a nested dict of arrays; paths follow the original's state-dict names, with the
 layers of a transformer stacked on a leading axis named "layer".
 """
@@ -49,7 +49,7 @@ def xavier(fan_in: int, fan_out: int) -> Callable:
 class ParamSpec:
     """Shape, logical axis names (None: never sharded) and initial value of one parameter.
 
-    dtype: its own, whatever the others are asked for in; None: as asked.
+    dtype: fixed for this parameter; None: the one that the caller asks for.
     """
 
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ def init(
 ) -> Tree:
     """Initial values. Each depends on its path alone, not on the mesh or on other parameters.
 
-    With a mesh they are made where they belong: no device ever holds more than its shards.
+    With a mesh each device makes its own shards and never has more.
     """
 
     def one(path: Path, s: ParamSpec):
@@ -155,7 +155,7 @@ def abstract[T](
 ) -> T:
     """`jax.ShapeDtypeStruct`s, sharded when there is a mesh: for eval_shape and checkpoints.
 
-    dtype: of those whose spec names none.
+    dtype: of parameters whose spec names none.
     """
 
     def one(s: ParamSpec):
@@ -174,8 +174,8 @@ def gather(tree: Tree, specs: Tree, rules: dict, dtype=None) -> Tree:
     """Inside a manual `shard_map`: whole parameters from this device's shards.
 
     Its transpose is a reduce-scatter, so gradients come back sharded. `specs` has the structure of
-    `tree`; a leading "layer" axis may already be scanned away. With `dtype`, parameters that lie on
-    several devices are cast before they travel, and their gradients are summed in their own dtype.
+    `tree`; a leading "layer" axis may already be scanned away. With `dtype`, sharded parameters are
+    cast before they are sent, and their gradients are summed in their own dtype.
     """
 
     def one(s: ParamSpec, w: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ import math
 from longlive_jax.errors import InputError
 from longlive_jax.formats import FP8, NVFP4, Format, FP8Pair
 
-# Path of each quantised layer within a block, and how many matrices of the original its weight is
-# made of: each of them is a tensor of its own, with its own largest magnitude.
+# Path of each quantised layer within a block, and how many of the original's matrices its weight
+# is made of: each is quantised as a tensor of its own, with its own largest magnitude.
 LINEARS = {
     "self_attn.qkv": 3,
     "self_attn.o": 1,
@@ -33,10 +33,10 @@ LINEARS = {
 class Gradients:
     """Formats of the two products of a gradient.
 
-    wgrad, activation: None: the tensor that dgrad or the forward has made already, transposed,
-      which a format with one scale a tensor allows.
-    saved: what is kept of x for wgrad. "forward": the forward's tensor, dequantised and quantised
-      again; "wgrad": the one that wgrad will need, made of x itself.
+    wgrad, activation: None: the tensor of dgrad or of the forward is reused, transposed, as a
+      format with one scale a tensor allows.
+    saved: the form of x that is kept for wgrad. "forward": the forward's tensor, dequantised and
+      quantised again; "wgrad": the operand of wgrad, made of x itself.
     """
 
     dgrad: Format
@@ -53,7 +53,7 @@ class Gradients:
 class Recipe:
     """The formats of one linear layer, or of all. `gradients`: None: for inference alone.
 
-    parts, index: of the layer, set by `at`: its number in `LINEARS`.
+    parts, index: set by `at`: the layer's number of matrices, and its place, in `LINEARS`.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Recipe:
 
     @property
     def by_rows(self) -> bool:
-        """Whether what computes an activation quantises it, too, a row at a time: `ops.quantized`.
+        """Whether the operation that computes an activation quantises it by rows (`ops.quantized`).
 
         For inference alone: a gradient needs the activation itself.
         """
@@ -77,14 +77,14 @@ class Recipe:
 
     @property
     def multiple(self) -> int:
-        """Numbers that the sides of activations and weights must be multiples of."""
+        """The sides of activations and weights must be multiples of this number."""
         return math.lcm(self.activation.multiple, self.weight.multiple)
 
 
 def _nvfp4(name: str, weight: str, rule: str = "mse", saved: str = "forward") -> Recipe:
-    """Training by a rule for weights and one for all else.
+    """A recipe for training, with one scale rule for weights and one for all else.
 
-    Square blocks, so that a weight and its transpose are the same numbers. Gradients are rounded
+    Square blocks, so that a weight and its transpose have the same numbers. Gradients are rounded
     stochastically, and both operands of wgrad go through the Hadamard transform.
     """
     return Recipe(
@@ -108,12 +108,12 @@ _TABLE = (
     # The original's: wgrad quantises the dequantised activation a second time.
     _nvfp4("nvfp4_ar", "static_6"),
     _nvfp4("nvfp4_dmd", "mse"),
-    # As the original exports: blocks of one row, whatever the training had.
+    # As the original exports: blocks of one row, whatever blocks training had.
     Recipe("nvfp4_w4a4", NVFP4("mse"), NVFP4("mse")),
     # Transformer Engine's defaults: both operands of wgrad are made of unquantised tensors.
     _nvfp4("nvfp4_te", "static_6", "static_6", saved="wgrad"),
 )
-# What `quant.recipe`, `quant.kv` and `quant.all_to_all` name; None: nothing is quantised.
+# The values of `quant.recipe`, `quant.kv` and `quant.all_to_all`; None: nothing is quantised.
 RECIPES: dict[str, Recipe | None] = {"bf16": None} | {recipe.name: recipe for recipe in _TABLE}
 KV_FORMATS: dict[str, Format | None] = {"bf16": None, "fp8": FP8Pair(), "nvfp4": NVFP4("mse")}
 PAYLOADS: dict[str, Format | None] = {"bf16": None, "nvfp4": NVFP4("mse")}

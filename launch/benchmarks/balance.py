@@ -2,10 +2,10 @@
 
     python -m launch.bench balance --config=configs/sample_5b.py --config.mesh.seq=4
 
-Balanced (what we train with): a device holds some chunks, the clean and the noisy copy of each.
-Naive: all clean chunks, then all noisy ones, cut into equal pieces; half the devices hold no token
+Balanced (what we train with): a device has some chunks, the clean and the noisy copy of each.
+Naive: all clean chunks, then all noisy ones, cut into equal pieces; half the devices have no token
 that bears loss, and each needs latents that another one also needs, so that every device encodes
-the whole video. It exists here only. Both exchange heads for tokens around the same attention.
+the whole video. It exists only here. Both exchange heads for tokens around the same attention.
 """
 
 import dataclasses
@@ -131,22 +131,22 @@ def _inputs(cfg, mesh, copies):
     @functools.partial(jax.jit, out_shardings=where)
     def make():
         clean, noise = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
-        words = (*shape[:2], cfg.model.text_len, cfg.model.text_dim)
-        text = jax.random.normal(jax.random.key(2), words, cfg.compute_dtype)
-        frames = jnp.arange(shape[1] * shape[2], dtype=jnp.int32).reshape(1, *shape[1:3])
-        frames = jnp.broadcast_to(frames, shape[:3])
+        text_shape = (*shape[:2], cfg.model.text_len, cfg.model.text_dim)
+        text = jax.random.normal(jax.random.key(2), text_shape, cfg.compute_dtype)
+        positions = jnp.arange(shape[1] * shape[2], dtype=jnp.int32).reshape(1, *shape[1:3])
+        positions = jnp.broadcast_to(positions, shape[:3])
         timesteps = jnp.full(shape[:3], 500.0)
         target = noise - clean
         x, y = (z.astype(cfg.compute_dtype) for z in (clean, (clean + noise) / 2))
         if copies == 1:
-            return Inputs(x, y, target, timesteps, frames, text)
+            return Inputs(x, y, target, timesteps, positions, text)
 
         def twice(a, b):
             return jnp.concatenate([a, b], axis=1)
 
         x, target = twice(x, y), twice(jnp.zeros_like(target), target)
         timesteps = twice(jnp.zeros_like(timesteps), timesteps)
-        return Inputs(x, x, target, timesteps, twice(frames, frames), twice(text, text))
+        return Inputs(x, x, target, timesteps, twice(positions, positions), twice(text, text))
 
     return make()
 

@@ -3,7 +3,7 @@
     python -m launch.bench convolution --config=configs/sample_5b.py
 
 FP8: E4M3 codes with one scale an array, float32 sums; making the codes of the input is not timed.
-Where XLA cannot compile that (jax 0.11.2 on an H200: cuDNN refuses XLA's graph) it says so.
+Where XLA cannot compile that (jax 0.11.2 on an H200: cuDNN refuses XLA's graph) the report says so.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What `launch.bench kernels` runs: each kernel at the sizes of a config, with its oracle.
+"""The entries of `launch.bench kernels`: each kernel at the sizes of a config, with its oracle.
 
 A kernel's entry is a function `(config) -> list[Entry]` in `ENTRIES`, one Entry a case.
 """

@@ -1,4 +1,4 @@
-"""What `launch.bench kernels` runs of NVFP4's kernels: functions `(config) -> list[Entry]`."""
+"""The NVFP4 kernels of `launch.bench kernels`: functions `(config) -> list[Entry]`."""
 
 import functools
 import math

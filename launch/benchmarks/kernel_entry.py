@@ -1,4 +1,4 @@
-"""What `launch.bench kernels` knows of a kernel at one size."""
+"""An entry of `launch.bench kernels`: a kernel at one size."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from longlive_jax import formats
 from longlive_jax.kernels.attention import HEAD_DIM, TILE
 from longlive_jax.kernels.rows import SLICE
 
-# The issue of a quantiser's speed is settled at this size.
+# Quantisers are compared at this size.
 SQUARE = (8192, 8192)
 
 
@@ -39,13 +39,13 @@ class Entry:
     """A kernel at one size. All calls are compiled with `arguments` as their arguments.
 
     name: the kernel and the size.
-    call: what users get of it, start to end.
+    call: the operation as users call it.
     baseline: the same by XLA, which is timed.
-    oracle: what `call` must give; None: `baseline`.
+    oracle: the right result of `call`; None: `baseline`.
     error, limit: (result, expected) -> a number, and the largest right one.
     details: more calls to time, by name: parts of `call`, other tilings.
     bytes, flops: the least that `call` moves between chip and memory, and multiplies and adds.
-    fp8: whether the flops are those of FP8 products, of which a chip does twice as many.
+    fp8: whether the flops are of FP8 products, of which a chip does twice as many.
     """
 
     name: str
@@ -72,7 +72,7 @@ def by_interpreter(kernel: Callable, **how) -> Callable:
 
 
 def tokens(cfg: config_lib.Config) -> int:
-    """Of a chunk."""
+    """Tokens of a chunk."""
     return cfg.model.chunk_frames * _patches(cfg)
 
 
@@ -86,7 +86,7 @@ def chunk(cfg: config_lib.Config) -> tuple[int, int]:
 
 
 def width(columns: int, slices: int = 1) -> int:
-    """Of rows; on a CPU so many slices of kernels on rows."""
+    """Columns of rows; on a CPU `slices` slices of kernels on rows."""
     return slices * SLICE if on_cpu() else columns
 
 

@@ -1,6 +1,6 @@
 """The Pallas kernels: right or wrong, then fast or slow beside XLA and the roofline.
 
-What is run is in `kernel_entries`. On a CPU kernels run in JAX's interpreter, at the config's
+`kernel_entries` has the calls. On a CPU kernels run in JAX's interpreter, at the config's
 sizes: give a tiny one, and heed no times there.
 """
 
@@ -44,7 +44,7 @@ def _measure(entry, copy_gb_s):
     error = float(entry.error(result, expected))
     del result, expected
     ms = _milliseconds(entry.call, entry.arguments)
-    # The data sheet's peak for products; for memory what a copy does, which is below its.
+    # The roofline: the data sheet's peak for products, the measured rate of a copy for memory.
     peak = cost.PEAK_TFLOPS.get(jax.devices()[0].device_kind, math.inf) * (1 + entry.fp8)
     bounds = {"memory": entry.bytes / copy_gb_s / 1e6, "products": entry.flops / peak / 1e9}
     bound = max(bounds, key=bounds.get)
@@ -85,7 +85,7 @@ def _milliseconds(call, arguments):
 def _several(call):
     """All results of a call of each of some arguments, as one program.
 
-    They are parameters of their own: of the same, the compiler would make one call.
+    Each call has its own parameters: the compiler would merge calls of the same ones.
     """
     call = jax.jit(call)  # lowered once
     return jax.jit(lambda several: [call(*arguments) for arguments in several])

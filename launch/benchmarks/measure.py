@@ -1,4 +1,4 @@
-"""What the benchmarks share: random weights, clocks, the card's figures."""
+"""What the benchmarks share: random weights, clocks, figures of the devices."""
 
 import functools
 import time
@@ -46,7 +46,7 @@ def _noise(shape, dtype, sharding):
 
 
 def seconds(call, repeats: int) -> list[float]:
-    """Wall seconds of each call, its result waited for. Call it warm."""
+    """Wall seconds of each call until its result is ready. Call it warm."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def seconds(call, repeats: int) -> list[float]:
 
 
 def mean_seconds(call, repeats: int) -> float:
-    """Seconds of a call that is too short to be waited for each time. Call it warm."""
+    """Mean seconds of a call that is too short to be timed alone. Call it warm."""
     start = time.perf_counter()
     for _ in range(repeats):
         result = call()

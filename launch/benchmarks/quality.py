@@ -5,8 +5,8 @@
 
 Relative errors (of the norm) against the unquantised model in compute dtype: after each layer of
 one denoising forward with a full window, and of the latents of chunks 1, 10 and 50 of a video, in
-which errors feed on themselves. So does any other: the row "noise rounded" is the unquantised model
-with its noise rounded to bfloat16, which is what a difference that does not matter comes to.
+which errors accumulate. The row "noise rounded", the unquantised model with its noise rounded to
+bfloat16, shows how far a harmless difference grows.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def _outputs(cfg, mesh, params, rounded=False):
             made = made.replace(noise=made.noise.astype(jnp.bfloat16).astype(jnp.float32))
         return made
 
-    # A window of given latents: the same for all, but for how the cache holds them.
+    # A window of given latents, the same for all recipes but for the cache's format.
     batch = cfg.mesh.data * cfg.mesh.fsdp
     state = sampler.init_state(batch, *size)
     for chunk in range(cfg.sample.window(cfg.model).slots):

@@ -141,7 +141,7 @@ def _session(cfg, engine, whole):
 
 
 def _prompt_to_frame(session, pieces):
-    """Seconds from a prompt, given while nothing is under way, to its first frames."""
+    """Seconds from a prompt, given to an idle session, to its first frames."""
     jax.block_until_ready(pieces)
     begin = time.perf_counter()
     session.prompt("other")

@@ -5,8 +5,8 @@ import re
 
 from jax.profiler import ProfileData
 
-# The first that fits counts. cuDNN's attention and cuBLAS's GEMMs name themselves; what XLA wrote
-# is named after its fusion.
+# The first that fits counts. cuDNN's attention and cuBLAS's GEMMs name themselves; XLA's own
+# kernels are named after their fusions.
 KINDS = (
     ("collectives", r"nccl|all-?to-?all|all-?gather|reduce-?scatter|all-?reduce|SendRecv"),
     ("attention", r"fmha|flash|sdpa|attention|mha"),

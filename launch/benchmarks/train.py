@@ -70,7 +70,7 @@ def run(cfg: config_lib.Config) -> dict:
 
 
 def memory(compiled) -> dict:
-    """Of a compiled program, gigabytes a device."""
+    """Memory of a compiled program, in gigabytes a device."""
     sizes = compiled.memory_analysis()
     return {} if sizes is None else {
         "state_gb": round(sizes.argument_size_in_bytes / 1e9, 2),

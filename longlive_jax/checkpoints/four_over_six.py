@@ -5,8 +5,8 @@
     ...quantized_weight_amax            float32 (1,) or ()
     ...quantized_weight_metadata        int32 (4,): N, K, N', K'
 
-N is out and K in, N' and K' their next multiples of 128 and 64. q, k and v are apart. The file says
-by which scale rule its weights were quantised; no tensor shows it.
+N is out and K in, N' and K' their next multiples of 128 and 64. q, k and v are apart. The file
+names the scale rule by which its weights were quantised; no tensor shows it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _OTHERWISE = "convert the bfloat16 file of the same model instead (model_bf16.pt
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A quantised weight in a file: the shape and dtype that it stands for, values later."""
+    """A quantised weight in a file: the weight's own shape now, the quantised values on `read`."""
 
     name: str  # of the file and the tensors, for messages
     shape: tuple[int, int]  # out, in
@@ -66,7 +66,7 @@ class Packed:
 
 
 def collect(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor | Packed]:
-    """`tensors`, with each four that make a weight as one `Packed` under the weight's key.
+    """`tensors`, with the four of each quantised weight as one `Packed` under the weight's key.
 
     Raises:
       InputError: some of the four are missing, or they do not belong together.
@@ -114,18 +114,18 @@ def _packed(group: Mapping[str, Tensor], name: str) -> Packed:
 
 
 def holds(own: Recipe | None) -> bool:
-    """Whether such files hold what the recipe makes of weights."""
+    """Whether such files can hold weights quantised by the recipe."""
     return own is not None and isinstance(own.weight, NVFP4)
 
 
 def recipe(saved: Any, wanted: str | None, file: str) -> Recipe:
-    """The recipe that quantises as the file was: `wanted`, or the one for inference.
+    """The recipe by which the file was quantised: `wanted`, or the one for inference.
 
     Args:
-      saved: the file's content, which says the scale rule.
+      saved: the file's content, which names the scale rule.
 
     Raises:
-      InputError: the recipe has another rule, or none; the file does not say its own.
+      InputError: the recipe has another scale rule or none; the file does not name its own.
     """
     name = _DEFAULT if wanted is None else wanted
     chosen, rule = recipe_lib.get(name), _rule(saved)
@@ -176,7 +176,7 @@ def fields(
     """One layer's arrays of a quantised weight, [part, ...], as `checkpoints.quantized` has them.
 
     Args:
-      weight: the weight as it would be without quantisation.
+      weight: our array of the weight without quantisation.
       own: the recipe.
 
     Raises:
@@ -202,7 +202,7 @@ def fields(
 
 
 def header(own: Recipe) -> dict[str, str]:
-    """What the original's files say of themselves, for a safetensors header."""
+    """The metadata of the original's files, for a safetensors header."""
     assert isinstance(own.weight, NVFP4) and isinstance(own.activation, NVFP4)  # as `holds` says
     quantization = {
         "format": "nvfp4",
@@ -228,7 +228,7 @@ def entries(w: layout.Weight) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         them.
     """
     field = w.path[-1]
-    # An amax has no shape of the weight, and its tensor needs none.
+    # The tensor of an amax does not depend on the weight's shape.
     rows, columns = w.shape[1:] or (1, 1)
     buffers = _entries((rows, columns * (2 if field == "values" else nvfp4.BLOCK)))
     weight = layout.Weight(w.path[:-1], w.layer, w.shape)

@@ -17,7 +17,7 @@ from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
 from longlive_jax.recipes import Recipe
 
-_ROWS_BYTES = 128 << 20  # tables larger than this are read in several goes
+_ROWS_BYTES = 128 << 20  # tables larger than this are read in several pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Source:
     """Weights of one part: validated by name and shape, not read yet."""
 
     part: parts_lib.Part
-    spec: params_lib.Tree  # of what the file holds: a VAE file may be a decoder alone
+    spec: params_lib.Tree  # of the arrays in the file: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
     tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
     files: tuple[str, ...]
-    recipe: Recipe | None  # that quantises the linear layers' weights, or has done so in the file
-    dtype: np.dtype  # that weights are cast to before they are quantised
+    recipe: Recipe | None  # by which linear layers' weights are quantised, here or in the file
+    dtype: np.dtype  # of weights before they are quantised
 
     def pieces(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[layout.Piece]:
         """Our arrays for `store.save` with `recipe`, each read when asked for.
@@ -76,7 +76,7 @@ class Source:
         return array
 
     def _dtypes(self) -> dict[params_lib.Path, np.dtype]:
-        """The dtype of each of our arrays: its tensors' own, or one that holds all of theirs."""
+        """The dtype of each of our arrays: its tensors' own, or one that holds all their values."""
         found: dict[params_lib.Path, set[np.dtype]] = {}
         for w in layout.weights(self.spec):
             if _packed(self.tensors[w.keys[0]]):
@@ -100,11 +100,11 @@ def open_part(
     Args:
       part: "dit", "vae" or "umt5".
       source: file, folder or hf:// address; see `sources.locate`.
-      use_ema: of a training checkpoint, take the moving average of the weights.
-      lora_source: a LoRA to merge, in the same kinds of places.
-      lora_alpha: its scale's numerator; default the file's, else its rank.
-      recipe: of the transformer: quantise its linear layers, from the config's dtype. A file that
-        is quantised already must have been so by this one; default the one for inference.
+      use_ema: take the moving average of the weights from a training checkpoint.
+      lora_source: a LoRA to merge; a file, folder or hf:// address too.
+      lora_alpha: numerator of the LoRA's scale; default the file's, else its rank.
+      recipe: quantises the transformer's linear layers, from the config's dtype. If the file is
+        already quantised, the recipe that did it; default the one for inference.
 
     Raises:
       InputError: no such file; a damaged, foreign or malicious one; weights missing, too many, of
@@ -145,7 +145,7 @@ def _packed(tensor: Tensor | four_over_six.Packed) -> bool:
 
 
 def _quantized(spec, tensors: Mapping[str, Tensor | four_over_six.Packed], path: str) -> bool:
-    """Whether the file has quantised weights; then it must have all that recipes quantise."""
+    """Whether the file has quantised weights; then all that recipes quantise must be."""
     found = {key for key, t in tensors.items() if _packed(t)}
     linear = {k for w in layout.weights(spec) if quantized.is_linear(w.path) for k in w.keys}
     if found and found != linear:

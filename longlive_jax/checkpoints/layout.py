@@ -19,7 +19,7 @@ _PATCH = (1, 2, 2)  # of the transformer's patch convolution: frames, rows, colu
 
 
 class Piece(NamedTuple):
-    """Rows `start` and on of one of our arrays; a layer is one row of a stacked array."""
+    """Rows of one of our arrays, from `start` on; a layer is one row of a stacked array."""
 
     path: params_lib.Path
     start: int
@@ -73,7 +73,7 @@ class Weight:
 
     @property
     def rows_are_rows(self) -> bool:
-        """Whether rows of ours are rows of theirs, so that a part can be read alone."""
+        """Whether our rows are the original's rows, so that some can be read alone."""
         return self._kind == "plain" and len(self.keys) == 1
 
     @property

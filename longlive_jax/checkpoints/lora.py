@@ -51,7 +51,7 @@ def merge(
       alpha: numerator of the scale; default the file's, else each adapter's rank (scale 1).
 
     Raises:
-      InputError: half an adapter, one for a weight that `base` lacks, or of other sizes.
+      InputError: an adapter is incomplete, has other sizes, or is for a weight `base` lacks.
     """
     tensors = names.lora_state_dict(saved, file)
     adapters: dict[str, dict[str, Tensor]] = {}

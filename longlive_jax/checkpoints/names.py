@@ -1,4 +1,4 @@
-"""From whatever layout a file has to the original's own state-dict keys.
+"""From the layouts that files have to the original's own state-dict keys.
 
 Wrappers around the state dict, prefixes that trainers leave on keys, and the names that diffusers
 and transformers give to the same weights end here.
@@ -24,13 +24,12 @@ def state_dict(saved: Any, part: str, use_ema: bool, file: str) -> Tensors:
     """The weights of `part` ("dit", "vae" or "umt5") in a saved object, by the original's keys.
 
     Args:
-      saved: what a reader gave: nested dicts with `Tensor`s.
+      saved: a file's content: nested dicts with `Tensor`s.
       use_ema: take the moving average of the weights, `generator_ema`.
       file: for messages.
 
     Raises:
-      InputError: no weights in it, two for one key, those of a LoRA alone, or of a network of
-        TransformerEngine's.
+      InputError: no weights in it, two for one key, a LoRA alone, or TransformerEngine's modules.
     """
     if not isinstance(saved, Mapping):
         raise InputError(f"{file}: holds a {type(saved).__name__}, not a dict of weights")

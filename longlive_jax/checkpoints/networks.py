@@ -1,7 +1,7 @@
-"""Networks of a checkpoint, on the devices and in the dtype that they are wanted.
+"""Loads networks of a checkpoint, sharded over a mesh.
 
-A training run's folder is a checkpoint too: of what it trains, and of the parts of the checkpoint
-that it was given.
+A training run's folder is a checkpoint too: of the networks that it trains, and of the other parts
+of its --checkpoint.
 """
 
 import os
@@ -62,8 +62,8 @@ def load(
 
     Args:
       only: top-level subtrees to read; default all.
-      quantized: they may be stored quantised by the config's recipe, and are then read so.
-      weights: which of a training run's, of `workdir.WEIGHTS`.
+      quantized: the network may be stored quantised by the config's recipe, and is then read so.
+      weights: of a training run, a key of `workdir.WEIGHTS`.
 
     Raises:
       InputError: a checkpoint that does not fit, or that another recipe quantised.
@@ -71,7 +71,7 @@ def load(
     section, tree = spec(part, cfg, only)
     dtype = cfg.compute_dtype if dtype is None else dtype
     if rules is None:
-        # The text encoder runs whole on every device; it is there for a moment only.
+        # The text encoder runs whole on every device, and is in memory only briefly.
         rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
     trained = _trained(checkpoint, part)
     if trained is not None:
@@ -92,7 +92,7 @@ def load_or_init(
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:
-    """The parts that a checkpoint, or a training run with the checkpoint it was given, has."""
+    """The parts of a checkpoint, or of a training run together with its --checkpoint."""
     if not workdir.is_run(checkpoint):
         return store.parts(checkpoint)
     others = store.parts(directory(checkpoint)) if workdir.read(checkpoint).checkpoint else ()
@@ -100,7 +100,7 @@ def parts(checkpoint: str) -> tuple[str, ...]:
 
 
 def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.Tokenizer:
-    """The checkpoint's tokenizer, once it is sure that its text encoder fits the config."""
+    """The checkpoint's tokenizer, after a check that its text encoder fits the config."""
     if cfg.umt5.dim != cfg.model.text_dim:
         raise InputError(
             f"config: umt5.dim={cfg.umt5.dim} must equal model.text_dim={cfg.model.text_dim}, "
@@ -114,7 +114,7 @@ def stored_config(checkpoint: str) -> dict[str, Any]:
     """Settings of the networks of a checkpoint, by "section.key".
 
     Raises:
-      InputError: it is a training run, which does not keep all of them, or lacks a network.
+      InputError: the checkpoint is a training run, which lacks some of them, or lacks a network.
     """
     if workdir.is_run(checkpoint):
         raise InputError(
@@ -126,7 +126,7 @@ def stored_config(checkpoint: str) -> dict[str, Any]:
 
 
 def directory(checkpoint: str | None) -> str:
-    """The checkpoint that holds what a training run does not train; any other as it is."""
+    """The checkpoint of the parts that a training run does not train; a checkpoint as it is."""
     if not checkpoint:
         raise InputError("--checkpoint is missing; make one with python -m launch.convert")
     return workdir.parts(checkpoint) if workdir.is_run(checkpoint) else checkpoint

@@ -26,7 +26,7 @@ class Part:
         return getattr(config, self.section)
 
     def overrides(self, found: Mapping[str, int], config: Any) -> dict[str, int]:
-        """What turns `config` (a section) into one of sizes `found`; may be empty."""
+        """The changes that give `config`, a section, the sizes `found`; may be empty."""
         if self.name == "dit" and found.get("dim", config.dim) != config.dim:
             found = {**found, "num_heads": max(1, found["dim"] // _HEAD_DIM)}
         return {k: v for k, v in found.items() if v != getattr(config, k)}

@@ -1,9 +1,9 @@
 """Files of `torch.save` (PyTorch 1.6 and later), read without torch and without running them.
 
 Such a file is a zip archive: `data.pkl`, a pickle of nested containers, and `data/KEY`, the raw
-bytes of each storage. A pickle is a program that may call anything that can be imported. The one
-here may call only what `_Unpickler._GLOBALS` lists, none of which is the real thing: every name
-resolves to an immutable stand-in of this file. Any other name stops the load with its name.
+bytes of each storage. A pickle is a program that may call anything that can be imported. Here it
+may call only the names in `_Unpickler._GLOBALS`, each of which resolves to an immutable stand-in
+of this file. Any other name stops the load with an error that names it.
 """
 
 import io
@@ -62,8 +62,8 @@ def read(file: str | os.PathLike) -> Any:
     """The saved object: dicts, lists, tuples and scalars, with `FileTensor`s for tensors.
 
     Raises:
-      InputError: not such a file, a damaged or foreign one, or one that wants to call anything
-        but the few constructors that weights need (nothing of it is run).
+      InputError: the file is damaged or of another kind, or its pickle calls anything but the few
+        constructors that weights need (nothing of it is run).
     """
     file = os.fspath(file)
     try:
@@ -144,7 +144,7 @@ class _Archive:
 
 
 class _Sealed:
-    """Something a pickle gets hold of but must not change: its next user would find it changed."""
+    """An object that a pickle can reach but must not change, since later loads share it."""
 
     __slots__ = ()
 
@@ -165,7 +165,7 @@ class _Call(_Sealed):
 
 
 class _DType(_Sealed):
-    """What a storage's class or a `torch.dtype` stands for."""
+    """Stand-in for a storage's class or a `torch.dtype`."""
 
     __slots__ = ("dtype",)
 

@@ -1,12 +1,12 @@
 """Quantised weights on disk: their arrays by name, 4-bit codes two a byte.
 
-In the place of an array blocks/ffn/0/weight [layer, in, out] there are
+An array blocks/ffn/0/weight [layer, in, out] is replaced by
   NVFP4  weight/values  uint8 [layer, part, out, in / 2], the even column in the low four bits
          weight/scales  float8_e4m3fn [layer, part, out, in / 16], row-major
          weight/amax    float32 [layer, part]
   FP8    weight/values  float8 [layer, part, out, in]
          weight/scale   float32 [layer, part, out, 1], or [layer, part]
-Rule and block of NVFP4 are those of the recipe, which the checkpoint's metadata names.
+Rule and block of NVFP4 come from the recipe, which the checkpoint's metadata names.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def is_linear(path: params_lib.Path) -> bool:
 
 
 def spec(specs: params_lib.Tree, recipe: Recipe | None) -> params_lib.Tree:
-    """The specs of what lies on disk of parameters with these specs.
+    """The specs of the arrays on disk of parameters with these specs.
 
     Raises:
       InputError: sides that the format's blocks do not divide.
@@ -51,13 +51,13 @@ def spec(specs: params_lib.Tree, recipe: Recipe | None) -> params_lib.Tree:
 def pieces(
     plain: Iterable[Any], recipe: Recipe | None, dtype: jnp.dtype, name: str
 ) -> Iterator[Any]:
-    """A transformer's `store.Piece`s with those of linear layers' weights quantised, one at a time.
+    """A transformer's `store.Piece`s, with the linear layers' weights quantised one by one.
 
-    The numbers are those of `quant.weights.quantize_params`.
+    The numbers equal those of `quant.weights.quantize_params`.
 
     Args:
       dtype: the compute dtype, which weights are cast to first.
-      name: of where they come from, for messages.
+      name: of the weights' source, for messages.
 
     Raises:
       InputError: a weight has values that are not finite, in `dtype`.
@@ -82,14 +82,14 @@ _quantize = jax.jit(quantize_weight, static_argnames="recipe")
 
 
 def _fields(tensor: Quantized) -> params_lib.Tree:
-    # Not in one program with the quantisation, which XLA would then repeat for the packing.
+    # A program of its own: in one with the quantisation XLA would quantise again for the packing.
     return weights_lib.as_dicts(tensor.pack())
 
 
 def from_stored(
     tree: params_lib.Tree, specs: params_lib.Tree, place: params_lib.Tree
 ) -> params_lib.Tree:
-    """The parameters, of arrays as they lie on disk, which it uses up.
+    """The parameters from the arrays on disk, which are consumed.
 
     Args:
       specs: `quantize_specs` of the recipe.
@@ -100,7 +100,7 @@ def from_stored(
         if not tensor.is_packed:
             return tensor
         result = _unpack(where)(tensor)
-        tensor.values.delete()  # else all codes would be there twice
+        tensor.values.delete()  # else all codes would be in memory twice
         return result
 
     return weights_lib.map_quantized(unpack, weights_lib.from_dicts(tree, specs), place)
@@ -110,7 +110,7 @@ def from_stored(
 def _unpack(where: Quantized):
     one = type(where).unpack
     if isinstance(where.values, jax.NamedSharding):
-        # Each device its own: the two codes of a byte are neighbours.
+        # Each device unpacks its own: the two codes of a byte are neighbours.
         own = jax.tree.map(lambda s: s.spec, where)
         one = jax.shard_map(one, mesh=where.values.mesh, in_specs=(own,), out_specs=own)
     return jax.jit(one)

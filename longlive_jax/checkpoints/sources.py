@@ -34,7 +34,7 @@ def locate(source: str, part: str) -> str:
       part: "dit", "vae", "umt5", "lora" or "tokenizer".
 
     Raises:
-      InputError: there is none.
+      InputError: nothing there holds the part.
     """
     path = pathlib.Path(_download(source, part) if source.startswith("hf://") else source)
     if path.is_file():
@@ -78,7 +78,7 @@ def read(path: str) -> Any:
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
-    """All tensors of a folder: those of its index file, else of all its safetensors files."""
+    """All tensors of a folder: from the files of its index, else from all its safetensors files."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)

@@ -10,7 +10,7 @@ from longlive_jax.errors import InputError
 
 
 class Tensor(Protocol):
-    """What readers of files hand out: shape and dtype now, values later."""
+    """A tensor in a file: shape and dtype now, values on `read`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -96,7 +96,7 @@ def check_finite(array: np.ndarray, name: str) -> None:
 
 
 def promote(dtypes: Any) -> np.dtype:
-    """The smallest float dtype that holds all values of these exactly."""
+    """The smallest float dtype that holds all values of these dtypes exactly."""
     dtypes = sorted(set(map(np.dtype, dtypes)), key=str)
     if len(dtypes) == 1:
         return dtypes[0]

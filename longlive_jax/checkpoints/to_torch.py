@@ -1,6 +1,6 @@
 """Our weights back to the original's keys and layouts, as one safetensors file a part.
 
-Those quantised to NVFP4 get what `model_4o6.pt` has, see `checkpoints.four_over_six`.
+Weights quantised to NVFP4 get the tensors of `model_4o6.pt`, see `checkpoints.four_over_six`.
 """
 
 import os
@@ -41,7 +41,7 @@ def check(directory: str | os.PathLike, part: str) -> store.Stored:
     """The stored part, if the original has a format for it.
 
     Raises:
-      InputError: the checkpoint lacks the part, or its recipe is one of another format than NVFP4.
+      InputError: the checkpoint lacks the part, or its recipe has another format than NVFP4.
     """
     stored = store.Stored(directory, part)
     if stored.recipe is not None and not four_over_six.holds(stored.recipe):
@@ -108,7 +108,7 @@ def _arrays(w: layout.Weight, array: np.ndarray) -> list[np.ndarray]:
 def _weights(
     spec: params_lib.Tree, pieces: Iterable[tuple[params_lib.Path, int, Any]]
 ) -> Iterator[tuple[layout.Weight, list]]:
-    """Each weight as soon as all of its rows have come, with them."""
+    """Each weight with its rows, as soon as all of them have come."""
     leaves = params_lib.flatten(spec)
     waiting: dict[params_lib.Path, dict[int, Any]] = {}
     for path, start, rows in pieces:

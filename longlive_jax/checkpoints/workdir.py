@@ -1,4 +1,4 @@
-"""The folder of a training run, for those who read weights from it.
+"""The folder of a training run, and the weights to read from it.
 
 WORKDIR/run.json          settings, and the checkpoint that the run takes its other parts from
 WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after step 50
@@ -20,15 +20,15 @@ from longlive_jax.files import versioned
 
 FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
-# Of a network's weights: the moving average, and those after the last step.
+# The weights of a network, in its state: their moving average, and those after the last step.
 WEIGHTS = {"average": "ema", "latest": "params"}
 # In version 1 the state had the arrays of its only network beside the others, by other names.
 FLAT_NETWORK = "model"
 
 
 class Run(NamedTuple):
-    """What run.json says: the settings by the names of the flags, the checkpoint that the run takes
-    its other parts from, and the network that a sampler takes from its states; or None.
+    """The content of run.json: settings by the names of the flags, the checkpoint of the parts that
+    are not trained or None, and the network that a sampler takes from the states or None.
     """
 
     settings: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 def is_run(directory: str | os.PathLike) -> bool:
-    """Whether a training run has, or had, its folder there."""
+    """Whether this is, or was, the folder of a training run."""
     return (pathlib.Path(directory) / RUN).is_file()
 
 
@@ -62,10 +62,10 @@ def write(directory: str | os.PathLike, run: Run) -> None:
 
 
 def parts(directory: str | os.PathLike) -> str:
-    """The checkpoint that holds what the run does not train.
+    """The checkpoint of the parts that the run does not train.
 
     Raises:
-      InputError: the run was given none.
+      InputError: the run has none.
     """
     checkpoint = read(directory).checkpoint
     if checkpoint is None:
@@ -77,14 +77,14 @@ def parts(directory: str | os.PathLike) -> str:
 
 
 class State:
-    """The network that is sampled from, in the newest whole state of a run on disk.
+    """The network to sample from, in the newest complete state of a run on disk.
 
     Attributes:
-      step: its number.
+      step: number of the state's last step.
       trained: the network's parts.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: there is no state, or it is damaged.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -105,7 +105,7 @@ class State:
         self._path = self._root / STATES / str(self.step)
         try:
             state = ocp.metadata(str(self._path)).metadata
-            # Of each tree of weights, where it lies in the state; a network may have no average.
+            # The place of each tree of weights in the state; a network may have no EMA.
             self._keys = {"ema": ("average",), "params": ("params",)}
             if not is_flat(self._path):
                 state = state["networks"][self._network]
@@ -127,7 +127,7 @@ class State:
             for p in sorted({*wanted, *(p for p in self._shapes if p[0] == part)})
             if wanted.get(p) != self._shapes.get(p)
         ]
-        # What no shape tells.
+        # Settings that no shape shows.
         heads = read(self._root).settings.get("model.num_heads")
         if part == "dit" and heads != section.num_heads:
             wrong += [f"model.num_heads is {section.num_heads} by the config, {heads} in the run"]
@@ -150,7 +150,7 @@ class State:
         """`spec`'s tree of arrays, placed as `rules` say; `weights`: one of WEIGHTS.
 
         Raises:
-          InputError: they are damaged, or there are none of this kind.
+          InputError: the weights are damaged, or the run has none of this kind.
         """
         if WEIGHTS[weights] not in self._keys:
             raise InputError(
@@ -174,7 +174,7 @@ def is_flat(path: pathlib.Path) -> bool:
 
 
 def damaged(path: pathlib.Path, error: Exception) -> InputError:
-    """What to say of a state that cannot be read."""
+    """The error for a state that cannot be read."""
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return InputError(
         f"{path}: is damaged ({reason}); remove it, and the one before it, if there is one, counts"

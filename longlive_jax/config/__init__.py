@@ -1,7 +1,7 @@
-"""Frozen dataclasses that hold every setting, a section a file, each checking itself.
+"""All settings, as frozen dataclasses: one section a file, each of which checks itself.
 
-They are built from an ml_collections ConfigDict, which stops here: the rest of the package sees
-only these dataclasses, which are hashable and can be static arguments of `jax.jit`.
+They are built from an ml_collections ConfigDict, which no other room sees: the dataclasses are
+hashable and can be static arguments of `jax.jit`.
 """
 
 from longlive_jax.config.config import Config

@@ -1,4 +1,4 @@
-"""All settings of a run, and what its sections ask of each other."""
+"""All settings of a run, and the checks that span sections."""
 
 import dataclasses
 from typing import Annotated
@@ -20,7 +20,7 @@ from longlive_jax.config.video import Video
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """Everything. `dtype` is the dtype of compute; parameters are kept in their own."""
+    """All settings. `dtype` is the compute dtype; parameters are kept in their own."""
 
     NAME = ""
 

@@ -1,4 +1,4 @@
-"""Configs in and out: ConfigDicts, the files in `configs/`, and names that settings had before."""
+"""Configs in and out: ConfigDicts, the files in `configs/`, and former names of settings."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ MOVED = {
 
 
 def renamed(name: str) -> str:
-    """Today's name of a setting, "section.key", which may have had another before."""
+    """The present name of a setting, "section.key", which may have been renamed."""
     return MOVED.get(name, name)
 
 

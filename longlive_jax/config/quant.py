@@ -12,7 +12,7 @@ from longlive_jax.recipes import KV_FORMATS, PAYLOADS, RECIPES
 
 @dataclasses.dataclass(frozen=True)
 class Quant(Section):
-    """Number formats of less than 16 bits. "bf16": none, all is in the dtype of compute."""
+    """Number formats of less than 16 bits. "bf16": none, all is in the compute dtype."""
 
     NAME = "quant"
 

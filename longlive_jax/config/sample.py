@@ -9,7 +9,7 @@ from longlive_jax.config.section import INT32_MAX, Count, Index, Range, Section,
 
 @dataclasses.dataclass(frozen=True)
 class WindowSize:
-    """How many chunks are visible at a time; `sampling.window` says which."""
+    """How many chunks are visible together; `sampling.window` says which."""
 
     chunks: int  # in all, with the one being denoised
     sinks: int  # first chunks of the video, which are always visible

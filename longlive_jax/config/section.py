@@ -1,7 +1,7 @@
-"""Types of settings that say which values they take, and the sections that check themselves.
+"""Types of settings that state their limits, and sections that check themselves.
 
 A section is a frozen dataclass whose fields' types carry their limits: `steps: Count = 4` is
-checked when the section is made, so that no other code asks whether a setting is sane.
+checked when the section is made, so that no other code has to check it.
 """
 
 import dataclasses

@@ -31,17 +31,17 @@ class ErrorRecycling(Section):
 
     enabled: bool = False
     buckets: Annotated[int, Range(1, TIMESTEPS)] = 50
-    slots: Count = 16  # chunks kept a bucket; the memory is spread over all devices
+    slots: Count = 16  # chunks that a ring keeps; the rings are sharded over all devices
     positions: bool = False  # a ring for each chunk of the video as well
     start_step: Index = 0
-    context_probability: Probability = 0.9  # that clean context is corrupted
-    latent_probability: Probability = 0.9  # that clean latents are, before noise is added
-    noise_probability: Probability = 0.01  # that the noise is
+    context_probability: Probability = 0.9  # that the clean past is corrupted
+    latent_probability: Probability = 0.9  # that clean latents are corrupted, before noise is added
+    noise_probability: Probability = 0.01  # that the noise is corrupted
     clean_probability: Probability = 0.2  # that a batch is left alone, whatever the others say
     clean_update_probability: Probability = 0.1  # that the errors of such a batch are kept
     modulation: Probability = 0.3  # an error is scaled by 1 - modulation to 1 + modulation
     replacement: Annotated[str, OneOf(("random", "oldest", "nearest"))] = "random"  # of a full ring
-    skip_first_chunk: bool = False  # its context stays clean
+    skip_first_chunk: bool = False  # its clean copy is not corrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Train(Section):
 
     seed: Index = 0
     steps: Count = 600
-    batch_size: Count = 1  # videos at a time, over the whole mesh
-    accumulation: Count = 1  # such batches a step
+    batch_size: Count = 1  # videos a forward, over the whole mesh
+    accumulation: Count = 1  # batches a step
     latent_frames: Count = 96
     teacher_forcing: bool = True  # chunks see clean ones before them; False: noisy ones
-    # The clean copy is noised to one of so many lowest levels; 0: it is exactly clean.
+    # The clean copy is noised to one of this number of lowest levels; 0: it is exactly clean.
     context_levels: Annotated[int, Range(0, TIMESTEPS)] = 0
     text_encoder: bool = False  # the text encoder is trained too
     learning_rate: Positive = 1e-5
@@ -67,7 +67,7 @@ class Train(Section):
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 10.0
     ema_decay: Decay = 0.99
-    ema_start: Index = 100  # steps before the average begins
+    ema_start: Index = 100  # steps before the EMA begins
     remat: Annotated[str, OneOf(REMAT)] = "output"  # what a block keeps for its gradient
     error_recycling: ErrorRecycling = ErrorRecycling()
     save_every: Count = 50

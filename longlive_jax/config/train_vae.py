@@ -23,7 +23,7 @@ class TrainVAE(Section):
     ema_decay: Decay = 0.999  # of the weights that are the result
     edge_weight: NotNegative = 0.5  # of the error's differences between neighbouring pixels
     kl_weight: NotNegative = 1e-3  # of the posterior's divergence from a unit Gaussian
-    held_out: Count = 4  # folders of videos, the last by name, that are for measuring only
+    held_out: Count = 4  # folders of videos, the last by name, for evaluation only
     memory_gib: Positive = 8.0  # most that all videos, decoded, may take on each device
     save_every: Count = 500
     log_every: Count = 50

@@ -1,4 +1,4 @@
-"""What trainers ask of a config. Apart from its own checks: a sampler needs none of this."""
+"""Checks of a config for trainers, apart from its own checks: samplers need none of them."""
 
 from longlive_jax.config.config import Config
 from longlive_jax.config.section import divides, refuse
@@ -6,7 +6,7 @@ from longlive_jax.recipes import RECIPES
 
 
 def validate_training(config: Config) -> None:
-    """Refuses what a trainer of the transformer cannot do.
+    """Refuses a config that the transformer's trainer cannot run.
 
     Raises:
       InputError: the setting, its value, the limit and the way out.
@@ -35,7 +35,7 @@ def validate_training(config: Config) -> None:
 
 
 def validate_vae_training(config: Config) -> None:
-    """Refuses what the trainer of a VAE cannot do; as `validate_training`.
+    """Refuses a config that the VAE's trainer cannot run.
 
     Raises:
       InputError: the setting, its value, the limit and the way out.

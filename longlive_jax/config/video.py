@@ -22,7 +22,7 @@ class Video(Section):
 
     height: Side = 704  # pixels
     width: Side = 1280  # pixels
-    # Of the flow schedule's noise levels. Past 1000 float32 takes all of them for pure noise.
+    # Of the noise schedule. Above 1000 float32 rounds every sigma to pure noise.
     shift: Annotated[float, Range(above=0, most=1000, hint=_SHIFT)] = 5.0
     image_to_video: bool = False
 

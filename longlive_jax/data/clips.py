@@ -22,8 +22,8 @@ from longlive_jax.data.video import VideoFile, frame_indices, probe
 from longlive_jax.errors import InputError
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-STARTS = 50  # places in a file where a sample may start, about
-FPS = (1, 1000)  # what a file may say of itself
+STARTS = 50  # about how many places in a file a sample may start at
+FPS = (1, 1000)  # least and greatest frame rate that a file may declare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Clip:
         return float(self.fps) / FRAMES_PER_SECOND
 
     def holds(self, start: int, frames: int) -> bool:
-        """Whether `frames` of a sample are there, from source frame `start` on."""
+        """Whether the clip has `frames` frames of a sample, from source frame `start` on."""
         return round(start + (frames - 1) * self.interval) < self.frames
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How a sample is made of clips. Fields of `config.Data` of the same name are meant."""
+    """How a sample is made of clips. Fields named as in `config.Data` mean the same."""
 
     chunks: int
     chunk_frames: int  # latent frames
@@ -73,13 +73,13 @@ class Segment:
 def plan(clips: Sequence[Clip], rules: Rules, rng: np.random.Generator) -> list[Segment]:
     """A random sample of these clips: a segment for each valid chunk, or [] if they are too short.
 
-    It starts at any of the candidates (`starts`) from which the clips fill it to the end. Where
-    there are none, it starts with a first frame, and has at least `min_chunks` segments.
+    It starts at a random candidate of `starts` from which the clips fill it. If there is none, it
+    starts at a clip's first frame and has at least `min_chunks` segments.
     """
     heads = range(len(clips)) if rules.single_shot else range(1)
     fills = [fill(clips, rules, head, 0) for head in heads]
-    # No start fills more than the first frame of the first clip does, or of its own clip where a
-    # sample is a single shot.
+    # No start gives more chunks than the first frame of the first clip; for a single shot, of the
+    # same clip.
     full = [head for head in heads if len(fills[head]) == rules.chunks]
     if full:
         candidates = starts(clips, rules, full if rules.single_shot else range(len(clips)))
@@ -91,10 +91,10 @@ def plan(clips: Sequence[Clip], rules: Rules, rng: np.random.Generator) -> list[
     return enough[rng.integers(len(enough))] if enough else []
 
 
-def starts(clips: Sequence[Clip], rules: Rules, which: Sequence[int]) -> list[tuple[int, int]]:
-    """(clip, source frame) of the evenly spaced places where a first chunk may start."""
+def starts(clips: Sequence[Clip], rules: Rules, indices: Sequence[int]) -> list[tuple[int, int]]:
+    """(clip, source frame) of evenly spaced places in these clips where a first chunk may start."""
     found = []
-    for i in which:
+    for i in indices:
         last = int(np.floor(clips[i].frames - 1 - (rules.frames(0) - 1) * clips[i].interval))
         places = range(0, last + 1, max(1, last // STARTS))
         found += [(i, start) for start in places if clips[i].holds(start, rules.frames(0))]
@@ -102,10 +102,10 @@ def starts(clips: Sequence[Clip], rules: Rules, which: Sequence[int]) -> list[tu
 
 
 def fill(clips: Sequence[Clip], rules: Rules, clip: int, start: int) -> list[Segment]:
-    """The segments of a sample that starts there: all of them, or those before the clips end.
+    """The segments of a sample that starts at this frame: all, or those before the clips end.
 
-    A segment lies in one clip. After `max_chunks_per_shot` of them a second is skipped, so that
-    what follows, if it is long enough, is a shot of its own.
+    A segment lies in one clip. After `max_chunks_per_shot` segments one second is skipped, so that
+    the rest of the clip, if it is long enough, becomes another shot.
     """
     segments, in_shot = [], 0
     while len(segments) < rules.chunks:
@@ -160,9 +160,9 @@ class VideoFolder:
         return len(self._folders)
 
     def sample(self, index: int, key: int) -> Sample:
-        """A sample of folder `index`, or where it gives none of the next one that does.
+        """A sample of folder `index`, or of the next folder that gives one.
 
-        `key` decides where in the folder it starts.
+        `key` decides where in the folder the sample starts.
 
         Raises:
           InputError: no folder gives a sample.
@@ -200,12 +200,12 @@ class VideoFolder:
             if bad is None:
                 prompts = self._prompts(clips, segments)
                 return Sample(folder.name, prompts, len(segments), frames)
-            clips.remove(bad)  # then what the others give
+            clips.remove(bad)  # and try the other clips
         failures.append((str(folder), "holds no video that can be used"))
         return None
 
     def _clips(self, folder: pathlib.Path, failures: list) -> list[Clip]:
-        """What is usable in a folder; the rest goes to `failures`."""
+        """The usable clips of a folder; other files go to `failures`."""
         clips = []
         for path in _files(folder, failures):
             text = self._captions / folder.name / f"{path.stem}.json"
@@ -261,7 +261,7 @@ def _folders(videos: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(folder: pathlib.Path, failures: list) -> list[pathlib.Path]:
-    """Video files by number; names that are no number come last."""
+    """Video files by number; names that are not a number come last."""
 
     def order(path: pathlib.Path):
         numeric = re.fullmatch("[0-9]+", path.stem) is not None

@@ -22,7 +22,7 @@ _GAP = 2
 
 
 def to_float(frames: np.ndarray) -> np.ndarray:
-    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape: what the VAE encodes."""
+    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape: the VAE's input."""
     if frames.dtype != np.uint8:
         raise InputError(f"to_float: frames are {frames.dtype}, must be uint8")
     return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -80,8 +80,8 @@ def contact_sheet(
       frames: uint8 [height, width, 3] each, all of one size; at least one.
 
     Raises:
-      InputError: no frames, frames of several sizes, another number of labels than of frames, or
-        an unwritable path.
+      InputError: no frames, frames of several sizes, too few or too many labels, or an unwritable
+        path.
       OSError: ENOSPC, naming `path`.
     """
     if len(frames) == 0:
@@ -122,7 +122,7 @@ class ContactSheet:
     Args:
       every: frames between two thumbnails, at first.
       width: pixels of a thumbnail; its height follows from the frames.
-      fps: for the captions, which give the time of each thumbnail in seconds.
+      fps: for the labels, which give the time of each thumbnail in seconds.
     """
 
     def __init__(self, every: int = 24, max_cells: int = 64, width: int = 192, fps: float = 24):

@@ -2,9 +2,9 @@
 
     DIR/latents-00000.arrayrecord   samples: latents with their name, prompts and valid chunks
     DIR/text-00000.arrayrecord      the embedding of each distinct prompt, without its padding
-    DIR/failures.jsonl              what could not be read
-    DIR/progress.jsonl              until it is whole: settings, and a line for each whole file
-    DIR/manifest.json               what there is and what it fits; written last
+    DIR/failures.jsonl              files that could not be read, and why
+    DIR/progress.jsonl              while unfinished: settings, and a line for each complete file
+    DIR/manifest.json               files, shapes and settings of the folder; written last
 
 `launch.encode_dataset` writes such a folder. A record is a head of twelve bytes, a line of JSON,
 and the bytes of one array, little-endian; a CRC-32 in the head covers all that follows.
@@ -33,7 +33,7 @@ from longlive_jax.files.atomic import atomic_path, no_space
 
 FORMAT, VERSION = "longlive_jax records", 1
 MANIFEST, PROGRESS, FAILURES = "manifest.json", "progress.jsonl", "failures.jsonl"
-# What a killed run does again, at most. At full size, files have half a gigabyte.
+# The most that a killed run repeats. At full size a file has half a gigabyte.
 CLIPS_PER_FILE, PROMPTS_PER_FILE = 16, 256
 
 _KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompts", "settings")
@@ -41,14 +41,14 @@ _KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompt
 _HEAD = struct.Struct("<4sII")  # magic, CRC-32 of the rest, bytes of the JSON
 _MAGIC = b"LLR1"
 _ALIGN = 64  # bytes: where an array begins in its record
-# A record a group: one is read without its neighbours. Latents hardly compress.
+# One record a group, so that it is read without its neighbours. Latents hardly compress.
 _WRITE = "group_size:1,uncompressed"
 _READ = "readahead_buffer_size:0,max_parallelism:0"
 _AGAIN = "copy the folder again, or encode to a new one with python -m launch.encode_dataset"
 
 
 def pack(fields: Mapping[str, Any], array: np.ndarray) -> bytes:
-    """A record: `fields`, which JSON can hold, and an array of any shape and dtype."""
+    """A record of `fields`, JSON values, and an array of any shape and dtype."""
     assert sys.byteorder == "little"
     text = json.dumps({**fields, "shape": array.shape, "dtype": array.dtype.name}).encode()
     text += b" " * (-(_HEAD.size + len(text)) % _ALIGN)
@@ -60,7 +60,7 @@ def unpack(record: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """The inverse of `pack`. The array is read-only; fields have its shape and dtype too.
 
     Raises:
-      ValueError: the record is not whole, or not one of ours.
+      ValueError: the record is incomplete, or of another format.
     """
     if len(record) < _HEAD.size:
         raise ValueError(f"{len(record)} bytes are too few")
@@ -112,7 +112,7 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> Shard:
 
 
 class Shards:
-    """Files of records, in a row. One is open only while a record is read.
+    """Files of records, as one sequence. A file is open only while one of its records is read.
 
     Raises:
       InputError: a file is missing, or has another size than when it was written.
@@ -162,8 +162,8 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of a folder's manifest.json.
 
     Raises:
-      InputError: there is none, because the folder is unfinished or something else; or it is
-        damaged, or of another version.
+      InputError: the manifest is missing (the folder is unfinished, or holds other files), damaged
+        or of another version.
     """
     folder = pathlib.Path(folder)
     file = folder / MANIFEST
@@ -189,7 +189,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_manifest(folder: str | os.PathLike, **values) -> None:
-    """Writes a folder's manifest.json in one step; `values`: shards by name, and what JSON holds.
+    """Writes a folder's manifest.json in one step; `values`: shards by name, and JSON values.
 
     Raises:
       OSError: ENOSPC, naming the file.
@@ -198,22 +198,22 @@ def write_manifest(folder: str | os.PathLike, **values) -> None:
 
 
 class Progress:
-    """A folder that is being written: what it is made with, and the files that are whole.
+    """A folder that is being written: the settings it was begun with, and its complete files.
 
     A file of records first gets its name, then its line here; without a line it is written again.
-    One process holds the folder, until `close` or its end.
+    One process locks the folder, until it calls `close` or ends.
 
     Args:
-      head: what a new folder is made with. An unfinished one must have the same "settings" in it;
-        the rest of its own head counts.
+      head: stored in a new folder. An unfinished folder must have the same "settings", and keeps
+        the rest of its own head.
 
     Attributes:
-      head: the one the folder was begun with.
-      lines: one a whole file, in the order they were added.
+      head: stored when the folder was begun.
+      lines: one for each complete file, in the order they were added.
 
     Raises:
-      InputError: it is a folder of something else, or another process writes to it, or it was
-        begun with another setting, or cannot be written.
+      InputError: the folder holds other files, was begun with other settings, cannot be written,
+        or another process writes to it.
     """
 
     def __init__(self, folder: str | os.PathLike, head: Mapping[str, Any]):
@@ -235,18 +235,18 @@ class Progress:
             raise
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Notes a file that is whole, with whatever the rest of the work needs to know of it."""
+        """Adds the line of a complete file, with whatever later steps need to know about it."""
         self._append(line)
         self.lines.append(json.loads(json.dumps(line)))
 
     def finish(self, **manifest) -> None:
-        """Writes the manifest: the folder is whole, and needs its progress no more."""
+        """Writes the manifest, which completes the folder, and removes the progress file."""
         write_manifest(self.folder, **manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Lets others write to the folder. Closing twice does nothing."""
+        """Unlocks the folder. Closing twice does nothing."""
         self._file.close()
 
     def __enter__(self) -> "Progress":
@@ -287,7 +287,7 @@ def _lock(folder: pathlib.Path):
 
 
 class Records:
-    """A Source of what `launch.encode_dataset` wrote: latents, with the prompts' embeddings.
+    """A Source of the latents and prompt embeddings that `launch.encode_dataset` wrote.
 
     Raises:
       InputError: the folder is unfinished, damaged, or does not fit the config.
@@ -307,13 +307,11 @@ class Records:
         return len(self._samples)
 
     def sample(self, index: int, key: int) -> Sample:
-        """Record `index`; nothing in it is random.
-
-        Longer ones are cut to the config's `train.latent_frames`.
+        """Record `index`, cut to the config's `train.latent_frames`; nothing in it is random.
 
         Returns:
-          A Sample with latents and, unless the text encoder is trained, text; both in the dtype
-          they were stored in, float32 or bfloat16.
+          A Sample with latents and, unless the text encoder is trained, text; both in their stored
+          dtype, float32 or bfloat16.
 
         Raises:
           InputError: a record is damaged; the message names the file and the record.
@@ -368,7 +366,7 @@ def _check(path, manifest, cfg):
     least = cfg.data.min_chunks if cfg.data.allow_padding else chunks
     if manifest["least_chunks"] < least:
         raise InputError(
-            f"{path}: holds padded samples of {manifest['least_chunks']} real chunk(s), the "
+            f"{path}: holds padded samples of {manifest['least_chunks']} valid chunk(s), the "
             f"config's least is {least}; give --config.data.allow_padding=True "
             f"--config.data.min_chunks={manifest['least_chunks']}, or encode to a new folder"
         )

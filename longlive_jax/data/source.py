@@ -1,7 +1,7 @@
-"""Samples for a trainer: what one is, where they come from, in which order, and how many are bad.
+"""Samples for a trainer: their type, their sources, their order, and how many cannot be read.
 
-Which samples a step sees is a function of the seed and of the step's number alone. It depends
-neither on the mesh, nor on the number of hosts or of processes that decode, nor on restarts.
+The samples of a step are a function of the seed and of the step's number alone. They depend on
+neither the mesh, nor the number of hosts or of decoding processes, nor restarts.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from absl import flags
 
 from longlive_jax.errors import InputError
 
-LEAST_READ = 20  # samples before their bad share means something
-_SHARED_MEMORY = "/dev/shm"  # where pictures travel from a decoding process to the trainer
+LEAST_READ = 20  # samples read before the share of failed ones is judged
+_SHARED_MEMORY = "/dev/shm"  # through which frames go from a decoding process to the trainer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Sample:
     frames: uint8 [1 + 4 (latent_frames - 1), height, width, 3], or None.
     latents: [latent_frames, h, w, channel], normalised, or None.
     text: [chunk, text_len, text_dim], the prompts' embeddings, or None.
-    failures: (path, reason) of what could not be read on the way to this sample.
+    failures: (path, reason) of each file that could not be read while making this sample.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Source(Protocol):
         ...
 
     def sample(self, index: int, key: int) -> Sample:
-        """A sample of record `index`; `key` decides what is random. A pure function of both.
+        """A sample of record `index`; `key` seeds its random choices. A pure function of both.
 
         Raises:
           InputError: no record at all gives a sample.
@@ -70,13 +70,13 @@ def batches(
     """This process's samples of each step from `start` on, without end.
 
     Sample g of a run is row g % batch of step g // batch. The records are shuffled anew each epoch;
-    g and the seed decide which one it is, and its key.
+    g and the seed determine the sample's record and key.
 
     Args:
-      rows: of the global batch, those that this process's devices hold.
-      batch: rows of the global batch.
+      rows: the rows of the global batch that lie on this process's devices.
+      batch: number of rows of the global batch.
       start: the first step.
-      workers: processes that decode, ahead of the trainer; 0: a thread of this process does.
+      workers: processes that decode ahead of the trainer; 0: a thread of this process decodes.
 
     Yields:
       A sample for each of `rows`, in their order. Close the generator, which ends the processes.
@@ -87,10 +87,10 @@ def batches(
     rows = tuple(rows)
     if not rows or not all(0 <= row < batch for row in rows):
         raise ValueError(f"{rows=} must be at least one of the {batch} rows of the batch")
-    if not flags.FLAGS.is_parsed():  # in a notebook, say; Grain looks at flags of its own
+    if not flags.FLAGS.is_parsed():  # in a notebook, say; Grain reads flags of its own
         flags.FLAGS.mark_as_parsed()
     load = _Load(source, rows, batch, start, seed % 2**32)
-    # A sample can be a gigabyte, so one is kept ready and no more.
+    # A sample can be a gigabyte, so only one is prefetched.
     read = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=1)
     samples = grain.MapDataset.range(sys.maxsize).map(load).to_iter_dataset(read)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
@@ -117,7 +117,7 @@ def _batches(dataset: grain.IterDataset, count: int) -> Generator[list[Sample]]:
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
-    # Of shared memory Grain makes a subclass of np.ndarray. A plain view keeps it alive.
+    # Grain wraps shared memory in a subclass of np.ndarray. A plain view keeps it alive.
     plain: dict[str, Any] = {
         k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()
     }
@@ -126,9 +126,9 @@ def _sample(fields: dict[str, Any]) -> Sample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Load:
-    """From the number of a sample of this process to the sample, as a dict.
+    """Maps the number of a sample in this process to the sample, as a dict.
 
-    Grain passes the arrays of a dict by shared memory; those of a dataclass it would pickle.
+    Grain passes the arrays of a dict through shared memory; it would pickle a dataclass.
     """
 
     source: Source
@@ -157,22 +157,22 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _follow_parent() -> None:
-    """Ends this process when its parent is gone, however that ended."""
+    """Ends this process when its parent has ended, for whatever reason."""
     if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(0)
 
 
 class Health:
-    """Counts the samples read and those that met something unreadable, and knows when to stop.
+    """Counts the samples read and those with an unreadable file; stops when these are too many.
 
     Args:
-      max_bad_share: of the samples read.
+      max_bad_share: largest share of failed samples among those read.
       report: JSON lines {"path": ..., "reason": ...} are added to this file, one a failure.
 
     Attributes:
-      read, failed: samples.
-      failures: (path, reason), each once, in the order met.
+      read, failed: numbers of samples.
+      failures: (path, reason), each once, in the order of occurrence.
 
     Raises:
       InputError: `report` cannot be written.
@@ -195,7 +195,7 @@ class Health:
         """Counts a sample that was read.
 
         Raises:
-          InputError: of LEAST_READ samples or more, too large a share is bad.
+          InputError: too large a share of at least LEAST_READ samples has failed.
         """
         self.read += 1
         self.failed += bool(sample.failures)
@@ -217,6 +217,6 @@ class Health:
 
 
 def first(failures: Sequence[tuple[str, str]], count: int = 5) -> str:
-    """The first of (path, reason), as a part of a message."""
+    """The first `count` of the failures (path, reason), as a part of a message."""
     listed = "; ".join(f"{path}: {reason}" for path, reason in failures[:count])
     return f"The first {min(count, len(failures))} of {len(failures)}: {listed}"

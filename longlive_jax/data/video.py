@@ -1,7 +1,7 @@
-"""Video files in and out. The only module that knows PyAV.
+"""Video files in and out. The only module that uses PyAV.
 
-Writing: `VideoWriter`. Reading: `VideoFile` (frames in order, never the whole file), `probe`; which
-frames are read: `frame_indices`.
+Writing: `VideoWriter`. Reading: `VideoFile` (frames in order, never the whole file), `probe`, and
+`frame_indices`, which chooses the frames to read.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from longlive_jax.files.atomic import no_space, partial_file
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
 _DONE = object()
-# swscale's fast paths darken every colour by more than a level on the way to RGB; these do not, and
+# swscale's fast paths darken every colour by more than 1/255 on the way to RGB; these do not, and
 # are 7 dB nearer to the pixels that were encoded.
 _TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
@@ -79,7 +79,7 @@ class VideoWriter:
     def write(self, frames) -> None:
         """Appends uint8 [frame, height, width, 3], a NumPy or JAX array.
 
-        A JAX array is fetched in the encoder's thread: no wait for its computation here. A NumPy
+        A JAX array is fetched in the encoder's thread, so `write` does not wait for it. A NumPy
         array that the caller could still change is copied.
         """
         self._raise_error()
@@ -257,7 +257,7 @@ def _encoder(height: int, width: int) -> tuple[str, dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds. `height` and `width` are those of an upright frame."""
+    """The content of a video file; `height` and `width` of an upright frame."""
 
     frames: int
     fps: Fraction
@@ -266,7 +266,7 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Reads a file's index, or where a format has none its packets; decodes one frame.
+    """Reads a file's index, or its packets if its format has none; decodes one frame.
 
     Raises:
       InputError: the file is missing, empty, truncated, or not a video.
@@ -331,7 +331,7 @@ class VideoFile:
         return np.stack(list(self.pick(range(start, stop))))
 
     def pick(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames of these indices, uint8 [height, width, 3] each. Ascending is fast."""
+        """The frames of these indices, uint8 [height, width, 3] each; fast if they ascend."""
         for index, times in itertools.groupby(indices):
             frame = self._frame(int(index))
             yield from (frame for _ in times)
@@ -425,10 +425,10 @@ def _indexed(container, stream) -> tuple[int | None, int]:
 
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [height, width, 3], upright: phones store a turn beside the frames."""
+    """uint8 [height, width, 3], upright: phones store a rotation beside the frames."""
     pixels = frame.reformat(format="rgb24", interpolation=_TO_RGB).to_ndarray()
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, like np.rot90
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+    quarters = round(frame.rotation / 90) % 4  # counter-clockwise, like np.rot90
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
 def frame_indices(
@@ -438,10 +438,10 @@ def frame_indices(
     fps: float = 24,
     start: int = 0,
 ) -> np.ndarray:
-    """Which source frames show a video at `fps`, as the original picks them: int64 [frame].
+    """The source frames that show a video at `fps`, chosen as the original does: int64 [frame].
 
-    Frame k is source frame round(start + k * source_fps / fps), halves to even, and the last one
-    when that is past the end. `num_frames` None: as many as there are before the end.
+    Frame k is source frame round(start + k * source_fps / fps), halves to even, or the last source
+    frame if that is past the end. `num_frames` None: all frames before the end.
     """
     interval = float(source_fps) / float(fps)
     count = num_frames

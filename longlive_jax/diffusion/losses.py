@@ -1,7 +1,7 @@
-"""Flow matching: what a noisy latent is, what the model should say of it, and how far off it was.
+"""Flow matching: noisy latents, the clean latents that a velocity stands for, and its error.
 
 The model predicts the velocity noise - data (Lipman et al., arXiv 2210.02747, along straight
-paths). Levels broadcast over [.., frame, h, w, channel] from [.., frame].
+paths). sigma [.., frame] broadcasts over [.., frame, h, w, channel].
 """
 
 import jax
@@ -15,7 +15,7 @@ def add_noise(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array
 
 
 def clean_of(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The clean latents that this velocity points to: noisy - sigma velocity."""
+    """x0, the clean latents that this velocity stands for: noisy - sigma velocity."""
     return noisy - _over_latents(sigma) * velocity
 
 

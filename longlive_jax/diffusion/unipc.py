@@ -14,7 +14,7 @@ from flax import struct
 
 @struct.dataclass
 class History:
-    """What a step needs of the steps before it; each [batch, ...] float32, like the sample."""
+    """Results of earlier steps that a step needs; each [batch, ...] float32, like the sample."""
 
     corrected: jax.Array  # the sample at the previous level, corrected
     data: jax.Array  # data predicted at the previous level
@@ -84,12 +84,12 @@ def _predictor(sigmas, lam, i, order):
 def step(
     row: jax.Array, sample: jax.Array, velocity: jax.Array, history: History
 ) -> tuple[jax.Array, History]:
-    """One step: the sample at the next level.
+    """One step: the sample at the next noise level.
 
     Args:
       row: float32 [8], a row of `weights`.
-      sample: float32 [batch, ...], as the model saw it.
-      velocity: [batch, ...], what the model said: noise minus data.
+      sample: float32 [batch, ...], the model's input.
+      velocity: [batch, ...], the model's output: noise minus data.
     """
     data = sample - row[0] * velocity.astype(jnp.float32)
     corrected = (

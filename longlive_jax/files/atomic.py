@@ -42,8 +42,8 @@ def no_space(path: str | os.PathLike) -> OSError:
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an empty file beside `path`; renames it to `path` after the block.
 
-    An exception inside the block, KeyboardInterrupt included, removes the file and leaves what was
-    at `path` before as it was.
+    An exception inside the block, KeyboardInterrupt included, removes the file and leaves an older
+    file at `path` unchanged.
 
     Raises:
       InputError: nothing can be written at `path`. Raised before the block is entered.

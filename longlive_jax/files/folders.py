@@ -1,4 +1,4 @@
-"""A folder that a command fills: made if it is missing, refused if it is not ours, locked."""
+"""Folders that a command fills: made if missing, refused if of another kind, locked."""
 
 import contextlib
 import errno
@@ -22,12 +22,12 @@ def make(
     """Makes a folder, if it is missing.
 
     Args:
-      flag: that named it, such as "--output", for messages.
-      what: it is to be of, such as "checkpoint".
-      is_ours: whether files that are there already belong to one.
+      flag: the flag that names the folder, such as "--output", for messages.
+      what: the folder's kind, such as "checkpoint".
+      is_ours: whether files that are already in it belong to this kind.
 
     Raises:
-      InputError: it cannot be a folder, or it is one of something else.
+      InputError: the folder cannot be made, or it holds other files.
       OSError: ENOSPC, naming `folder`.
     """
     folder = pathlib.Path(folder)
@@ -48,7 +48,7 @@ def make(
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, taken: str) -> Iterator[None]:
-    """Has the lock of a folder that exists, for as long as this process lives at most.
+    """Locks an existing folder, until the block or this process ends.
 
     Raises:
       InputError: as `open_locked`.
@@ -58,10 +58,10 @@ def locked(folder: str | os.PathLike, taken: str) -> Iterator[None]:
 
 
 def open_locked(file: pathlib.Path, taken: str, mode: str = "w") -> IO:
-    """Opens a file that others cannot open so until it is closed.
+    """Opens a file and locks it until it is closed.
 
     Raises:
-      InputError: it cannot be written; or another process has it: `taken`, and the way out.
+      InputError: it cannot be written; or another process has the lock: `taken`, and the way out.
       OSError: ENOSPC, naming the file.
     """
     try:
@@ -83,7 +83,7 @@ def check_settings(where: str, had: Mapping[str, Any], has: Mapping[str, Any]) -
 
     Args:
       where: flag and folder, "--output=DIR".
-      had: as a JSON file gave them.
+      had: the folder's settings, as read from a JSON file.
 
     Raises:
       InputError: names the first setting that differs, with both values.

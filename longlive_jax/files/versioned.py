@@ -1,4 +1,4 @@
-"""JSON files, written in one step. Those of our own formats name format and version."""
+"""JSON files, written in one step. Files of our own formats name format and version."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ def read(
     """The content of a file with these "format" and "version".
 
     Args:
-      older: versions that are read too.
+      older: earlier versions that are also read.
       way_out: what to do about a file that is damaged, or of another version; ends the message.
 
     Raises:

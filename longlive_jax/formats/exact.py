@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _IMPLICIT = 1 << 23  # a normal float32's leading bit
-TINY = 2.0**-126  # smallest normal float32: XLA's CPU backend flushes what is below
+TINY = 2.0**-126  # smallest normal float32: XLA's CPU backend flushes smaller ones to 0
 
 
 def exponent(x: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def round_to(
     """x >= 0 on the grid of a small float format, saturated at its `largest` number. NaN stays NaN.
 
     To nearest, ties to even; with `noise`, uniform in (0, 1), up with a probability that is x's
-    distance from the number below. `min_exponent` is that of the smallest normal number.
+    distance from the number below. `min_exponent`: the smallest normal number's.
     """
     x = jnp.minimum(x, largest)
     biased = jnp.maximum(exponent(x), jnp.uint32(127 + min_exponent))
@@ -78,8 +78,8 @@ def largest_magnitude(
 ) -> jax.Array:
     """float32: the largest of |x|, bfloat16 or float32, over these axes; NaN where x has one.
 
-    By the bits, whose order as integers is that of the magnitudes and has NaN above all: XLA's CPU
-    backend loses NaN in a maximum of float32 magnitudes.
+    By the bits, which order as integers as magnitudes do, with NaN above all: XLA's CPU backend
+    loses NaN in a maximum of float32 magnitudes.
     """
     unsigned = jnp.uint16 if x.dtype == jnp.bfloat16 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(x, unsigned) & unsigned(jnp.iinfo(unsigned).max >> 1)
@@ -91,8 +91,8 @@ def round_input(x: jax.Array) -> jax.Array:
     """float32 of x, bfloat16 or float32, with the rounding to x's own dtype made explicit.
 
     XLA may drop a pair of conversions, float32 to bfloat16 and back, and quantise numbers that x
-    never held. So bfloat16 is widened by its bits. (Told to round, by `lax.reduce_precision`, it
-    would keep x in memory in float32.)
+    never had. So bfloat16 is widened by its bits. (With `lax.reduce_precision` XLA would keep x in
+    memory in float32.)
     """
     if x.dtype != jnp.bfloat16:
         return x.astype(jnp.float32)

@@ -27,9 +27,9 @@ class FP8Tensor(Quantized):
 
     values: float8_e4m3fn or float8_e5m2, [..., n].
     scale: float32. One for the tensor: [], or [layer] and so on where tensors were stacked by
-      `jax.vmap` or `jax.lax.scan`. One for each row: as many axes as `values`, that of the row of
+      `jax.vmap` or `jax.lax.scan`. One for each row: as many axes as `values`, the row's of
       size 1.
-    dtype: what it stands for, and the default of `dequantize`.
+    dtype: of the array that was quantised, and the default of `dequantize`.
     """
 
     values: jax.Array
@@ -91,13 +91,13 @@ def quantize_fp8(
 ) -> FP8Tensor:
     """x in FP8, to nearest even: scale = amax / largest, value = x * (1 / scale), both rounded.
 
-    The product has the same bits on every backend, which a quotient has not. It differs from
+    The product has the same bits on every backend, unlike a quotient. It differs from
     x / scale by float32's last bit, so that a tie between two values may go the other way.
 
-    What is out of the ordinary:
+    Special cases:
       Zeros: a row, or a tensor, of zeros gets the smallest scale, 2^-126, and is 0.
       Inf, NaN: the row that has one decodes to NaN; with one scale, the whole tensor.
-      Given amax: what is above saturates.
+      Given amax: larger numbers saturate.
 
     Args:
       x: [..., n], bfloat16 or float32.
@@ -105,10 +105,10 @@ def quantize_fp8(
       axis: the axis over which numbers share a scale, such as the one that a product contracts;
         None: all of them share one.
       amax: float32, the largest magnitudes of the whole of which x is a part, such as a maximum
-        over a mesh: [], or with `axis` of x's shape with 1 there. None: those of x.
+        over a mesh: [], or with `axis` of x's shape with 1 there. None: x's own.
 
     Raises:
-      InputError: another dtype of x or of the result, an axis that x has not, an empty x, an amax
+      InputError: another dtype of x or of the result, an axis that x lacks, an empty x, an amax
         of another shape.
     """
     _validate(x, dtype, axis, amax)
@@ -123,7 +123,7 @@ def _quantize(x, amax, dtype, axis):
     y = exact.round_input(x)
     scale = jnp.maximum(exact.divide_by(jnp.asarray(amax, jnp.float32), largest), exact.TINY)
     inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
-    # Clipped because a conversion to float8_e4m3fn makes NaN of what is too large.
+    # Clipped because a conversion to float8_e4m3fn makes NaN of larger numbers.
     y = jnp.clip(y * inverse, -largest, largest)
     return FP8Tensor(values=y.astype(dtype), scale=scale, dtype=x.dtype)
 
@@ -132,8 +132,7 @@ def _with_power_of_two_scale(amax, dtype):
     """amax, or the next number above it whose FP8 scale is a power of two.
 
     A product of two such scales is exact in bfloat16, which `quant.matmul.scaled` multiplies in. At
-    most one binade of the format is given away; in all others a float has the same relative
-    precision.
+    most one binade of the format is lost; in all others a float has the same relative precision.
     """
     largest = float(jnp.finfo(dtype).max)
     mantissa = jnp.uint32((1 << 23) - 1)

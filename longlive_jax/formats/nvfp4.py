@@ -31,7 +31,7 @@ from longlive_jax.formats.tensor import Format, Quantized, trailing
 
 BLOCK = 16
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
-CALLS = 4  # of a generator of 64 bits, for 16 of them a number of a block
+CALLS = 4  # of a 64-bit generator for a block, which needs 16 bits a number
 # Largest code and largest scale that a rule uses. An adaptive rule's scale grows by 1.5 where it
 # picks 4, and 448, the largest E4M3 number, would leave no room for that.
 RULES = {
@@ -53,8 +53,8 @@ class NVFP4Tensor(Quantized):
     scales: float8_e4m3fn [..., n / 16], one for each 16 values; with 2-D blocks 16 rows have equal
       ones.
     amax: float32 []; [layer] and so on where tensors were stacked by `jax.vmap` or `jax.lax.scan`.
-    rule, block: what it was quantised by; `rule` also says how to decode it.
-    dtype: what it stands for, and the default of `dequantize`.
+    rule, block: how it was quantised; decoding depends on the rule, too.
+    dtype: of the array that was quantised, and the default of `dequantize`.
     """
 
     values: jax.Array
@@ -98,14 +98,14 @@ class NVFP4Tensor(Quantized):
 
     @jax.jit
     def packed(self) -> jax.Array:
-        """uint8 [..., n / 2]: two codes a byte, that of the even column in the low four bits."""
+        """uint8 [..., n / 2]: two codes a byte, the even column's in the low four bits."""
         if _lie_packed():
             return jax.lax.bitcast_convert_type(_split(self.values, -1, 2), jnp.uint8)
         pairs = _split(self.codes(), -1, 2)
         return pairs[..., 0] | pairs[..., 1] << 4
 
     def pack(self) -> "NVFP4Tensor":
-        """With `packed` for `values`."""
+        """The tensor with `packed` as its `values`."""
         return dataclasses.replace(self, values=self.packed())
 
     def unpack(self) -> "NVFP4Tensor":
@@ -135,7 +135,7 @@ def quantize_nvfp4(
 ) -> NVFP4Tensor:
     """x in NVFP4, in blocks along the last axis.
 
-    What is out of the ordinary:
+    Special cases:
       Zeros: a block whose scale rounds to 0 (all of it below amax / 2^18 or so) is 0. A tensor with
         amax below 2^-126 is all 0. There is no negative zero.
       Inf, NaN: one makes amax Inf or NaN, and the whole tensor decodes to NaN.
@@ -147,12 +147,12 @@ def quantize_nvfp4(
       x: [..., n], bfloat16 or float32; n a multiple of 16.
       rule: a key of `RULES`.
       block: (1, 16), or (16, 16) for [..., rows, n] with rows a multiple of 16 too.
-      hadamard: quantise `random_hadamard(x)`; what decodes is transformed as well.
+      hadamard: quantise `random_hadamard(x)`; the decoded numbers are transformed as well.
       key: round stochastically; None: to nearest even. A number between two codes becomes one of
-        them with its own value as the mean, but for what an adaptive rule's choice adds, which
-        compares the errors that the drawn codes have.
+        them, with the number as the mean, but for the bias of an adaptive rule, which compares the
+        errors of the drawn codes.
       amax: float32 [], the largest magnitude of the whole of which x is a part, such as a maximum
-        over a mesh; None: that of x.
+        over a mesh; None: x's own.
 
     Raises:
       InputError: an unknown rule or block, a shape that blocks do not divide, another dtype, an
@@ -203,7 +203,7 @@ class NVFP4(Format):
     def quantize(
         self, x, lead=0, agree=lambda amax: amax, keys=None, each=quantize_each
     ) -> NVFP4Tensor:
-        """x in NVFP4. `each`: what quantises, such as `kernels.quantize_nvfp4.quantize_each`."""
+        """x in NVFP4. `each`: does it, such as `kernels.quantize_nvfp4.quantize_each`."""
         if self.hadamard:
             x = hadamard_lib.random_hadamard(x)
         amax = agree(exact.largest_magnitude(x, tuple(range(lead, x.ndim))))
@@ -219,19 +219,19 @@ class NVFP4(Format):
         )
 
     def keys_of_each(self, keys: jax.Array | None, lead: int) -> jax.Array | None:
-        """Keys [tensor, group] of [.., group]; None of none, and where nothing is drawn."""
+        """Keys [tensor, group] of [.., group]; None without keys, or if rounding needs none."""
         if keys is None or not self.stochastic:
             return None
         return keys.reshape(-1, *keys.shape[lead:])
 
 
 def seed(key: jax.Array) -> jax.Array:
-    """uint32 [2]: what `random_bits` draws by, of a key of any kind."""
+    """uint32 [2]: the seed of `random_bits`, of a key of any kind."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint16 of a tensor's shape, of whole blocks: what `quantize_nvfp4` rounds it by, by rows.
+    """uint16 of a tensor's shape, of whole blocks: the noise of `quantize_nvfp4`, by rows.
 
     The bits of b round by (b + 1/2) / 2^16. They depend on a number's place in row-major order
     alone: in block b of 16, the call 4 b + i of Threefry-2x32 is for the numbers i, i + 4, i + 8
@@ -265,7 +265,7 @@ def from_packed(
       rule: the one it was quantised by: a wrong one is off by a factor of up to 1.75.
 
     Raises:
-      InputError: an unknown rule or block, other dtypes, shapes that do not belong together.
+      InputError: an unknown rule or block, other dtypes, shapes that do not match.
     """
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
     if packed.dtype != jnp.uint8:
@@ -315,7 +315,7 @@ def from_hardware_order[A: (jax.Array, np.ndarray)](flat: A, rows: int, columns:
     """The inverse of `to_hardware_order`: scales [rows, columns], the padding cut off.
 
     Raises:
-      InputError: `flat` has another size than so many rows and columns, padded.
+      InputError: `flat` has another size than `rows` by `columns`, padded.
     """
     down, across = -(-rows // 128), -(-columns // 4)
     if flat.size != down * across * 512:
@@ -334,8 +334,8 @@ def _quantize(x, amax, key, rule, block):
     amax = exact.largest_magnitude(x) if amax is None else jnp.asarray(amax, jnp.float32)
     # XLA multiplies constants first: it must not see that an amax is one.
     amax = jax.lax.optimization_barrier(amax)
-    # Scaled by a power of two so that amax is in [2, 4): no step under- or overflows, and none
-    # rounds otherwise than it would have.
+    # Scaled by a power of two so that amax is in [2, 4): no step under- or overflows, and no
+    # rounding changes.
     biased = exact.exponent(amax)
     usable = (biased > 0) & (biased < 255)
     unit = exact.power_of_two(jnp.clip(255 - biased, 1, 254))
@@ -345,7 +345,7 @@ def _quantize(x, amax, key, rule, block):
     x = _split(x, -3, block[0])
     noise = None
     if key is not None:
-        # Uniform in (0, 1), in steps of 2^-16: as fine as any use of 4-bit numbers can tell.
+        # Uniform in (0, 1), in steps of 2^-16: finer than any use of 4-bit numbers can resolve.
         noise = (random_bits(key, x.shape).astype(jnp.float32) + 0.5) * 2.0**-16
     largest_code, _ = RULES[rule]
     encode = exact.divide(jnp.float32(_denominator(rule)), scaled_amax)
@@ -396,7 +396,7 @@ def _error(x, codes, scale, amax, rule):
 
 
 def _sum(x):
-    """Sum over the axes -3 and -1, in the order of the original: near-ties hang on it.
+    """Sum over the axes -3 and -1, in the order of the original: near-ties depend on it.
 
     Vectors of 8 numbers go round robin to 4 (one-row blocks: 2) accumulators; then accumulators are
     added, then the 8 lanes.
@@ -410,7 +410,7 @@ def _sum(x):
 def _split(x, axis, size):
     """x with `axis`, counted from the end, split in two, the second of `size`.
 
-    One axis at a time: only so do shardings carry over.
+    One axis at a time, so that shardings carry over.
     """
     at = x.ndim + axis
     return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
@@ -437,7 +437,7 @@ def _values(codes):
 
 
 def _lie_packed():
-    """Whether the default backend keeps two 4-bit floats a byte: for it packing is nothing."""
+    """Whether the default backend keeps two 4-bit floats a byte: packing is free there."""
     return jax.default_backend() == "gpu"
 
 

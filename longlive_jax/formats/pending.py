@@ -1,7 +1,7 @@
 """A matrix product of scaled numbers that waits for its scales and its bias.
 
-To multiply the sums and add the bias is a pass over the widest arrays of a model. What comes next
-reads them anyway, and can do both on the way.
+To multiply the sums and add the bias takes a pass over the widest arrays of a model. The next
+operation reads them anyway, and can do both on the way.
 """
 
 import jax
@@ -11,9 +11,9 @@ from flax import struct
 
 @struct.dataclass
 class PendingMatmul:
-    """An array, x times weight plus bias: sums * row * column + bias, by float32.
+    """An array, x times weight plus bias: sums * row * column + bias, in float32.
 
-    sums: [..., n], what the codes' product has left, in the dtype that the array stands for.
+    sums: [..., n], the product of the codes, in the array's dtype.
     row: float32 [..., 1], the scale of each row of x.
     column: float32 [n], the scale of each column of the weight.
     bias: [n], in sums' dtype.

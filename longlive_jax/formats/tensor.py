@@ -19,8 +19,8 @@ class Format:
     tensor: ClassVar[type["Quantized"]]  # what `quantize` makes
     native: ClassVar[float] = math.inf  # least compute capability of GPUs that multiply its codes
     otherwise: ClassVar[str] = "as bfloat16, which holds them exactly"  # how others multiply them
-    multiple: ClassVar[int] = 1  # a row must have a multiple of so many numbers
-    tokens: ClassVar[int] = 1  # a KV cache's chunk must have a multiple of so many tokens
+    multiple: ClassVar[int] = 1  # the length of a row must be a multiple of it
+    tokens: ClassVar[int] = 1  # the tokens of a KV cache's chunk must be a multiple of it
     stochastic: bool = False  # whether rounding takes a key
     per_tensor: bool = False  # whether a tensor has one scale
     fused: bool = False  # whether `ops.quantized` makes it, in one pass with what computes x
@@ -36,7 +36,7 @@ class Format:
 
         Args:
           lead: how many first axes of x count tensors.
-          agree: of tensors' largest magnitudes [..], what devices that share them agree on.
+          agree: tensors' largest magnitudes [..] -> the largest of all devices that share them.
           keys: [.., group], for tensors and for groups that x's next axes count, if `stochastic`;
             None: to nearest.
         """
@@ -44,7 +44,7 @@ class Format:
 
 
 class Quantized:
-    """An array by its codes, `values`, and what they are multiplied with. `dtype`: it stands for.
+    """An array as codes, `values`, and their scales. `dtype`: of the array that was quantised.
 
     The array is `operand()` * `factor()`. Indexing, scanning and mapping over leading axes work.
     """
@@ -54,11 +54,11 @@ class Quantized:
     __dataclass_fields__: ClassVar[dict]  # each is a `flax.struct.dataclass`
 
     # Whether a product's sums may be rounded to its dtype before they are scaled: codes of 8 bits
-    # are wrong by more than bfloat16's rounding, which halves what is written and read there.
+    # are wrong by more than bfloat16's rounding, which halves the memory traffic there.
     rounds_sums: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False  # whether `pack` changes `values`
 
-    __iter__ = None  # Python would index on for ever: JAX clamps an index that is too large
+    __iter__ = None  # Python would index without end: JAX clamps an index that is too large
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,15 +79,15 @@ class Quantized:
         return y.astype(self.dtype if dtype is None else dtype)
 
     def operand(self) -> jax.Array:
-        """What a product multiplies: the numbers but for `factor`, in a dtype that holds them."""
+        """The operand of a product: the numbers without `factor`, in a dtype that holds them."""
         return self.values
 
     def factor(self) -> jax.Array:
-        """What each row of `operand` is multiplied with: float32 [..., 1], of `values`' rank."""
+        """The factor of each row of `operand`: float32 [..., 1], of `values`' rank."""
         raise NotImplementedError
 
     def pack(self) -> Self:
-        """The arrays as files and messages have them, where no type has less than a byte."""
+        """The tensor as files and messages store it, which have no type of less than a byte."""
         return self
 
     def unpack(self) -> Self:

@@ -1,10 +1,10 @@
-"""A residual sum with an FP8 product, its layer norm, and that in FP8 by rows: one pass, on Hopper.
+"""A residual sum with an FP8 product, and its layer norm in FP8 by rows: one pass, on Hopper.
 
-By XLA the sum is written, and read again by `quantize_fp8`, which normalises it. Here a row of it
-stays in registers in between, and leaves twice, as it is and as codes.
+XLA would write the sum, and `quantize_fp8`, which normalises it, would read it again. Here a row of
+the sum stays in registers in between, and is written twice, in bfloat16 and as codes.
 
-A program is one warpgroup that goes through a run of rows, which come to it by TMA. What the run's
-rows share, gate, scale, shift and the product's scales and bias of columns, stays in registers.
+A program is one warpgroup that goes through a run of rows, fetched by TMA. The arrays that a run's
+rows share (gate, scale, shift, the product's scales and bias of columns) stay in registers.
 """
 
 import functools
@@ -22,7 +22,7 @@ from longlive_jax.kernels import mosaic
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
 
-MAX_COLUMNS = 5 * lib.SLICE  # with what a run's rows share, in registers, without spilling any
+MAX_COLUMNS = 5 * lib.SLICE  # with the arrays that a run's rows share, in registers, without spills
 # Rows that a program goes through at most, and that have their place in its shared memory: all
 # programs of a chunk of 7,040 rows run at once, three on a multiprocessor.
 AT_MOST, IN_FLIGHT = 18, 2
@@ -31,12 +31,12 @@ AT_MOST, IN_FLIGHT = 18, 2
 def supports(
     x: jax.Array, y: PendingMatmul, gate: jax.Array | None, scale: jax.Array, shift: jax.Array
 ) -> bool:
-    """Whether the kernel takes these: bfloat16 rows of 1,024s, local, on a Hopper GPU."""
+    """Whether the kernel takes these: bfloat16, rows of n * 1,024, local, on a Hopper GPU."""
     return takes(x, y) and not _misfit(x, y, gate, scale, shift)
 
 
 def _misfit(x, y, gate, scale, shift):
-    """What of the arguments the kernel does not take; empty: nothing."""
+    """Why the kernel does not take the arguments; empty: it does."""
     for name, z in (("x", x), ("sums", y)):
         if misfit := lib.misfit(name, z, MAX_COLUMNS):
             return misfit
@@ -145,7 +145,7 @@ def _kernel(x, sums, rates, *refs, rows, at_most, eps):
             made.append(lib.rounded(a + (b * rate * weight[i] + offset[i])))
             mosaic.store(total.at[row, lib.lines(i), :], made[-1])
         lib.quantize_normed(made, scale, shift, eps, values.at[row], scales.at[row])
-        plgpu.commit_smem()  # all have read, and written: the next row may come
+        plgpu.commit_smem()  # all threads have read and written: the next row may come
 
     spec = plgpu.BlockSpec((1, *x.shape[1:]), lambda i: (first + i, 0, 0))
     plgpu.emit_pipeline(

@@ -1,26 +1,26 @@
-"""What the kernels of attention share, `attention_bf16` and `attention_fp8`, on Hopper.
+"""Shared by the attention kernels, `attention_bf16` and `attention_fp8`, on Hopper.
 
-Keys come in slots of equal length: the chunk at hand, then the slots of a cache, of which the first
-`filled` are visible. The cache is read where it lies, all layers of it: nothing is copied, and
-other slots are not read.
+Keys come in slots of equal length: the chunk's own, then those of a cache, of which the first
+`filled` are visible. The cache of all layers is read in place: nothing is copied, and other slots
+are not read.
 
-A program takes 128 queries of one head and has three warpgroups. One fetches tiles of keys and of
-values into two rings in shared memory; two multiply, 64 queries each. Their numbers are 2, 0 and 1.
+A program takes 128 queries of one head and has three warpgroups. Number 2 fetches tiles of keys and
+of values into two rings in shared memory; 0 and 1 multiply, 64 queries each.
 
 In shared memory (`smem`) both have `keys` and `values`, the rings [stage, ...], and the barriers
-that `barriers` makes; a tuning's `stages` is how many tiles the rings hold. Formats, and with them
-a tile's products and its softmax, are the programs' own.
+that `barriers` makes; a tuning's `stages` is how many tiles the rings hold. Each kernel has its own
+formats, and so its own products and softmax of a tile.
 
 A tile's logits and the product of the tile before are issued together: the search for the largest
 logit runs under that product, and the rest of the softmax under the other warpgroup's.
 
-What the compiler wants, found in its output (CUDA 13.0):
-- `ptxas` moves the wait for a product up, over what was to run under it, and no barrier of the
-  optimiser's stops it. A branch does: the wait for the tile's values stands between.
+Constraints of the compiler, found in its output (CUDA 13.0):
+- `ptxas` moves the wait for a product up, above the work that was to overlap it. An optimisation
+  barrier does not stop it, but a branch does: here the wait for the tile's values.
 - No product may be in flight from one step of the loop to the next (C7514).
 - Probabilities are rounded after the wait for the product that reads the last ones (C7513).
 - Reductions over columns are trees (`fold`): in order, each would wait for the one before.
-Results show none of it, nor whether `ptxas` spills: look it up (MOSAIC_GPU_DUMP_PTXAS=1,
+Results show neither these nor spills of `ptxas`: read its output (MOSAIC_GPU_DUMP_PTXAS=1,
 MOSAIC_GPU_DUMP_SASS=1) after every change.
 """
 
@@ -45,7 +45,7 @@ LOG2_SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # softmax in powers of two
 
 
 def supports(q: jax.Array, tokens: int) -> bool:
-    """Whether programs run such queries over slots of so many tokens on this machine."""
+    """Whether programs run these queries over slots of `tokens` tokens on this machine."""
     return takes(q) and q.dtype == jnp.bfloat16 and divides(q.shape, tokens)
 
 
@@ -67,7 +67,7 @@ def validate(name: str, shape: tuple[int, ...], tokens: int) -> None:
         )
 
 
-def program(name: str, body, q: jax.Array, scratch: dict, interpret):
+def program(name: str, body: Callable, q: jax.Array, scratch: dict, interpret) -> Callable:
     """The kernel of a body with this scratch memory; its result has q's shape and dtype."""
     rows, queries, heads, _ = q.shape
     return plgpu.kernel(
@@ -90,7 +90,7 @@ def place(layer: jax.Array, filled: jax.Array) -> jax.Array:
 
 
 def barriers(tuning) -> dict:
-    """Scratch memory: queries and tiles are here, tiles are free."""
+    """Barriers in scratch memory: queries and tiles have arrived, tiles are free."""
     stages = tuning.stages
     return {
         "q_here": plgpu.Barrier(num_barriers=2),
@@ -101,8 +101,8 @@ def barriers(tuning) -> dict:
     }
 
 
-def send_window(smem, stages, tiles, filled, tile, chunk, cache):
-    """Fetches the chunk's tiles and those of as many slots as are filled, in turn, into the rings.
+def send_window(smem, stages: int, tiles: int, filled: jax.Array, tile, chunk, cache) -> None:
+    """Fetches the tiles of the chunk and of the filled slots, one after another, into the rings.
 
     Returns when the warpgroups that multiply have used them all.
 
@@ -158,11 +158,11 @@ class Steps:
         """Probabilities as the product's operand, and their `fold`ed sums: the subclass's."""
         raise NotImplementedError
 
-    def issue_logits(self, n, out):
+    def issue_logits(self, n: jax.Array | int, out) -> None:
         keys = self.smem.keys.at[self.stage(n)].transpose((1, 0))
         plgpu.wgmma(out, self.smem.queries.at[self.warpgroup], keys)
 
-    def issue_product(self, n, p, sums, out):
+    def issue_product(self, n: jax.Array | int, p: jax.Array, sums: jax.Array, out) -> None:
         """out = sums + p values; in the interpreter, whose accumulators start at 0, p values."""
         if self.interpret is None:
             out[...] = sums
@@ -171,24 +171,24 @@ class Steps:
             p = self.smem.probabilities.at[self.warpgroup]
         plgpu.wgmma(out, p, self.values(n))
 
-    def await_keys(self, n):
+    def await_keys(self, n: jax.Array | int) -> None:
         plgpu.barrier_wait(self.smem.k_here.at[self.stage(n)])
 
-    def await_values(self, n):
+    def await_values(self, n: jax.Array | int) -> None:
         plgpu.barrier_wait(self.smem.v_here.at[self.stage(n)])
 
-    def stage(self, n):
+    def stage(self, n: jax.Array | int) -> jax.Array:
         """Where the n-th tiles are in their rings."""
         return mosaic.stage(n, self.tuning.stages)
 
-    def free(self, barrier, n):
+    def free(self, barrier, n: jax.Array | int) -> None:
         """Frees the n-th tile of keys (`smem.k_free`) or of values, for this warpgroup."""
         plgpu.barrier_arrive(barrier.at[self.stage(n)])
 
     def step(self, n, scale, p, top, mass, sums):
         """The n-th tile's softmax, under the product of the tile before.
 
-        Returns the n-th tile's p, top, mass; sums with that product; what sums are to decay by.
+        Returns the n-th tile's p, top, mass; sums with that product; the decay of sums.
         """
         self.await_keys(n)
 
@@ -213,7 +213,7 @@ class Steps:
 
         return pl.run_scoped(under_logits, self.logits)
 
-    def only_logits(self, n):
+    def only_logits(self, n: jax.Array | int) -> jax.Array:
         """The n-th tile's logits, by themselves."""
 
         def logits(out):
@@ -225,7 +225,7 @@ class Steps:
         self.free(self.smem.k_free, n)
         return x
 
-    def only_product(self, n, p, sums):
+    def only_product(self, n: jax.Array | int, p: jax.Array, sums: jax.Array) -> jax.Array:
         """sums + p times the n-th tile's values, by themselves."""
 
         def product(out):
@@ -236,11 +236,11 @@ class Steps:
         self.free(self.smem.v_free, n)
         return sums
 
-    def largest(self, x, scale):
-        """Of each row's logits, in powers of two: [64]."""
+    def largest(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+        """The largest logit of each row, in powers of two: [64]."""
         return jnp.max(fold(jnp.maximum, x), axis=1) * scale
 
-    def load_sums(self, out, sums):
+    def load_sums(self, out, sums: jax.Array) -> jax.Array:
         """Waits for what `issue_product` issued."""
         out = plgpu.wgmma_accumulator_load(out)
         return out if self.interpret is None else sums + out

@@ -1,12 +1,12 @@
-"""bfloat16 attention over a KV cache where it lies, on Hopper.
+"""bfloat16 attention over a KV cache in place, on Hopper.
 
 Softmax is float32, with a running maximum and sum, in one pass over the keys; both products add up
-in float32. Rounded are the probabilities, to bfloat16 once the running maximum is taken off, and
-the result. Probabilities go from the first product to the second in registers, as they lie: an
-accumulator, once bfloat16, is an operand.
+in float32. Only the probabilities are rounded, to bfloat16 after the running maximum is subtracted,
+and the result. Probabilities go from the first product to the second in the same registers: an
+accumulator, converted to bfloat16, is an operand.
 
-How a program is built, and what the compiler wants of it, is in `attention`. The oracle and what
-runs elsewhere are in `ops.cached_attention`.
+`attention` has a program's structure and the compiler's constraints, `ops.cached_attention` the
+oracle and the fallback.
 """
 
 import dataclasses

@@ -1,16 +1,16 @@
-"""Attention in FP8 over FP8 keys and values where they lie, on Hopper.
+"""Attention in FP8 over FP8 keys and values in place, on Hopper.
 
-Softmax is float32, with a running maximum and sum, in one pass over the keys. What is rounded,
-besides the keys and values that are given:
+Softmax is float32, with a running maximum and sum, in one pass over the keys. These are rounded,
+besides the given keys and values:
 
   q     to E4M3, one scale a token and head.
   P     the probabilities, to E4M3: 2^8 times exp(logit - running maximum), so that the largest is
         256 of E4M3's 448 and all down to 2^-14 of it have three bits of fraction.
   out   a slot's share of it, to bfloat16, before the next slot's is added.
 
-Keys and values are E4M3: a channel is wrong by 2.6 % whatever its size, and that of q and k by
-3.7 % of a logit's typical size, which peaked logits turn into 6 % of an output. (8-bit integers
-behind a Hadamard transform of q and k would be wrong by 1 %.)
+E4M3 puts an error of 2.6 % on a channel of keys or values whatever its size. Errors of q and k add
+up to 3.7 % of a logit's typical size, which peaked logits amplify to 6 % of an output. (8-bit
+integers behind a Hadamard transform of q and k would have errors of 1 %.)
 
 How they are stored. The second product contracts tokens and wants them contiguous: values are
 [head, head_dim, token]. It also wants the probabilities of 16 tokens in another order than the
@@ -21,8 +21,8 @@ The tensor cores keep 13 bits of an FP8 sum, cut at every instruction: summed th
 keys, outputs are 1.4 % too small (H200). So they sum a slot's keys only, a quarter of that, and
 slots are summed outside, in bfloat16: float32 would not fit, registers are all but used up.
 
-How a program is built, and what the compiler wants of it, is in `attention`. The oracle and what
-runs elsewhere are in `ops.cached_attention`.
+`attention` has a program's structure and the compiler's constraints, `ops.cached_attention` the
+oracle and the fallback.
 """
 
 import dataclasses

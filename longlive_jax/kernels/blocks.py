@@ -1,10 +1,10 @@
-"""What kernels of NVFP4 share: blocks of 16 numbers of bfloat16, one a thread, on Hopper.
+"""Shared by the NVFP4 kernels: blocks of 16 numbers of bfloat16, one a thread, on Hopper.
 
 A thread owns whole blocks of 16 numbers, so that nothing is exchanged between threads; arrays here
 are [blocks, columns], a block a row. Compares, selects and integer operations run at half the rate
 of products and sums on this chip, and at 16 numbers a block they, not memory, set the speed. Hence:
 
-- What the oracle divides is taken from tables. An E4M3 scale is one of eight mantissas times a
+- Tables replace the oracle's divisions. An E4M3 scale is one of eight mantissas times a
   power of two, which a quotient and its rounding pass through: eight inverses and eight decoded
   ones and one-and-a-halfs per tensor, divided exactly before, are all that blocks ever need.
 - A number is rounded to the grid by adding a large constant of the grid's exponent and taking it
@@ -28,7 +28,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.formats import exact, nvfp4
 from longlive_jax.kernels import mosaic
 
-ROWS = 128  # blocks that a warpgroup of 128 threads takes at a time, one a thread
+ROWS = 128  # blocks that a warpgroup of 128 threads takes together, one a thread
 NAN = 0x7F  # E4M3's
 
 _MANTISSAS = 1 + np.arange(8, dtype=np.float32) / 8
@@ -54,15 +54,15 @@ _ZERO = 252  # the code 0 in those bits, from the 22nd on
 
 
 def fills(numbers: int, groups: int = 1) -> bool:
-    """Whether blocks of so many numbers, in groups of equal size, fill whole programs."""
+    """Whether the blocks of `numbers` numbers, in groups of equal size, fill whole programs."""
     return numbers % (groups * ROWS * nvfp4.BLOCK) == 0 < numbers
 
 
 def validate(x: jax.Array, rule: str, seeds: jax.Array | None) -> int:
-    """The number of groups that x has: of seeds, or one.
+    """The number of groups of x: one for each seed, or one.
 
     Raises:
-      InputError: x of another dtype, an unknown rule, seeds that are none.
+      InputError: x of another dtype, an unknown rule, seeds of another dtype or shape.
     """
     if x.dtype != jnp.bfloat16:
         raise InputError(f"nvfp4 kernel: input is {x.dtype}; it must be bfloat16: cast it")
@@ -78,8 +78,8 @@ def validate(x: jax.Array, rule: str, seeds: jax.Array | None) -> int:
     return len(seeds)
 
 
-def constants_and(seeds, amax, rule, interpret):
-    """What a kernel takes besides x: `constants`, and seeds if there are any."""
+def constants_and(seeds: jax.Array | None, amax: jax.Array, rule: str, interpret) -> list:
+    """A kernel's arguments besides x: `constants`, and seeds if there are any."""
     return [constants(amax, rule, interpret), *([] if seeds is None else [seeds])]
 
 
@@ -87,7 +87,7 @@ def constants_and(seeds, amax, rule, interpret):
 def constants(
     amax: jax.Array, rule: str, interpret: plgpu.InterpretGPUParams | None = None
 ) -> jax.Array:
-    """What blocks need of the largest magnitude: float32 [26].
+    """The constants of blocks, by the tensor's largest magnitude: float32 [26].
 
     A power of two that takes amax to [2, 4), the tensor's scale, three tables. By a block scale's
     mantissa: its inverse, and what the codes of 1 and 1.5 decode to. An amax that scales nothing
@@ -141,7 +141,7 @@ def quantize_blocks(
       x: float32 [rows, 16] with a register for each number.
       noise: uint32 [rows, 16], of 16 bits, to round stochastically.
       constants_ref: `constants`, in memory. They are read anew each time, by way of the cache:
-        registers are what is scarce.
+        registers are scarce.
 
     Returns:
       codes uint8 [rows, 8], in registers of 8, scales uint8 [rows, 1].
@@ -183,7 +183,7 @@ def _quantize(x, noise, unit, encode, tables, rule):
     codes, signs = columns(codes), columns(_bits(x))
     words = []
     for i in (0, 8):
-        # What is above a code's four bits is above those of four codes, too.
+        # Bits above a code's four bits are above the bits of four codes, too.
         low, high = (functools.reduce(_append, codes[j : j + 4][::-1]) - offset for j in (i, i + 4))
         word = low & 0xFFFF | high << 16
         tops = functools.reduce(_append, [sign >> 28 for sign in signs[i : i + 8][::-1]])
@@ -197,7 +197,7 @@ def _quantize(x, noise, unit, encode, tables, rule):
 def _candidate(magnitude, noise, wanted, tables, rule):
     """Codes and scales, as their sums with the large constants; scales; errors (adaptive rules).
 
-    With noise, codes are numbers whose upper bits they are.
+    With noise, the numbers returned for codes have the codes as their upper bits.
 
     wanted: float32 [rows, 1], the blocks' scales before their rounding.
     """

@@ -1,4 +1,4 @@
-"""What every kernel's `supports` asks first: which chip this is, and whether an array is local."""
+"""The first checks of every kernel's `supports`: which chip this is, whether an array is local."""
 
 import jax
 
@@ -12,7 +12,7 @@ def is_hopper() -> bool:
 
 
 def is_local(x: jax.Array) -> bool:
-    """Whether x is what one device holds: of no mesh, or inside a manual `jax.shard_map`.
+    """Whether x is on one device: of no mesh, or inside a manual `jax.shard_map`.
 
     A kernel is compiled for one device and cannot be partitioned. x may be any shape and dtype, or
     a `jax.ShapeDtypeStruct`.

@@ -5,12 +5,12 @@ operand of a product.
 
 XLA expands a code by tens of integer instructions and stores two bytes a thread. Here a thread
 expands a block of 16 numbers, and the copy engine stores a program's. Programs are short, and many
-share a multiprocessor: what one waits for, loads above all, the others fill.
+share a multiprocessor: they hide each other's latency, above all of loads.
 
 A code and a scale become floats by their bits alone: below a fixed exponent these make v, and
 min(v, 2 v - the number of that exponent) is theirs, subnormals included. Code times scale times
 amax is exact, as amax is a bfloat16 number. So only the product with 1 / 3, out of the format's
-1536, is rounded, and then to bfloat16: that is the oracle's number, for what is a third of so few
+1536, is rounded, and then to bfloat16: that is the oracle's number, for a third of so few
 bits is either one that bfloat16 rounds at, and then the product is, too, or not near to one.
 Without amax nothing is rounded: code times scale has 6 significant bits.
 """
@@ -68,9 +68,9 @@ def kernel(
     layer: jax.Array,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """One layer's numbers, read where they lie.
+    """One layer's numbers, read in place.
 
-    Those of `q.dequantize`, but that what is below 2^-124 need not be 0, and that 0 has its code's
+    As `q.dequantize`, except that numbers below 2^-124 need not be 0, and that 0 has its code's
     sign, which `quantize_nvfp4` never sets.
 
     Args:
@@ -100,10 +100,10 @@ def kernel(
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def expand(q: NVFP4Tensor, interpret: plgpu.InterpretGPUParams | None = None) -> jax.Array:
-    """Codes times the scales of their blocks, exactly: what a product by bfloat16 takes of q.
+    """Codes times the scales of their blocks, exactly: q as the operand of a bfloat16 product.
 
-    amax is not in it, nor the rule's denominator. A scale that is NaN makes its block NaN. Scales
-    must not be negative, which no quantiser's are: a sign is dropped.
+    amax and the rule's denominator are left out. A scale that is NaN makes its block NaN. Scales
+    must not be negative, as no quantiser's are: a sign is dropped.
 
     Args:
       q: [..., n] by any rule, in any blocks, a multiple of 2048 numbers on one device (on a mesh:
@@ -125,9 +125,9 @@ def expand(q: NVFP4Tensor, interpret: plgpu.InterpretGPUParams | None = None) ->
 
 
 def _call(name, body, q, given, blocks, interpret):
-    """bfloat16 [block, 16] by a body of programs, which gets codes, scales and what else is given.
+    """bfloat16 [block, 16] by the body of a kernel, which gets codes, scales and `given`.
 
-    blocks: as many as it makes.
+    blocks: their number.
     """
     return plgpu.kernel(
         body,
@@ -171,7 +171,7 @@ def _program(words_ref, scales_ref, out_ref, tile, first, factor, rest):
     )
     words = plgpu.layout_cast(words, mosaic.a_row_a_thread(1))
     y = _dequantize(words, scales.astype(jnp.uint32), factor, rest)
-    # In registers of 8 numbers, a pair of which is rounded at a time.
+    # In registers of 8 numbers, of which pairs are rounded together.
     mosaic.store(tile, plgpu.layout_cast(y, mosaic.a_row_a_thread(8)).astype(jnp.bfloat16))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, out_ref.at[pl.ds(program * ROWS, ROWS), :])

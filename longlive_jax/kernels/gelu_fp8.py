@@ -4,9 +4,9 @@ XLA's pass over the FFN's widest array, in which it applies scales and bias, wou
 the kernel behind it, `quantize_fp8`.
 
 A program is one warpgroup and takes one row through shared memory, where GELU replaces the sums.
-Many share a multiprocessor and fill each other's waits.
+Many programs share a multiprocessor and hide each other's latency.
 
-Nothing is rounded between the product's sums and GELU's result, which is, to bfloat16.
+Only GELU's result is rounded, to bfloat16: nothing between the product's sums and it.
 """
 
 import jax
@@ -19,11 +19,11 @@ from longlive_jax.formats import PendingMatmul
 from longlive_jax.kernels import rows as lib
 from longlive_jax.kernels.chip import takes
 
-AT_ONCE = 2  # slices that a thread works on at a time, if they divide a row's
+AT_ONCE = 2  # slices that a thread works on together, if they divide a row's
 
 
 def supports(x: PendingMatmul) -> bool:
-    """Whether the kernel takes such a product: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
+    """Whether the kernel takes such a product: bfloat16, rows of n * 1,024, local, on Hopper."""
     return takes(x) and not _misfit(x)
 
 

@@ -1,4 +1,4 @@
-"""Pieces of Mosaic GPU for all kernels: compilers, loads, stores, a layout, magnitudes, rings."""
+"""Mosaic GPU for all kernels: compiler parameters, loads, stores, a layout, magnitudes, rings."""
 
 import dataclasses
 
@@ -10,17 +10,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANE = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-# Where no thread reads what another has stored: around stores nothing need wait.
+# For kernels in which no thread reads another's stores: no barriers around stores.
 NO_BARRIERS = dataclasses.replace(LANE, unsafe_no_auto_barriers=True)
 
 
 def load(ref, layout) -> jax.Array:
-    """What lies in memory, in registers by this layout."""
+    """The content of memory, in registers of this layout."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store(ref, value: jax.Array) -> None:
-    """Writes an array or a scalar to memory, however its layout lies there."""
+    """Writes an array or a scalar of any layout to memory."""
     if hasattr(plgpu, "store"):  # from jax 0.12 on
         plgpu.store(ref, value, optimized=False)
     else:
@@ -28,7 +28,7 @@ def store(ref, value: jax.Array) -> None:
 
 
 def a_row_a_thread(vector: int):
-    """Layout of [128, columns]: a thread has a row, in registers of so many columns."""
+    """Layout of [128, columns]: a thread has a row, in registers of `vector` columns."""
     return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
 
 
@@ -40,12 +40,12 @@ def rows_of_128_bytes(dtype) -> tuple:
 
 
 def magnitude(x: jax.Array) -> jax.Array:
-    """The bits of |x|, bfloat16, as uint16: in the order of the magnitudes, with NaN above all."""
+    """The bits of |x|, bfloat16, as uint16: ordered as the magnitudes, with NaN above all."""
     return lax.bitcast_convert_type(x, jnp.uint16) & np.uint16(0x7FFF)
 
 
 def stage(n, stages: int) -> jax.Array:
-    """Where step n has its place in a ring of so many stages: int32 []."""
+    """The stage of step n in a ring of `stages` stages: int32 []."""
     n = jnp.asarray(n, jnp.int32)
     if stages & (stages - 1) == 0:  # fewer instructions than a remainder, which might be negative
         return n & (stages - 1)
@@ -53,7 +53,7 @@ def stage(n, stages: int) -> jax.Array:
 
 
 def await_free(n, stages: int, free) -> jax.Array:
-    """Waits until the place of step n in a ring is free; returns it, int32 [].
+    """Waits until the stage of step n in a ring is free; returns it, int32 [].
 
     n: int32 []. free: a barrier for each stage, which is at once free the first time.
     """

@@ -1,8 +1,8 @@
 """RMS norm of an FP8 product that waits for its scales and bias, in one pass, on Hopper.
 
-XLA applies scales and bias in a pass of its own, and leaves a float32 array to the norm. Here a
-program, one warpgroup, takes a row through its registers. What columns share comes by way of the
-cache. Many programs share a multiprocessor and fill each other's waits.
+XLA applies scales and bias in a pass of its own, and writes a float32 array for the norm. Here a
+program, one warpgroup, takes a row through its registers. Arrays of columns are read through the
+cache. Many programs share a multiprocessor and hide each other's latency.
 """
 
 import functools
@@ -20,12 +20,12 @@ from longlive_jax.kernels.chip import takes
 
 
 def supports(x: PendingMatmul, weight: jax.Array) -> bool:
-    """Whether the kernel takes these: bfloat16, rows of 1,024s, local, on a Hopper GPU."""
+    """Whether the kernel takes these: bfloat16, rows of n * 1,024, local, on a Hopper GPU."""
     return takes(x) and not _misfit(x, weight)
 
 
 def _misfit(x, weight):
-    """What of the arguments the kernel does not take; empty: nothing."""
+    """Why the kernel does not take the arguments; empty: it does."""
     if misfit := lib.misfit("sums", x, lib.MAX_NORMED):
         return misfit
     return "" if weight.shape == x.shape[-1:] else f"weight {weight.shape} must be {x.shape[-1:]}"

@@ -2,14 +2,14 @@
 
 XLA makes five kernels of it, and writes and reads queries and keys in between. Here a program, one
 warpgroup, reads a token's row of the fused projection into registers, at once, and writes three.
-Many programs share a multiprocessor and fill each other's waits. The scales and the bias of a
-product's columns, which all programs read, come by way of the cache.
+Many programs share a multiprocessor and hide each other's latency. The scales and the bias of a
+product's columns, which all programs read, come through the cache.
 
 Arrays are [n, 8]: of every eighth head a thread has 8 numbers, 16 bytes, in its own row, so that
-swapping the numbers of a pair only renames registers. All its heads want the same 4 angles. What
-128 threads want of 64 angles goes through shared memory, where it is written eight times over.
+swapping the numbers of a pair only renames registers. All its heads need the same 4 angles. The 64
+angles reach 128 threads through shared memory, where they are written eight times over.
 
-The bits are those of `ops.norm.rms_norm` and `ops.rope.rotate` by XLA, but for the order of sums:
+The bits equal those of `ops.norm.rms_norm` and `ops.rope.rotate` by XLA, but for the order of sums:
 no product is contracted into a sum that XLA keeps apart from it.
 """
 
@@ -47,7 +47,7 @@ def supports(
 
 
 def _misfit(qkv, weight_q, weight_k, cos, sin):
-    """What of the arguments the kernel does not take; empty: nothing."""
+    """Why the kernel does not take the arguments; empty: it does."""
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}; it must be bfloat16: cast it"
     dim = qkv.shape[-1] // 3
@@ -154,7 +154,7 @@ def _scaled(x, rate, column, bias):
 
 
 def _spread(angles, shared):
-    """Of a row's angles [16, 4], each, the 4 that a thread wants: columns [128, 1]."""
+    """The 4 of a row's angles [16, 4] that each thread needs: columns [128, 1]."""
     for x, ref in zip(angles, shared):
         mosaic.store(ref, jnp.concatenate([x] * (_THREADS // len(x)), axis=0))
     plgpu.commit_smem()

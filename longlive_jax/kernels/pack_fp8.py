@@ -1,18 +1,19 @@
 """A chunk's fresh keys and values to FP8, packed for attention, on Hopper: two reads and a write.
 
-XLA makes several passes of it: largest magnitudes, codes, the keys' permutation, the values'
+XLA takes several passes: largest magnitudes, codes, the keys' permutation, the values'
 transposition. Here one kernel reads keys and values for the largest magnitudes of the heads, and
 one each, of keys and of values, reads them again and writes the codes where attention wants them.
 
 A program is one warpgroup and takes one head's tile of 128 tokens through shared memory. Several
-programs share a multiprocessor and fill each other's waits.
+programs share a multiprocessor and hide each other's latency.
 
   keys    The order of tokens is a matter of addresses alone. Of 16 tokens as [4, 2, 2] the copy
-          engine fetches [4, 2] for either half of the middle axis, and stores the halves in turn.
+          engine fetches [4, 2] for either half of the middle axis, and stores one half after
+          the other.
   values  A thread owns a channel. Of a token, neighbouring threads read neighbouring numbers; a
           thread's codes of 16 tokens are one word of 16 bytes, which it stores.
 
-The bits are those of `formats.quantize_fp8`, which also makes the scales out of the magnitudes.
+The bits equal those of `formats.quantize_fp8`, which also computes scales from the magnitudes.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ _GROUPS = TILE // _GROUP
 _WORD = 16  # bytes that a thread stores at once
 # Of one column's words, those of 8 rows lie in different banks.
 _SPREAD = mosaic.rows_of_128_bytes(jnp.float8_e4m3fn)
-_LINES = 8  # tokens that a warpgroup measures at a time: 16 bytes a thread
+_LINES = 8  # tokens that a warpgroup measures together: 16 bytes a thread
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 _GRID = ("row", "tile", "head")
 
@@ -118,7 +119,7 @@ def kernel(
             f"pack_fp8 kernel: k {k.shape}, v {v.shape} must be alike, tokens a multiple of {TILE} "
             f"and head_dim {HEAD_DIM}; use pack"
         )
-    # The scale of a row of one number, the largest, is that of all whose largest it is.
+    # As rows of one number: a scale depends on the largest magnitude alone.
     scale = quantize_fp8(_largest(k, v, interpret)[..., None], axis=-1).scale[..., 0]
     inverse = jnp.where(jnp.isfinite(scale), exact.divide(jnp.float32(1), scale), jnp.nan)
     k_codes = _keys(k, inverse[0], interpret)

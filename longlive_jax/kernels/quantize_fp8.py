@@ -1,9 +1,9 @@
-"""bfloat16 to FP8 (E4M3) by rows in one read, on Hopper, behind what makes the rows.
+"""bfloat16 to FP8 (E4M3) by rows in one read, on Hopper, behind a norm or an activation or alone.
 
-The scale of a row waits for its largest magnitude, so that XLA writes the row and reads it again.
-Here a row stays on the chip in between, as `rows` says. A program is one warpgroup that goes
-through a run of rows; a multiprocessor holds several, and they fill each other's waits. A run's
-scale and shift stay in registers.
+The scale of a row depends on its largest magnitude, so XLA writes the row and reads it again. Here
+a row stays on the chip in between, as `rows` says. A program is one warpgroup that goes through a
+run of rows; several share a multiprocessor and hide each other's latency. A run's scale and shift
+stay in registers.
 """
 
 import functools
@@ -37,7 +37,7 @@ def supports(x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | No
 
 
 def _misfit(x, scale, shift, activation=None):
-    """What of the arguments the kernel does not take; empty: nothing."""
+    """Why the kernel does not take the arguments; empty: it does."""
     normed = scale is not None
     if normed != (shift is not None) or (normed and activation):
         return "give scale and shift, or an activation, or neither"
@@ -68,7 +68,7 @@ def kernel(
       x: [..., n], bfloat16, n a multiple of 1,024, at most 16,384; normalised, at most 6,144.
       scale, shift: float32 or bfloat16, of x's rank, with x's leading axes, then axes of size 1,
         then n. Given: x is normalised first, then `* scale + shift`.
-      activation: "gelu": of x, by tanh. None: none.
+      activation: "gelu", by tanh, or None.
       eps: of the norm.
       tiling: one of `tilings`, or another; None: the first.
       interpret: run on the CPU, by JAX's interpreter.
@@ -109,7 +109,7 @@ def kernel(
 
 
 def tilings(n: int, normed: bool) -> tuple[tuple[int, int, int], ...]:
-    """Those of `TILINGS` for rows of n."""
+    """The `TILINGS` for rows of n numbers."""
     return TILINGS["normed" if normed else "short" if n <= 4 * lib.SLICE else "long"]
 
 
@@ -140,6 +140,6 @@ def _kernel(x_ref, *refs, rows, at_most, in_flight, at_once, activation, eps):
 
     def step(index, x_smem):
         quantize(first + index[0], x_smem.at[0])
-        plgpu.commit_smem()  # all have read, and written: the next row may come
+        plgpu.commit_smem()  # all threads have read and written: the next row may come
 
     plgpu.emit_pipeline(step, grid=(count,), in_specs=[spec], max_concurrent_steps=in_flight)(x_ref)

@@ -32,7 +32,7 @@ def quantize_nvfp4(
     """`formats.quantize_nvfp4`, by the kernel where `supports` says that it runs.
 
     On a mesh of explicit axes each device quantises its part, by the largest magnitude of all. In
-    a manual `jax.shard_map` the default amax is that of the device's own part, as in `formats`.
+    a manual `jax.shard_map` the default amax is the device's own part's, as in `formats`.
 
     Raises:
       InputError: what `formats.quantize_nvfp4` refuses.
@@ -85,7 +85,7 @@ def supports(
 ) -> bool:
     """Whether the kernel quantises x: bfloat16 in rows of blocks, on Hopper GPUs.
 
-    With a key, which must be one, x must be local.
+    With a key, which must be a single one, x must be local.
     """
     sharding = jax.typeof(x).sharding
     return (
@@ -115,7 +115,7 @@ def kernel(
     Jitted: it takes seconds to lower, so a program with many calls shares one of each shape.
 
     Args:
-      x: [..., n], bfloat16, n a multiple of 16 and the whole one of 2048.
+      x: [..., n], bfloat16, n a multiple of 16 and x's size one of 2048.
       amax: float32 [], the largest magnitude of x, or of the whole of which it is a part.
       rule: a key of `nvfp4.RULES`.
       tiling: one of `TILINGS`, or another.
@@ -172,7 +172,7 @@ def _kernel(constants_ref, *refs, rule, steps, in_flight, tiles):
     first = program * steps
 
     def step(index, x_smem):
-        # A thread loads 8 numbers, 16 bytes, at a time; each then has a register to itself.
+        # A thread loads 8 numbers, 16 bytes, together; each then has a register to itself.
         x = mosaic.load(x_smem, mosaic.a_row_a_thread(8))
         x = plgpu.layout_cast(x.astype(jnp.float32), mosaic.a_row_a_thread(1))
         tile = first + index[0]

@@ -1,4 +1,4 @@
-"""Columns of a bfloat16 array to NVFP4, behind the Hadamard transform or not, on Hopper.
+"""Columns of a bfloat16 array to NVFP4, with or without the Hadamard transform, on Hopper.
 
 The operands of a weight's gradient lie in memory as [token, n] and are multiplied along tokens. XLA
 transposes them, transforms them and then quantises; here one kernel reads them as they lie and
@@ -7,12 +7,12 @@ writes codes and scales of the transposed array, the bits of
   formats.quantize_nvfp4(x.T, rule, hadamard=hadamard, key=key, amax=amax).
 
 A program is one warpgroup and takes a tile through shared memory; several programs share a
-multiprocessor and fill each other's waits. A thread owns a channel: of a token, neighbouring
-threads read neighbouring numbers. It has 16 tokens, a block, at a time, which it transforms and
-quantises as `quantize_nvfp4` does its own.
+multiprocessor and hide each other's latency. A thread owns a channel: of a token, neighbouring
+threads read neighbouring numbers. It transforms and quantises one block of 16 tokens after another,
+as `quantize_nvfp4` does.
 
-The largest magnitude of what is transformed takes a read of its own, and the transform is then
-computed anew: to keep it would be a write, and the same read.
+The largest magnitude of the transform takes a read of its own, and the transform is then computed
+again: to keep it would take a write, and the same read.
 """
 
 import functools
@@ -67,7 +67,7 @@ def kernel(
 
     Args:
       x: [token, n], bfloat16, tokens a multiple of `tile`, n of 128.
-      amax: float32 [], the largest magnitude of what is quantised, see `largest_magnitude`, or of
+      amax: float32 [], the largest magnitude to be quantised, see `largest_magnitude`, or of
         the whole of which it is a part.
       rule: a key of `nvfp4.RULES`.
       transform: quantise `formats.random_hadamard` of the columns.
@@ -135,7 +135,7 @@ def largest_magnitude(
         compiler_params=mosaic.NO_BARRIERS,
         interpret=interpret,
     )(x)
-    # Rounded last: of what is rounded the largest is the largest, rounded.
+    # Rounded last: rounding keeps the order, so this is the largest of the rounded numbers.
     largest = lax.bitcast_convert_type(jnp.max(bits), jnp.float32)
     info = jnp.finfo(x.dtype)
     return lax.reduce_precision(largest, info.nexp, info.nmant)
@@ -173,7 +173,7 @@ def _kernel(constants_ref, *refs, tile, codes, scales, here, rule, transform, ti
 
 
 def _noise(seeds_ref, tiles, of_tile, i):
-    """Of the tile's block i in each channel; a group has so many tiles, which have `of_tile`."""
+    """For the tile's block i in each channel; a group has `tiles` tiles, of `of_tile` blocks."""
     group = lax.div(lax.axis_index("tile"), jnp.int32(tiles))
     within = (lax.axis_index("tile") - group * tiles) * of_tile + i
     channel = blocks.thread() + (lax.axis_index("channels") * CHANNELS).astype(jnp.uint32)

@@ -1,10 +1,10 @@
-"""What kernels share that take rows of bfloat16 or of products, one warpgroup a row, on Hopper.
+"""Shared by kernels on rows of bfloat16 or of products, one warpgroup a row, on Hopper.
 
 A row [n] is [n / 128, 128] here, in slices of 1,024, of which a thread takes 8 numbers, 16 bytes.
 It is normalised, activated or added up in float32, rounded to bfloat16, measured, scaled, and
-leaves as E4M3. A row that is normalised, which is read three times, lies in registers. Any other
-stays in shared memory, where its activation replaces it: held in registers, long rows leave room
-for too few programs to hide what the exponentials wait for.
+leaves as E4M3. A row that is normalised is read three times and lies in registers. Any other row
+stays in shared memory, where its activation replaces it: long rows in registers would leave room
+for too few programs to hide the latency of the exponentials.
 
 The codes' bits are those of `formats.quantize_fp8` behind a bfloat16 array: a largest magnitude has
 8 bits, and its quotient by 448 is a product with a seventh in two parts, see `_SEVENTH`.
@@ -13,7 +13,7 @@ The codes' bits are those of `formats.quantize_fp8` behind a bfloat16 array: a l
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.formats import exact
 from longlive_jax.kernels import mosaic
 
-SLICE = 1024  # numbers that a warpgroup of 128 threads takes at a time: 16 bytes a thread
-# Of a row: as the bench has tried, in shared memory; in registers, without spilling any.
+SLICE = 1024  # numbers that a warpgroup of 128 threads takes together: 16 bytes a thread
+# Most columns of a row: in shared memory, as benchmarked; in registers, without spills.
 MAX_COLUMNS = 16 * SLICE
 MAX_NORMED = 6 * SLICE
 LANES = 128  # a copy takes at most 256 numbers along an axis
@@ -44,7 +44,7 @@ _B = _A * 0.044715
 
 
 def misfit(name: str, x, most: int) -> str:
-    """What of x, rows of at most so many columns, a kernel does not take; empty: nothing."""
+    """Why a kernel does not take x, rows of at most `most` columns; empty: it does."""
     if x.dtype != jnp.bfloat16:
         return f"{name}: {x.dtype}, which must be bfloat16: cast it"
     if not x.shape or x.shape[-1] % SLICE or x.shape[-1] > most or 0 in x.shape:
@@ -74,21 +74,23 @@ def tiled_columns(x: jax.Array) -> jax.Array:
 
 
 def codes_of(shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """What a kernel writes of an array [..., n]: values [row, n / 128, 128] and scales [row]."""
+    """The outputs of a kernel for [..., n]: values [row, n / 128, 128] and scales [row]."""
     rows = math.prod(shape[:-1])
     values = jax.ShapeDtypeStruct((rows, shape[-1] // LANES, LANES), jnp.float8_e4m3fn)
     return values, jax.ShapeDtypeStruct((rows,), jnp.float32)
 
 
-def untiled(values: jax.Array, scales: jax.Array, shape: tuple[int, ...]):
-    """Those of `codes_of`, as [..., n] and [..., 1]."""
+def untiled(
+    values: jax.Array, scales: jax.Array, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs of `codes_of`, as [..., n] and [..., 1]."""
     return values.reshape(shape), scales.reshape(*shape[:-1], 1)
 
 
 def quantize_normed(slices, gain, offset, eps, values, scale):
-    """Writes codes and scale of a row behind its layer norm, which is multiplied and shifted.
+    """Writes codes and scale of a row behind its layer norm with this gain and offset.
 
-    slices: of the row's numbers; gain, offset: float32, the same of a norm's scale and shift.
+    slices: the row's numbers; gain, offset: float32, slices of the norm's scale and shift.
     """
     made = _layer_norm(slices, gain, offset, eps)
     found, inverse = _scale(functools.reduce(lax.max, map(mosaic.magnitude, made)))
@@ -100,8 +102,8 @@ def quantize_normed(slices, gain, offset, eps, values, scale):
 def quantize_row(x, values, scale, at_once: int, make: Callable | None = None):
     """Writes codes and scale of a row, [n / 128, 128], that lies in shared memory.
 
-    at_once: slices that a thread works on at a time, if they divide the row's.
-    make: (a slice's lines, its numbers) -> those to quantise, bfloat16, which replace them.
+    at_once: slices that a thread works on together, if they divide the row's.
+    make: (a slice's lines, its numbers) -> numbers to quantise, bfloat16, which replace them.
     """
     slices = x.shape[0] // LINES
     at_once = math.gcd(at_once, slices)
@@ -132,7 +134,7 @@ def lines(i):
     return pl.ds(i * LINES, LINES)
 
 
-def load(ref):
+def load(ref) -> jax.Array:
     """A slice's numbers, 8 neighbours a thread."""
     return mosaic.load(ref, _LAYOUT)
 
@@ -141,7 +143,7 @@ def _store(ref, x, inverse):
     mosaic.store(ref, (x.astype(jnp.float32) * inverse).astype(jnp.float8_e4m3fn))
 
 
-def gelu_by_logistic(x):
+def gelu_by_logistic(x: jax.Array) -> jax.Array:
     """As `ops.gelu.gelu` of float32, by the logistic function.
 
     Not by the chip's tanh: its error of 2^-11 is most of 1 + tanh where that is small, and many
@@ -154,7 +156,7 @@ def gelu_by_logistic(x):
 
 
 def _layer_norm(slices, gain, offset, eps):
-    """A row as by `ops.norm.layer_norm`, in slices: statistics in float32, of the mean first."""
+    """A row as by `ops.norm.layer_norm`, in slices: statistics in float32, the mean first."""
     slices = [x.astype(jnp.float32) for x in slices]
     n = len(slices) * SLICE
     mean = total(slices) / n
@@ -163,21 +165,21 @@ def _layer_norm(slices, gain, offset, eps):
     return [rounded(x * rate * a + b) for x, a, b in zip(slices, gain, offset)]
 
 
-def rounded(x):
+def rounded(x: jax.Array) -> jax.Array:
     """To bfloat16, two numbers an instruction.
 
-    The barrier hides that float32 of the result is wanted next: the compiler would round each
-    number by itself. (One slice, one register: of several it permutes numbers below 32 bits.)
+    The barrier hides that the result is widened to float32 next: the compiler would then round
+    each number by itself. (One slice, one register: of several it permutes numbers below 32 bits.)
     """
     return lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
-def total(slices):
+def total(slices: Sequence[jax.Array]) -> jax.Array:
     return jnp.sum(functools.reduce(lax.add, slices))
 
 
 def _scale(largest):
-    """Magnitudes of which one is the largest -> scale and inverse as in `formats.quantize_fp8`."""
+    """Magnitudes -> scale and inverse of the largest, as in `formats.quantize_fp8`."""
     bits = jnp.max(largest.astype(jnp.int32))
     mantissa = _float((bits & 0x7F) << 16 | 0x3F800000)
     power = _float((bits & _INFINITY) << 16)

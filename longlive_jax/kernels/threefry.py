@@ -13,17 +13,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.formats import nvfp4
 from longlive_jax.kernels import mosaic
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of rounds, in turns of four
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of rounds: four of each, alternating
 _PARITY = np.uint32(0x1BD11BDA)
 
 
 def seeds(keys: jax.Array) -> jax.Array:
-    """uint32 [group, 2]: of a key for each group, in an array of any shape, or of one."""
+    """uint32 [group, 2]: of one key, or of an array of any shape with a key for each group."""
     return jax.vmap(nvfp4.seed)(keys.reshape(-1))
 
 
 def seeds_of_each(keys: jax.Array | None, tensors: int) -> list[jax.Array | None]:
-    """`seeds` for each of so many tensors, by keys [tensor, group, ..]; None of no keys."""
+    """`seeds` for each of `tensors` tensors, by keys [tensor, group, ..]; None without keys."""
     return [None] * tensors if keys is None else [seeds(k) for k in keys]
 
 

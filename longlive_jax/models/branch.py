@@ -1,8 +1,8 @@
-"""What a transformer block is made of: branches that each add something to the hidden states.
+"""The branches of a transformer block, each of which adds to the hidden states.
 
-A branch is data. One that conditions the model on something new is a file of its own: a spec, a
-function of hidden states, and, if its chunks attend to each other, how they do. `insert` puts it
-among a block's branches; the block itself is not touched.
+A branch is data: a parameter spec, a function of hidden states and, if its chunks attend to each
+other, an `Attention`. A branch for another kind of conditioning is a file of its own. `insert`
+puts it among a block's branches; the block itself does not change.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Hidden:
     The next norm adds it (`Layer.norm`): on a GPU sum, norm and FP8 rows are one kernel.
 
     x: compute dtype.
-    y: None: nothing waits; else an array, or a product that waits for its scales and bias.
+    y: None: nothing is pending; else an array or a PendingMatmul.
     gate: float32, broadcasts against x; None: 1.
     """
 
@@ -52,9 +52,9 @@ class Hidden:
 
 
 class Attention(NamedTuple):
-    """How a branch's chunks attend to each other, with what devices exchange for it.
+    """How a branch's chunks attend to each other, including the exchange between devices.
 
-    Queries, keys, values and results are what the branch's own functions agree on;
+    The branch's own functions agree on the shapes of queries, keys, values and results;
     self-attention's are [batch, chunk, (copy,) token, head, head_dim].
 
     teacher_forcing, block_causal: (q, k, v, sharding) -> out, in training.
@@ -71,11 +71,11 @@ class Attention(NamedTuple):
 class Branch:
     """One line of a block: hidden states in, hidden states out.
 
-    name: in profiles, of its cache and of what it is conditioned on.
+    name: in profiles; its cache and its conditioning have the same name.
     spec: its parameters, by their names in a block; no other branch has one of these names.
     apply: (the block's parameters, hidden states, layer) -> hidden states.
     layers: how many layers, from the first on, have it; None: all.
-    attention: None: a chunk sees itself alone. With it the branch has a cache in streaming.
+    attention: None: a chunk sees only itself. Otherwise the branch has a cache in streaming.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Branch:
 
 
 def insert(branches: tuple[Branch, ...], new: Branch, *, before: str) -> tuple[Branch, ...]:
-    """`branches` with a new one before the one of that name.
+    """`branches` with `new` before the branch named `before`.
 
     Raises:
-      InputError: no branch has that name, or one has the new one's.
+      InputError: no branch is named `before`, or one has the name of `new`.
     """
     names = [branch.name for branch in branches]
     if before not in names or new.name in names:
@@ -103,9 +103,9 @@ def insert(branches: tuple[Branch, ...], new: Branch, *, before: str) -> tuple[B
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What a branch may ask of the layer that it is applied in.
+    """The layer that a branch is applied in, as the branch sees it.
 
-    given: what the layer is conditioned on; its `inserted` is for inserted branches.
+    given: the layer's conditioning; its `inserted` is for inserted branches.
     attend: (name of a branch, q, k, v) -> out: that branch's `attention`.
     key: keys [batch, chunk] of this layer, for recipes that round gradients stochastically.
     modulation: of this layer; set by the block.
@@ -120,7 +120,7 @@ class Layer:
     modulation: "BlockModulation | None" = None
 
     def norm(self, path: str, x: Hidden, scale, shift) -> tuple[Hidden, Operand]:
-        """x, with what waited added; and norm(x) * scale + shift, for the linear layer there."""
+        """x with its pending sum added; norm(x) * scale + shift for the linear layer at `path`."""
         if x.y is None:
             return x, self.precision.layer_norm(path, x.x, scale, shift)
         total, h = self.precision.add_layer_norm(
@@ -129,14 +129,14 @@ class Layer:
         return Hidden(total), h
 
     def linear(self, block: params_lib.Tree, path: str, x: Operand) -> jax.Array:
-        """The block's linear layer at this path, a key of `quant.recipe.LINEARS`."""
+        """The block's linear layer at this path, a key of `recipes.LINEARS`."""
         return self.precision.linear(block, path, x, self.key, self._axes)
 
     def product(self, block: params_lib.Tree, path: str, x: Operand) -> Result:
-        """`linear`, whose scales and bias may be left to what takes the result."""
+        """`linear`, whose scales and bias may be left to the operation that takes the result."""
         return self.precision.product(block, path, x, self.key, self._axes)
 
     @property
     def _axes(self):
-        """Mesh axes over which a sample's tokens lie, which agree on the scales of a tensor."""
+        """Mesh axes that shard a sample's tokens; their devices agree on the scales of a tensor."""
         return () if self.sharding.seq_axis is None else (self.sharding.seq_axis,)

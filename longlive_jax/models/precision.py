@@ -1,4 +1,4 @@
-"""The number formats that a transformer block computes in, and what they allow to be fused."""
+"""The number formats that a transformer block computes in, and the operations fused for them."""
 
 import dataclasses
 
@@ -19,29 +19,26 @@ from longlive_jax.quant import linear as quantized
 from longlive_jax.recipes import Recipe
 
 Operand = jax.Array | Quantized  # of a linear layer: an array, or its FP8 rows
-Result = (
-    jax.Array | PendingMatmul
-)  # of a linear layer: an array, or a product that waits for its scales
+Result = jax.Array | PendingMatmul  # of a linear layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A recipe, and the dtype of what it leaves alone.
+    """A recipe, and the dtype that sharded parameters are gathered in.
 
-    Each operation is given a path of `recipes.LINEARS`: of the linear layer that it is, or
-    that takes its result. If that layer quantises its input by rows, the operation before it
-    writes FP8 rows.
+    Each operation takes a path of `recipes.LINEARS`: the linear layer that it runs, or that reads
+    its result. If that layer quantises its input by rows, the operation before it writes FP8 rows.
     """
 
     recipe: Recipe | None = None  # of the blocks' linear layers; None: nothing is quantised
-    dtype: jnp.dtype | None = None  # that sharded parameters are gathered in; None: their own
+    dtype: jnp.dtype | None = None  # None: the parameters' own
 
     def linear(self, block: params_lib.Tree, path: str, x: Operand, key, axes) -> jax.Array:
         """The linear layer at this path of a block's parameters. key, axes: of `quant.linear`."""
         return quantized.linear(_at(block, path), x, self._recipe(path), key, axes)
 
     def product(self, block: params_lib.Tree, path: str, x: Operand, key, axes) -> Result:
-        """`linear`, for what can take a product before its scales and bias, where that pays."""
+        """`linear`, or a PendingMatmul where that is faster: for callers that take either."""
         return quantized.product(_at(block, path), x, self._recipe(path), key, axes)
 
     def layer_norm(self, path: str, x: jax.Array, scale, shift) -> Operand:
@@ -53,25 +50,25 @@ class Precision:
     def add_layer_norm(
         self, path: str, x: jax.Array, y: Result, *, gate, scale, shift
     ) -> tuple[jax.Array, Operand]:
-        """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the linear layer there."""
+        """`ops.residual.add(x, y, gate)`, and its `layer_norm` for the layer at this path."""
         if self._takes_rows(path):
             return add_layer_norm_quantize_rows(x, y, gate, scale, shift)
         x = residual.add(x, y, gate)
         return x, layer_norm(x, scale, shift)
 
     def gelu(self, path: str, x: Result) -> Operand:
-        """`ops.gelu.gelu` of a linear layer's result, as the one at this path takes it."""
+        """`ops.gelu.gelu` of a linear layer's result, as the layer at this path takes it."""
         if self._takes_rows(path):
             return gelu_quantize_rows(x)
-        x = x.astype(x.dtype)  # a product that waits is due
+        x = x.astype(x.dtype)  # applies a PendingMatmul's scales and bias
         return gelu_of_product(x) if self.recipe is None else gelu(x)
 
     def materialize(self, x: jax.Array) -> jax.Array:
-        """Hidden states that a kernel reads: XLA would add them up again for each other reader."""
+        """Hidden states in memory, or XLA would compute a kernel's argument again for others."""
         return jax.lax.optimization_barrier(x) if self._takes_rows("self_attn.qkv") else x
 
     def _takes_rows(self, path):
-        """Whether what makes this layer's input quantises it, by rows."""
+        """Whether the operation before this layer quantises the layer's input by rows."""
         recipe = self._recipe(path)
         return recipe is not None and recipe.by_rows
 

@@ -1,7 +1,7 @@
 """SentencePiece's own file, spiece.model, as a tokenizer of the tokenizers library.
 
-The file is a protocol buffer. Of its pieces, its trainer and its normaliser we read the few fields
-that decide which ids a text has.
+The file is a protocol buffer. Of its pieces, its trainer and its normaliser we read only the
+fields that decide a text's ids.
 """
 
 import struct
@@ -18,11 +18,11 @@ _CONTROL, _USER_DEFINED = 3, 4  # of a piece's type
 def read(content: bytes) -> tokenizers.Tokenizer:
     """The tokenizer that a spiece.model describes.
 
-    As in the tokenizer.json files that belong to such models, a control symbol (</s>) that stands
-    in a text is that symbol.
+    As in the tokenizer.json files of such models, a control symbol (</s>) in a text is read as
+    that symbol.
 
     Raises:
-      ValueError: not a whole spiece.model, or not of a unigram model.
+      ValueError: an incomplete spiece.model, or one of another model than unigram.
     """
     vocabulary: list[tuple[str, float]] = []
     added: list[tokenizers.AddedToken] = []

@@ -1,4 +1,4 @@
-"""Where this device stands inside a manual `jax.shard_map`, and what it exchanges with others."""
+"""One device's share inside a manual `jax.shard_map`, and its exchanges with other devices."""
 
 import dataclasses
 import functools
@@ -15,13 +15,11 @@ from longlive_jax.quant import kv
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Who holds what: tokens, heads and parameters. The default is outside of any `shard_map`."""
+    """How tokens, heads and parameters are sharded. The default is for no `shard_map`."""
 
-    seq: str | None = (
-        None  # mesh axis over which chunks (training) or frames (sampling) are sharded
-    )
+    seq: str | None = None  # mesh axis that shards chunks (training) or frames (sampling)
     rules: tuple[tuple[str, str | tuple[str, ...]], ...] = ()  # how parameters are sharded
-    payload: Format | None = None  # what the sampler's all-to-alls send; None: x as it is
+    payload: Format | None = None  # of the sampler's all-to-alls; None: x unquantised
 
     @classmethod
     def sampling(cls, payload: Format | None = None) -> "Sharding":
@@ -51,7 +49,7 @@ class Sharding:
     ) -> params_lib.Tree:
         """Whole parameters on this device.
 
-        dtype: that parameters which lie on several devices are gathered in; None: their own.
+        dtype: of sharded parameters while they are gathered; None: their own.
         """
         return params_lib.gather(tree, specs, self.shards, dtype)
 
@@ -60,9 +58,9 @@ class Sharding:
         return _sum_over(tree, mesh_lib.AXES)
 
     def sum_gradients(self, gradient: params_lib.Tree, specs: params_lib.Tree) -> params_lib.Tree:
-        """Gradients of `gather`'s argument, summed over the devices that hold equal parameters.
+        """Gradients of `gather`'s argument, summed over devices with equal parameters.
 
-        Over the others `gather` has summed already.
+        The gradient of `gather` has already summed over the other devices.
         """
         shards = self.shards
 
@@ -75,12 +73,12 @@ class Sharding:
 
     @property
     def seq_axis(self) -> str | None:
-        """`seq`, if other devices lie along it."""
+        """`seq`, if it has more than one device; else None."""
         return _with_others(self.seq)
 
     @property
     def shards(self) -> dict[str, str | tuple[str, ...]]:
-        """Of `rules`, those that put a part of a parameter on another device."""
+        """The `rules` that shard parameters over more than one device."""
         return {name: axis for name, axis in self.rules if _with_others(axis) is not None}
 
 
@@ -90,5 +88,5 @@ def _sum_over(tree, axes):
 
 
 def _with_others(axis):
-    """A collective over a mesh axis of one device would not be free: XLA makes it a copy."""
+    """The axis; None if it has one device, for which XLA would make a collective a copy."""
     return None if axis is None or jax.lax.axis_size(axis) == 1 else axis

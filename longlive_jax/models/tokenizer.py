@@ -110,7 +110,7 @@ class Tokenizer:
 
 
 def as_json(path: str | os.PathLike) -> bytes:
-    """The content of a `tokenizer.json`; what it would be, of a `spiece.model`.
+    """The content of a `tokenizer.json`, or its equivalent of a `spiece.model`.
 
     Raises:
       InputError: it is neither of them.

@@ -24,7 +24,7 @@ BATCHES = (8, 1)  # batch sizes that programs are compiled for
 def spec(cfg: config_lib.UMT5) -> params_lib.Tree:
     """Parameter specs. Paths follow the original's; weights of linear layers are [in, out].
 
-    Initial values are those of T5 (Raffel et al., arXiv 1910.10683): since logits are not divided
+    Initial values are T5's (Raffel et al., arXiv 1910.10683): since logits are not divided
     by sqrt(head_dim), the initial q is smaller by that factor.
     """
     d, inner, ffn = cfg.dim, cfg.dim_attn, cfg.dim_ffn
@@ -114,8 +114,8 @@ def encode(
     Args:
       params: of `spec(cfg)`, in any dtype; each layer is cast to `dtype` as it is used.
       ids: int32 [batch, token], 0 <= id < vocab_size.
-      mask: int32 or bool [batch, token]; tokens where it is 0 are seen by none. Rows of the result
-        there are finite and mean nothing.
+      mask: int32 or bool [batch, token]; no token attends to those where it is 0, and their
+        rows of the result are finite but meaningless.
       dtype: of the matrix products. The sum over layers, norms and softmax are float32.
 
     Returns:
@@ -169,7 +169,7 @@ def prompt_embeddings(
     text_len: int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
-    """What the video transformer reads: `encode`, zero past each prompt's length.
+    """Embeddings for the video transformer: `encode`, zero past each prompt's length.
 
     The transformer attends to all `text_len` rows without a mask, so the zeros are part of the
     model. Valid rows do not depend on how far the ids are padded.
@@ -199,7 +199,7 @@ def encode_prompts(
     text_len: int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> np.ndarray:
-    """`prompt_embeddings` of any number of prompts of any lengths, on the host's side.
+    """`prompt_embeddings` of any number of prompts of any lengths, as a numpy array.
 
     Equal prompts are encoded once. A prompt is padded to the next of `TOKEN_BUCKETS` and not to
     `text_len`, and goes in a batch of one of `BATCHES`, so that few programs are compiled and

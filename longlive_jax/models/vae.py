@@ -1,4 +1,4 @@
-"""The Wan2.2 VAE as a state machine: video <-> latents, a few latents at a time, for ever.
+"""The Wan2.2 VAE as a state machine: video <-> latents, a few latents a call, without end.
 
 `decode(params, cfg, state, latents, first=...) -> (state, frames)`, and `encode` the other way. The
 state has one shape from start to end and begins as zeros; the only other thing a call must know is
@@ -7,7 +7,7 @@ four. Calls of any length give the frames of the whole clip, so two compiled pro
 steady) stream a video without end.
 
 Arrays are [batch, frame, height, width, channel]. Frames are RGB in [-1, 1], latents are normalised
-to zero mean and unit variance. The dtype of what comes in is the dtype of compute; norms, softmax
+to zero mean and unit variance. The input's dtype is the compute dtype; norms, softmax
 and latent statistics are float32. Parameters are cast where they are used: keep them in the compute
 dtype to save the casts.
 
@@ -73,14 +73,14 @@ def decode(
 
     Args:
       params: tree with at least "conv2" and "decoder" of `spec`.
-      state: of the call before, or of `init_decode_state`, in the latents' dtype.
-      latents: normalised [batch, latent, h, w, z_dim]; their dtype is the dtype of compute.
-      first: these latents begin a video: exactly one latent. What `state` holds is ignored.
+      state: of the previous call, or of `init_decode_state`, in the latents' dtype.
+      latents: normalised [batch, latent, h, w, z_dim]; their dtype is the compute dtype.
+      first: the call has a video's first latent, and no other. The content of `state` is ignored.
       axis: mesh axis that shards the width, inside a fully manual `jax.shard_map`.
 
     Returns:
       The state, and frames [batch, 1 if first else 4 * latent, 16 h, 16 w, 3] in the latents'
-      dtype; decoding is not confined to [-1, 1], `to_uint8` clamps.
+      dtype; values may lie outside [-1, 1], `to_uint8` clamps.
 
     Raises:
       InputError: arrays that do not fit each other, `cfg` or `first`.
@@ -160,10 +160,10 @@ def encode(
 
     Args:
       params: tree with at least "encoder" and "conv1" of `spec`.
-      state: of the call before, or of `init_encode_state`, in the frames' dtype.
+      state: of the previous call, or of `init_encode_state`, in the frames' dtype.
       frames: in [-1, 1], [batch, frame, height, width, 3]: one frame if `first`, else a multiple of
-        four; height and width multiples of 16. Their dtype is the dtype of compute.
-      first: this frame begins a video. What `state` holds is ignored.
+        four; height and width multiples of 16. Their dtype is the compute dtype.
+      first: this frame begins a video. The content of `state` is ignored.
       axis: mesh axis that shards the width, inside a fully manual `jax.shard_map`.
 
     Returns:
@@ -247,9 +247,9 @@ def encode_video(
 
 
 def pieces(latents: int, per_call: int) -> Iterator[slice]:
-    """What one call takes of a video: its first latent alone, then groups of `per_call`.
+    """The latents of each call: the first alone, then groups of `per_call`.
 
-    A video's first latent must be alone; a chunk's is, so that its frames are there sooner.
+    A video's first latent must be alone; a chunk's is, so that its frames are ready sooner.
     """
     yield slice(0, 1)
     for start in range(1, latents, per_call):
@@ -257,7 +257,7 @@ def pieces(latents: int, per_call: int) -> Iterator[slice]:
 
 
 def _whole_clip(step, state, x, latents_per_call, frames_per_latent):
-    """The first frame of `x` on its own, a scan over equal groups, then what is left."""
+    """The first frame of `x` on its own, a scan over equal groups, then the remainder."""
     if latents_per_call < 1:
         raise InputError(f"latents_per_call={latents_per_call} must be at least 1")
     state, y = step(state, x[:, :1], first=True)

@@ -1,8 +1,8 @@
 """Blocks of the Wan2.2 VAE: parameter specs, caches of convolutions and pure apply functions.
 
 Arrays are [batch, frame, height, width, channel]. A convolution over time is causal: it sees the
-two frames before its input, which it is given as its *conv_cache* and hands on to the next call.
-Those of a block form a tree with the paths of its convolutions' parameters.
+two frames before its input, its *conv_cache*, which each call takes and returns. The caches of a
+block form a tree with the paths of its convolutions' parameters.
 
 `axis` names the mesh axis that shards the width, inside a fully manual `jax.shard_map`; None: the
 width is whole.
@@ -22,7 +22,7 @@ from longlive_jax.params import ParamSpec, Tree
 CACHED_FRAMES = 2  # frames a causal convolution of three taps sees before its input
 
 
-# Specs. Names are those of the original's state dict.
+# Specs, with the names of the original's state dict.
 
 
 def conv_spec(kernel: tuple[int, ...], in_dim: int, out_dim: int) -> Tree:
@@ -133,7 +133,7 @@ def _width_padding(x, axis, left, right):
         return x, (left, right)
     n = lax.axis_size(axis)
     parts = [x]
-    # A device nobody sends to receives zeros, which is the padding at the edge of the picture.
+    # A device without a sender receives zeros, which is the padding at the edge of the frame.
     if left:
         parts.insert(0, lax.ppermute(x[..., -left:, :], axis, [(i, i + 1) for i in range(n - 1)]))
     if right:
@@ -170,12 +170,12 @@ def residual(
 
 
 def attention(params: Tree, x: jax.Array, axis: str | None) -> jax.Array:
-    """x plus attention with one head, among the positions of a frame."""
+    """x plus attention with one head, among the latents of a frame."""
     batch, frames, height, width, dim = x.shape
     qkv = pointwise(params["to_qkv"], norm(params["norm"]["gamma"], x).astype(x.dtype))
     qkv = qkv.reshape(batch * frames, height * width, 1, 3 * dim)
     q, kv = qkv[..., :dim], qkv[..., dim:]
-    if axis is not None:  # every position of the frame, in any order
+    if axis is not None:  # every latent of the frame, in any order
         kv = lax.all_gather(kv, axis, axis=1, tiled=True)
     y = attention_lib.attention(q, kv[..., :dim], kv[..., dim:])
     return x + pointwise(params["proj"], y.reshape(x.shape))
@@ -208,7 +208,7 @@ def downsample(
     x = x + conv["bias"].astype(x.dtype).reshape(1, 1, 1, 1, -1)
     if "time_conv" not in params:
         return {}, x
-    if first:  # the frame passes as it is and is what the next call's window begins with
+    if first:  # the frame passes unchanged, and the next call's window begins with it
         return {"time_conv": x}, x
     new, x = causal_conv(params["time_conv"], conv_cache["time_conv"], x, axis, time_stride=2)
     return {"time_conv": new}, x
@@ -276,7 +276,7 @@ def average_down(x: jax.Array, time: int) -> jax.Array:
 
 
 def duplicate_up(x: jax.Array, out_dim: int, time: int, *, first: bool) -> jax.Array:
-    """The shortcut past an upsample: every value is repeated over its `time` x 2 x 2 positions.
+    """The shortcut past an upsample: every value is repeated `time` x 2 x 2 times.
 
     Where channels halve, the even ones fill the upper rows and the odd ones the lower. The first
     frame of a video stays one frame.

@@ -1,6 +1,6 @@
-"""What the Wan2.2 VAE is made of: its stages, their parameters and what they remember.
+"""The stages of the Wan2.2 VAE, their parameters and their states.
 
-`vae.py` runs it and is the module to import.
+`vae.py` runs them and is the module to import.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ SHARDED = ("batch", None, None, "width", None)  # logical axes of latents, frame
 
 @flax.struct.dataclass
 class DecodeState:
-    """What the decoder remembers: for each causal convolution, the frames before its next input.
+    """The decoder's state: for each causal convolution, the frames before its next input.
 
     `conv_cache` has the paths of the decoder's convolutions; its arrays are [batch, 2, height,
     width, channel]. `init_decode_state` makes it.
@@ -34,7 +34,7 @@ class DecodeState:
 
 @flax.struct.dataclass
 class EncodeState:
-    """What the encoder remembers; as `DecodeState`, but strided convolutions keep one frame."""
+    """The encoder's state; as `DecodeState`, but strided convolutions keep one frame."""
 
     conv_cache: Tree
 
@@ -163,7 +163,7 @@ def init_encode_state(
         caches = blocks.conv_cache_shapes({j: stage_tree[j] for j in ("0", "1")}, h, w)
         if stage.resized:
             h, w = h // 2, w // 2
-            # Of its window of three, a convolution of stride 2 meets only the first frame again.
+            # Consecutive windows of a convolution of stride 2 and three taps share one frame.
             caches |= blocks.conv_cache_shapes({"2": stage_tree["2"]}, h, w, frames=1)
         shapes["downsamples"][str(i)] = {"downsamples": caches}
     shapes["middle"] = blocks.conv_cache_shapes(tree["middle"], h, w)

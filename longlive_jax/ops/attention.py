@@ -21,7 +21,7 @@ def attention(
     Args:
       q: [batch, token, head, head_dim].
       k, v: [batch, key, head, head_dim].
-      kv_len: int32 [batch], how many of the first keys are real; None: all. cuDNN skips the rest.
+      kv_len: int32 [batch], number of valid keys, from the first; None: all. cuDNN skips the rest.
 
     Returns:
       [batch, token, head, head_dim] in q's dtype.

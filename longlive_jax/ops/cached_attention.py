@@ -1,11 +1,11 @@
 """A chunk's attention over itself and the KV cache: by kernel or by XLA and cuDNN, and the oracles.
 
 Keys and values come in slots of equal length: the chunk's own, `fresh`, which all its queries see,
-then the cache's slots, `past`, of which `visible` says those that they see. It is either
+then the cache's, `past`, of which its queries see those that `visible` selects:
 
-  int32 [row]        a count: so many slots, from the first. The kernels read them where they lie.
-  bool [row, slot]   a mask: any slots. Their order does not matter to attention, so those that are
-                     visible are copied to the front, one layer of them, and are a count from there.
+  int32 [row]        a number of slots, from the first. The kernels read them in place.
+  bool [row, slot]   a mask. Attention does not depend on the order of slots, so the visible ones of
+                     one layer are copied to the front and counted.
 """
 
 import jax
@@ -25,14 +25,14 @@ Packed = tuple[FP8Tensor, FP8Tensor]  # by `kernels.attention_fp8.pack`
 def attend(
     q: jax.Array, fresh: Arrays, past: Arrays, layer: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """softmax(q keys^T / sqrt(head_dim)) values over a chunk's and the visible past's.
+    """softmax(q keys^T / sqrt(head_dim)) values, over the chunk and its visible past.
 
     By the kernel where its `supports` says so, else by `dense`.
 
     Args:
       q: [row, query, head, head_dim].
       fresh: the chunk's keys and values, each [row, token, head, head_dim].
-      past: those of the cache, all layers: each [layer, row, slot, token, head, head_dim].
+      past: the cache's keys and values: each [layer, row, slot, token, head, head_dim].
       layer: int32 [], the layer to read.
       visible: the slots to read, a count or a mask.
 
@@ -40,7 +40,7 @@ def attend(
       [row, query, head, head_dim] in q's dtype.
 
     Raises:
-      InputError: shapes that do not belong together.
+      InputError: shapes that do not match.
     """
     _validate(q, fresh, past, visible)
     past, layer, filled = _as_prefix(past, layer, visible)
@@ -57,14 +57,14 @@ def attend_fp8(
     Args:
       fresh: keys E4M3 [row, token, head, head_dim], scale [row, 1, head, 1]; values E4M3 [row,
         head, head_dim, token], scale [row, head, 1, 1].
-      past: [layer, row, slot, ...] of the same.
+      past: the cache's, likewise, [layer, row, slot, ...].
       q, layer, visible: as of `attend`.
 
     Returns:
       [row, query, head, head_dim] in q's dtype.
 
     Raises:
-      InputError: shapes or dtypes that do not belong together.
+      InputError: shapes or dtypes that do not match.
     """
     _validate_fp8(q, fresh, past, visible)
     past, layer, filled = _as_prefix(past, layer, visible)
@@ -87,7 +87,7 @@ def dense(
 def dense_fp8(
     q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, filled: jax.Array
 ) -> jax.Array:
-    """`attend_fp8` by `ops.attention`, over what the codes stand for. filled: int32 [row]."""
+    """`attend_fp8` by `ops.attention`, over the dequantised numbers. filled: int32 [row]."""
     keys, values = (
         _join(*(unpack(z.dequantize(q.dtype)) for z in (x, y)))
         for unpack, x, y in zip(_UNPACK, fresh, _at(layer, past))
@@ -98,7 +98,7 @@ def dense_fp8(
 def reference(
     q: jax.Array, fresh: Arrays, past: Arrays, layer: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """What the kernel approaches: all in float32 but its result, in q's dtype, a head at a time.
+    """The oracle of the kernel: in float32, head by head; the result is in q's dtype.
 
     Arguments as of `attend`.
     """
@@ -110,7 +110,7 @@ def reference(
         q, k, v = (x.astype(jnp.float32) for x in head)
         logits = jnp.einsum("rqd,rkd->rqk", q, k, precision="highest") * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(valid[:, None], logits, -jnp.inf), axis=-1)
-        # What is not valid may be no number, which a weight of 0 would not stop.
+        # An invalid slot may have NaN, which a weight of 0 would not stop.
         v = jnp.where(valid[..., None], v, 0)
         return jnp.einsum("rqk,rkd->rqd", weights, v, precision="highest")
 
@@ -121,7 +121,7 @@ def reference(
 def reference_fp8(
     q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """What the FP8 kernel computes, in float32, rounded where it rounds.
+    """The oracle of the FP8 kernel: in float32, rounded where the kernel rounds.
 
     Arguments as of `attend_fp8`.
     """
@@ -182,7 +182,7 @@ _UNPACK = (fp8.unpack_keys, fp8.unpack_values)
 
 
 def _as_prefix(past, layer, visible):
-    """(past, layer, count) of which the visible slots are the first: as they are, of a count."""
+    """(past, layer, count) with the visible slots first; unchanged if `visible` is a count."""
     if visible.dtype != jnp.bool_:
         return past, layer, visible
     order = jnp.argsort(~visible, axis=1, stable=True)
@@ -197,7 +197,7 @@ def _as_prefix(past, layer, visible):
 
 
 def _mask(visible, slots):
-    """bool [row, 1 + slot]: which slots queries see, the chunk's own, always seen, the first."""
+    """bool [row, 1 + slot]: the slots that queries see; the first is the chunk's own."""
     if visible.dtype != jnp.bool_:
         visible = jnp.arange(slots)[None, :] < visible[:, None]
     return jnp.pad(visible, ((0, 0), (1, 0)), constant_values=True)
@@ -214,7 +214,7 @@ def _join(fresh, past):
 
 
 def _rounded(x, dtype):
-    # On a GPU XLA drops a conversion and its way back: the barrier stands between them.
+    # On a GPU XLA drops a conversion and its inverse: the barrier separates them.
     return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
@@ -247,7 +247,7 @@ def _validate_fp8(q, fresh, past, visible):
 
 
 def _match(kernel, q, past, visible, arrays):
-    """Refuses arrays (name, array, shape) of another shape than belongs to q and the cache."""
+    """Refuses arrays (name, array, shape) whose shape does not match q and the cache."""
     slots, tokens = past[0].shape[2:4]
     a_mask = visible.dtype == jnp.bool_
     arrays = (*arrays, ("visible", visible, (len(q), slots) if a_mask else (len(q),)))

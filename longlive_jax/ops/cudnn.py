@@ -1,9 +1,9 @@
-"""cuDNN's flash attention, forward and backward, with its softmax statistics in the open.
+"""cuDNN's flash attention, forward and backward, which gives and takes softmax statistics.
 
 Why a private JAX API: `jax.nn.dot_product_attention(implementation="cudnn")` casts the log-sum-exp
 to bfloat16 (an error of up to 3 % in a merge weight) and drops its cotangent, and it has no way to
 run the backward with a log-sum-exp that spans more keys than the call. The primitives below it do
-all three. This file is the only one that knows them; it fits jax 0.11.1 to 0.12.
+all three. Only this file uses them; it fits jax 0.11.1 to 0.12.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Ar
 def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`dense_attention.backward` by cuDNN; out and lse may be those of more keys than k holds."""
+    """`dense_attention.backward` by cuDNN; out and lse may be over more keys than k has."""
     dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, *_unused(q), lse, out, dout, **_parameters(q)
     )

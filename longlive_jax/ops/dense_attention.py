@@ -1,12 +1,11 @@
-"""One dense, unmasked attention as a pair of plain functions: the brick of `teacher_forcing`.
+"""One dense, unmasked attention as a pair of plain functions: what `teacher_forcing` is built of.
 
     s = q k^T / sqrt(head_dim),   lse = log sum_keys exp(s),   out = exp(s - lse) v
 
-`forward` gives out and lse. `backward` takes them back, and they may be those of a softmax over
-more keys than this call holds: p = exp(s - lse) and D = sum(dout * out) are all that a piece must
-know of the whole (FlashAttention-2, arXiv 2307.08691, section 3.1.2), so the gradients of the
-pieces just add up. Neither function is to be differentiated by JAX: whoever calls them owns the
-custom_vjp.
+`forward` gives out and lse. `backward` takes them back, and they may belong to a softmax over more
+keys than this call has: p = exp(s - lse) and D = sum(dout * out) are all that a piece needs of the
+whole (FlashAttention-2, arXiv 2307.08691, section 3.1.2), so the gradients of the pieces add up.
+JAX must not differentiate either function: the caller needs a custom_vjp.
 
 Backends: "cudnn" on NVIDIA GPUs in half precision, "xla" anywhere.
 """
@@ -94,7 +93,7 @@ def _xla_backward(q, k, v, out, lse, dout):
         weights = jnp.exp(_logits(q, k) - lse[..., None])
         delta = jnp.einsum(
             "bthd,bthd->bht", dout.astype(jnp.float32), out.astype(jnp.float32)
-        )  # D: the softmax's own pull, over all keys of the whole
+        )  # D: the gradient through the softmax's denominator, over all keys
         dweights = _einsum("bthd,bshd->bhts", dout, v)
         dlogits = (weights * (dweights - delta[..., None]) * scale).astype(q.dtype)
         dq = _einsum("bhts,bshd->bthd", dlogits, k).astype(q.dtype)
@@ -127,7 +126,7 @@ def _einsum(formula, x, y):
 
 
 def _query_pieces(q, k):
-    """How many pieces of the queries keep each logit matrix under `_LOGITS`, and to and fro.
+    """The number of query pieces that keeps logit matrices under `_LOGITS`, `split` and `join`.
 
     `split(x, axis)` gives [piece, ..., token of the piece, ...], the last piece padded with zeros;
     `join` undoes it.

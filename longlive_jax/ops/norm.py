@@ -25,7 +25,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float = 1e
 
 
 def _centred(x, eps):
-    """x less its mean over its standard deviation, and 1 / that: float32."""
+    """(x - mean) / standard deviation, and 1 / standard deviation: float32."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -81,9 +81,9 @@ rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 @functools.singledispatch
 def rms_norm_of(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """`rms_norm`. Of a product scales and bias are part of what is computed, rounded once.
+    """`rms_norm` of an array or a PendingMatmul, whose scales and bias it applies; rounded once.
 
-    On a Hopper GPU `kernels.norm_product` takes a product, where its `supports` says so.
+    On a Hopper GPU `kernels.norm_product` takes a PendingMatmul, where its `supports` says so.
     """
     return rms_norm(x, weight, eps)
 

@@ -1,10 +1,10 @@
-"""FP8 operands straight from what makes them: one pass over memory where the kernel runs.
+"""Operations that write FP8 operands: one pass over memory where a kernel runs.
 
-Each function is a composition of `formats.quantize_fp8(axis=-1)` behind an operation of this
-package, rounding to bfloat16 included, and returns its values and scales. On a Hopper GPU
-`kernels.quantize_fp8` (of a product `gelu_fp8` and `add_norm_fp8`) does it, where its `supports`
-says so: bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a manual
-`jax.shard_map`). Elsewhere XLA does, as composed. What `formats.quantize_fp8` refuses, all refuse.
+Each function is an operation of this package, rounding to bfloat16 included, followed by
+`formats.quantize_fp8(axis=-1)`, and returns values and scales. On a Hopper GPU
+`kernels.quantize_fp8` (for a PendingMatmul `gelu_fp8` and `add_norm_fp8`) runs, where its
+`supports` says so: bfloat16, rows of a multiple of 1,024, one device's arrays (on a mesh: in a
+manual `jax.shard_map`). Elsewhere XLA runs both. All refuse what `formats.quantize_fp8` refuses.
 """
 
 import functools
@@ -35,10 +35,10 @@ def quantize_rows(x: jax.Array) -> formats.FP8Tensor:
 def gelu_quantize_rows(x: jax.Array) -> formats.FP8Tensor:
     """`quantize_rows` of `gelu(x)`, which is computed in float32 and rounded to x's dtype once.
 
-    A product's scales and bias are part of that computation: nothing is rounded in between.
+    The scales and bias of a PendingMatmul are part of that computation: nothing is rounded between.
 
-    The kernel's exponential is the chip's fast one: a number may be bfloat16's next one, and its
-    code E4M3's, where it was near a tie.
+    The kernel uses the chip's fast exponential: near a tie a number may become the neighbouring
+    bfloat16, and its code the neighbouring E4M3 number.
     """
     if lib.supports(x):
         return _tensor(x, *lib.kernel(x, activation=lib.GELU))
@@ -62,7 +62,7 @@ def layer_norm_quantize_rows(
     """`quantize_rows(layer_norm(x, scale, shift, eps))`.
 
     `scale` and `shift` broadcast against x and have its rank, as in `ops.norm`. The kernel takes
-    one of each for a run of consecutive rows: their leading axes are x's, the rest 1, the last n.
+    one of each for a run of consecutive rows: with x's leading axes, then ones, then n.
     """
     if not lib.supports(x, scale, shift):
         return formats.quantize_fp8(layer_norm(x, scale, shift, eps), axis=-1)
@@ -79,8 +79,8 @@ def add_layer_norm_quantize_rows(
 ) -> tuple[jax.Array, formats.FP8Tensor]:
     """`residual.add(x, y, gate)`, and `layer_norm_quantize_rows` of it.
 
-    `gate`, `scale` and `shift` broadcast against x and have its rank. The kernel takes a product,
-    and one of each for a run of consecutive rows, as `layer_norm_quantize_rows` does.
+    `gate`, `scale` and `shift` broadcast against x and have its rank. The kernel takes a
+    PendingMatmul, and one of each for a run of rows, as `layer_norm_quantize_rows` does.
     """
     if isinstance(y, formats.PendingMatmul) and add_norm_fp8.supports(x, y, gate, scale, shift):
         total, *made = add_norm_fp8.kernel(x, y, gate, scale, shift, eps=eps)

@@ -7,8 +7,8 @@ from longlive_jax.formats import PendingMatmul
 
 
 def add(x: jax.Array, y: jax.Array | PendingMatmul, gate: jax.Array | None = None) -> jax.Array:
-    """x + y * gate by float32, rounded to x's dtype once. gate broadcasts; None: 1."""
+    """x + y * gate in float32, rounded to x's dtype once. gate broadcasts; None: 1."""
     if gate is None:
-        return x + y  # the same number, and XLA may leave it to the library that multiplies y
+        return x + y  # the same number, and XLA may let the library that computes y add x
     y = y.astype(jnp.float32) * gate.astype(jnp.float32)
     return (x.astype(jnp.float32) + y).astype(x.dtype)

@@ -1,9 +1,9 @@
 """Rotary position embedding over (time, row, column), exact at any position.
 
 Su et al. (arXiv 2104.09864) per axis; the split of a head's pairs over the axes and the base follow
-Wan2.2. An angle is position x frequency. In float32 that product loses everything past a few
-thousand frames, and a table has an end, so positions stay integers and the angle is reduced modulo
-one turn in fixed point, before anything is rounded.
+Wan2.2. An angle is position x frequency. In float32 that product is wrong past a few thousand
+frames, and a table is finite, so positions stay integers and the angle is reduced modulo 2 pi in
+fixed point, before anything is rounded.
 """
 
 import jax
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 BASE = 10000.0
-_TURN = 2.0**32  # one turn in fixed point
+_CYCLE = 2.0**32  # 2 pi in fixed point
 
 
 def exact_angle(
     position: jax.Array, frequency: np.ndarray, fraction: jax.Array | None = None
 ) -> jax.Array:
-    """(position + fraction) x frequency, modulo one turn.
+    """(position + fraction) x frequency, modulo 2 pi.
 
     Args:
       position: int32 [...], magnitude below 2**24.
@@ -27,17 +27,17 @@ def exact_angle(
     Returns:
       float32 [..., n] in about [-pi, pi + 1], within 1e-6 of the exact angle.
     """
-    turns = np.asarray(frequency, np.float64) / (2 * np.pi) * _TURN
-    whole = np.floor(turns)
+    units = np.asarray(frequency, np.float64) / (2 * np.pi) * _CYCLE
+    whole = np.floor(units)
     high = jnp.asarray(whole.astype(np.uint32))
-    low = jnp.asarray((turns - whole).astype(np.float32))
+    low = jnp.asarray((units - whole).astype(np.float32))
     position = position[..., None]
-    # uint32 arithmetic wraps: exactly the reduction modulo a turn. What `high` leaves out of a turn
-    # is under one unit a position, small enough for float32.
+    # uint32 arithmetic wraps: exactly the reduction modulo 2 pi. What `high` drops is less than one
+    # unit a position, small enough for float32.
     wrapped = jax.lax.bitcast_convert_type(position, jnp.uint32) * _like(high, position)
     rest = jnp.round(position.astype(jnp.float32) * _like(low, position)).astype(jnp.int32)
     signed = jax.lax.bitcast_convert_type(wrapped, jnp.int32) + rest
-    angle = signed.astype(jnp.float32) * jnp.float32(2 * np.pi / _TURN)
+    angle = signed.astype(jnp.float32) * jnp.float32(2 * np.pi / _CYCLE)
     if fraction is not None:
         angle = angle + fraction[..., None] * _like(jnp.asarray(frequency, jnp.float32), position)
     return angle
@@ -54,25 +54,25 @@ def axis_frequencies(head_dim: int) -> tuple[np.ndarray, ...]:
     return tuple(BASE ** (-np.arange(n) / n) for n in (pairs - 2 * space, space, space))
 
 
-def angles(frames: jax.Array, height: int, width: int, head_dim: int) -> jax.Array:
+def angles(positions: jax.Array, height: int, width: int, head_dim: int) -> jax.Array:
     """Angles of a block of tokens.
 
     Args:
-      frames: int32 [..., frame], temporal position of each latent frame.
+      positions: int32 [..., frame], temporal indices of latent frames.
       height, width: of the token grid.
 
     Returns:
       float32 [..., frame, height * width, head_dim / 2], pairs ordered time, row, column.
     """
     time, row, column = axis_frequencies(head_dim)
-    shape = (*frames.shape, height, width)
+    shape = (*positions.shape, height, width)
     parts = (
-        exact_angle(frames, time)[..., None, None, :],
+        exact_angle(positions, time)[..., None, None, :],
         exact_angle(jnp.arange(height, dtype=jnp.int32), row)[:, None, :],
         exact_angle(jnp.arange(width, dtype=jnp.int32), column)[None, :, :],
     )
     parts = [jnp.broadcast_to(_lead(p, len(shape) + 1), (*shape, p.shape[-1])) for p in parts]
-    return jnp.concatenate(parts, axis=-1).reshape(*frames.shape, height * width, head_dim // 2)
+    return jnp.concatenate(parts, axis=-1).reshape(*positions.shape, height * width, head_dim // 2)
 
 
 def _lead(x: jax.Array, ndim: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 On a Hopper GPU `kernels.norm_rotate` makes them in one pass over memory, where its `supports` says
 so: bfloat16, heads of 128, one device's arrays (on a mesh: in a manual `jax.shard_map`). Elsewhere
-XLA does, as `composed`.
+XLA runs `composed`.
 """
 
 import functools
@@ -26,10 +26,10 @@ def norm_rotate(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and keys by `rms_norm` over all heads, then `rope.rotate`; values as they are.
 
-    Under differentiation XLA does it too: the kernel has no gradient. Angles have none at all.
+    With a gradient XLA runs too, since the kernel has none. Angles get no gradient.
 
     Args:
-      qkv: [..., token, 3 * dim]. A product is rounded to its dtype once.
+      qkv: [..., token, 3 * dim]. A PendingMatmul is rounded to its dtype once.
       weight_q, weight_k: [dim], of the norms.
       angle: float32 [..., token, head_dim / 2], same leading axes or 1.
       eps: of the norms.

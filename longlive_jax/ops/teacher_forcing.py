@@ -1,6 +1,6 @@
 """Chunk-causal attention without a mask: a few dense attentions, merged by log-sum-exp.
 
-In teacher forcing a video is N chunks, each there twice, clean and noisy. Clean chunk i sees clean
+In teacher forcing a video is N chunks, each in a clean and a noisy copy. Clean chunk i sees clean
 chunks <= i; noisy chunk i sees clean chunks < i and itself; inside a chunk every token sees every
 other. Both copies of chunk i see the same clean past, so that past is one strictly lower triangle
 of chunks with both copies as its queries, and the rest is a diagonal:
@@ -16,8 +16,8 @@ backward runs with the lse and out of the whole, and the pieces add. Residuals a
 lse. The last two bear the names `OUT` and `LSE`, so that a remat policy (`jax.checkpoint_policies.
 save_only_these_names`) can keep them and never run the forward twice.
 
-Call these inside a fully manual `jax.shard_map` where there is a mesh: every head and every batch
-entry stands alone, every token of them must be there.
+On a mesh, call these inside a fully manual `jax.shard_map`. Heads and batch entries are
+independent, but a device must have all tokens of its own.
 """
 
 import functools
@@ -193,14 +193,14 @@ def _keys(x, part):
 
 
 def _place_queries(x, part, shape, fill):
-    """What `_queries` took, back in its place in an array of `shape`, the rest being `fill`."""
+    """The result of `_queries`, back in its place in an array of `shape` filled with `fill`."""
     x = x.reshape(shape[0], part.count, part.queries, *shape[2:])
     x = _pad(x, 2, part.keys, 0, fill)
     return _place_blocks(x, part, shape, fill)
 
 
 def _place_keys(x, part, shape):
-    """What `_keys` took, back in its place in an array of zeros of `shape`."""
+    """The result of `_keys`, back in its place in an array of zeros of `shape`."""
     x = x.reshape(shape[0], part.count, part.keys, 1, *shape[3:])
     x = _pad(_pad(x, 3, 0, shape[2] - 1, 0), 2, 0, part.queries, 0)
     return _place_blocks(x, part, shape, 0)

@@ -1,10 +1,10 @@
 """All-to-all between tokens and heads (Jacobs et al., arXiv 2309.14509).
 
-Outside attention each device holds some frames or chunks of every head; inside it holds every token
-of some heads. These run inside a fully manual `jax.shard_map`.
+Outside attention each device has some frames or chunks of every head; inside, every token of some
+heads. These functions run inside a fully manual `jax.shard_map`.
 
-What goes to, or came from, one device lies together: the first axis of what is sent counts devices.
-Left to find a layout by itself, XLA:GPU sends head by head, and reorders all that arrives.
+The data of one device is contiguous: the first axis of a message counts devices. With a layout of
+its own choice XLA:GPU would send head by head, and reorder all that arrives.
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""The linear layer that recipes are for, trees of quantised weights, the cache's formats.
+"""The quantised linear layer, trees of quantised weights, formats of the KV cache.
 
-A format (`formats`) can do by itself, in plain JAX, whatever is asked of it here. Where a kernel or
-a library can do it, too, `functools.singledispatch` finds it by the type of the format or of the
-tensor: `fp8` and `nvfp4` register what those have. No other code asks which format it holds.
+A format (`formats`) has every operation that is used here, in plain JAX. Where a kernel or a
+library has it, too, `functools.singledispatch` finds that by the type of the format or of the
+tensor: `fp8` and `nvfp4` register them. No other code asks for a tensor's format.
 """
 
 from longlive_jax.quant import fp8, nvfp4  # noqa: F401  (they register)

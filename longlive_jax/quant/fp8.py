@@ -1,4 +1,4 @@
-"""What kernels and libraries do with FP8. Registered here for the functions of `quant`."""
+"""FP8 by kernels and libraries, registered for the functions of `quant`."""
 
 import jax.numpy as jnp
 
@@ -18,7 +18,7 @@ def _(fmt: FP8, x, lead, axes=(), keys=None):
 
 @matmul.scaled.register
 def _(x: FP8Tensor, weight, dtype):
-    """XLA's GemmRewriter gives a GPU's library a factor of its sums that is one number.
+    """XLA's GemmRewriter passes a factor that is one number to the GPU's library.
 
     So sums are scaled, and rounded once, before they are written. The factor in dtype is exact: see
     `formats.FP8.quantize`.
@@ -32,7 +32,7 @@ def _(x: FP8Tensor, weight, dtype):
 
 
 # ---------------------------------------------------------------------------------------------
-# The cache's: E4M3, one scale a video, chunk and head. A float has the same relative precision at
+# The KV cache: E4M3, one scale a video, chunk and head. A float has the same relative precision at
 # any size, so that finer scales would gain nothing. 0.50 of bfloat16's bytes.
 
 

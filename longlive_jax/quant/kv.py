@@ -1,8 +1,8 @@
-"""How the KV cache stores keys and values, as they are or quantised, and what devices exchange.
+"""How the KV cache stores keys and values, as they are or quantised, and how devices exchange them.
 
 A chunk's are quantised once, when the clean pass writes them, and stored as attention takes them:
 keys rotated, neither smoothed nor transformed. (The original subtracts from the keys of the chunk
-being denoised, and from no others, their mean over head_dim, which changes what is attended to.)
+being denoised, and from no others, their mean over head_dim, which changes the attention.)
 
 A format is a value of `recipes.KV_FORMATS` or `PAYLOADS`; None: nothing is quantised.
 """
@@ -36,8 +36,8 @@ def store(fmt: Format | None, x: Stored, axis: str | None = None) -> Stored:
 
     Args:
       fmt: None: x itself, whatever its dtype.
-      axis: mesh axis, inside a manual `jax.shard_map`, over which heads or tokens are spread, so
-        that codes do not depend on the mesh; None: none is.
+      axis: mesh axis, inside a manual `jax.shard_map`, that shards heads or tokens, so that codes
+        do not depend on the mesh; None: none does.
     """
     if fmt is not None and isinstance(x, fmt.tensor):  # as it came from another device
         return x
@@ -82,14 +82,14 @@ def attend(
     Args:
       own: keys and values of the chunk, of q's shape.
       past: keys and values as `store_pair` makes them, [layer, row, slot, ...].
-      layer: int or int32 [], the one whose past it is.
+      layer: int or int32 [], the layer to read.
       visible: the slots to read, as `ops.cached_attention` takes it: a count or a mask.
     """
     k, v = (load(x, x.dtype) for x in own)
     if fmt is None:
         past_k, past_v = (load(table, table.dtype) for table in past)
     else:
-        # Not before q is there: the compiler would expand all layers at once, and hold them.
+        # Not before q is ready: the compiler would expand all layers at once, and keep them.
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
         past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)
         layer = 0
@@ -98,5 +98,5 @@ def attend(
 
 @functools.singledispatch
 def exchange(stored: Stored, send: Callable[[jax.Array], jax.Array]) -> Stored:
-    """`send`, an all-to-all that leaves head_dim alone, of what `store` made of tokens or heads."""
+    """The result of `store` after `send`, an all-to-all that leaves head_dim alone."""
     return jax.tree.map(lambda x: send(x) if x.ndim == stored.ndim else x, stored)

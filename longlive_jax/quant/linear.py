@@ -1,10 +1,10 @@
 """The quantised linear layer: three products, each of two quantised tensors.
 
-All quantised operands lie as a tensor core wants them, with the axis that is contracted last:
+All quantised operands have the layout of tensor cores, with the contracted axis last:
 activations [sample, ..., in], weights [part, out, in]. `part` counts the original's matrices that
 a fused weight is made of. Each sample and each part is a tensor of its own, with its own largest
-magnitude, so that a sample's result does not depend on what else is in the batch; over the devices
-that hold the rest of a sample the magnitude is a maximum.
+magnitude, so that a sample's result does not depend on the rest of the batch; devices that share a
+sample use the largest of their magnitudes.
 
 Where nothing is quantised `ops.linear` runs, and nothing here does.
 """
@@ -26,7 +26,7 @@ from longlive_jax.quant import operands
 from longlive_jax.quant.matmul import is_native, matmul, scaled, scales_of_rows, unscaled
 from longlive_jax.recipes import Recipe
 
-SAVED = "quantized"  # name, for `jax.checkpoint`, of what wgrad needs of the activation
+SAVED = "quantized"  # name, for `jax.checkpoint`, of the activation saved for wgrad
 
 
 def linear(
@@ -38,9 +38,9 @@ def linear(
 ) -> jax.Array:
     """x [sample, ..., in] @ weight [in, out] + bias [out], in the formats of the recipe.
 
-    The bias is added after the product's rounding to x's dtype, as in the original; to FP8's with a
-    gradient the library of a GPU adds it before. Gradients of x, weight and bias have their dtypes.
-    A weight that is quantised already has none.
+    The bias is added after the product's rounding to x's dtype, as in the original; for FP8
+    with a gradient a GPU's library adds it before. Gradients have the dtypes of x, weight and bias.
+    A weight that is already quantised has none.
 
     Args:
       params: weight: [in, out], or `quantize_weight` of one; bias: [out].
@@ -49,7 +49,7 @@ def linear(
       key: for recipes that round gradients stochastically: one key, or an array of keys for
         leading axes of x. With a key for each sample and chunk, gradients do not depend on how
         these are spread over devices. The layer's number is folded in here.
-      axes: mesh axes, inside a manual `jax.shard_map`, over which a sample is spread.
+      axes: mesh axes, inside a manual `jax.shard_map`, that shard a sample.
 
     Raises:
       InputError: sides that are no multiple of 16 (NVFP4); a weight quantised in another format; a
@@ -80,10 +80,10 @@ def product(
     key: jax.Array | None = None,
     axes: Sequence[str] = (),
 ) -> jax.Array | PendingMatmul:
-    """`linear`, for what can take a `PendingMatmul`: for inference, where a kernel may finish it.
+    """`linear` for callers that take a `PendingMatmul`: in inference a kernel may finish it.
 
     That is on a Hopper GPU. Anywhere else, and with a gradient, it is `linear`, which rounds the
-    product before it adds the bias; what finishes one rounds once.
+    product before it adds the bias; a kernel that finishes a PendingMatmul rounds once.
 
     Args and raises: as `linear`.
     """
@@ -120,7 +120,7 @@ def quantize_weight(weight: jax.Array, recipe: Recipe) -> Quantized:
 
 
 def _library_scales(recipe):
-    """Whether a GPU's library ends a product with its scales and bias: one scale an operand."""
+    """Whether a GPU's library applies scales and bias itself: with one scale an operand."""
     one = recipe.weight.per_tensor and recipe.parts == 1
     return one and recipe.gradients is not None and is_native(recipe.weight)
 
@@ -143,7 +143,7 @@ def _add_bias_fwd(once, y, bias):
 
 def _add_bias_bwd(once, _, dy):
     del once
-    # Of what the product's gradient quantises, so that XLA does not keep dy in float32 for this.
+    # Of the array that the product's gradient quantises, or XLA would keep dy in float32 for this.
     return dy, jnp.sum(exact.round_input(dy), axis=range(dy.ndim - 1)).astype(dy.dtype)
 
 
@@ -161,7 +161,7 @@ def _product(recipe, axes, weight, x, keys):
 
 
 def _forward(recipe, x, weight):
-    # For inference, sums of 4-bit codes may be rounded as those of 8-bit ones are.
+    # For inference, sums of 4-bit codes may be rounded, as sums of 8-bit ones are.
     sums = x.dtype if recipe.gradients is None else None
     return matmul(x, _quantized(weight, recipe), x.dtype, sums)
 
@@ -250,7 +250,7 @@ def _quantized(weight, recipe):
 
 
 def _keys_of(key, shape):
-    """One key for each [sample, group]: groups are what the key's further axes count."""
+    """One key for each [sample, group]; the key's further axes count groups."""
     if key.ndim == 0:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))[:, None]
     if key.shape != shape[: key.ndim]:

@@ -1,4 +1,4 @@
-"""Products of quantised operands: by which means a machine multiplies, and where scales come in."""
+"""Products of quantised operands: how a machine multiplies them, and where scales are applied."""
 
 import functools
 
@@ -15,8 +15,8 @@ def matmul(
 ) -> jax.Array:
     """x [..., in] times weight [part, out, in] -> [..., part * out], scaled in float32.
 
-    sums: dtype that the operands' products, added up in float32, leave the product in. None:
-      float32, or `dtype` where the format may round them (`Quantized.rounds_sums`).
+    sums: dtype of the product before its scales, which is accumulated in float32. None: float32,
+      or `dtype` where the format may round it (`Quantized.rounds_sums`).
     """
     lead = x.shape[:-1]
     if sums is None:
@@ -33,7 +33,7 @@ def matmul(
 
 @functools.singledispatch
 def scaled(x: Quantized, weight: Quantized, dtype: DTypeLike) -> jax.Array:
-    """`matmul` for what is rounded to dtype next: in float32, or by a library in dtype."""
+    """`matmul` for results that are rounded to dtype next: in float32, or by a library in dtype."""
     del dtype
     return matmul(x, weight, jnp.float32)
 
@@ -59,7 +59,7 @@ def scales_of_rows(q: Quantized) -> jax.Array:
 
 
 def backend(recipe: Recipe | None) -> str:
-    """How this machine multiplies by the recipe, for people."""
+    """How this machine multiplies by the recipe, as text for reports."""
     if recipe is None:
         return "not quantised"
     weight = recipe.weight
@@ -68,11 +68,11 @@ def backend(recipe: Recipe | None) -> str:
 
 
 def is_native(fmt: Format | type[Format]) -> bool:
-    """Whether the default device multiplies the format as it is."""
+    """Whether the default device multiplies the format natively."""
     return _capability() >= fmt.native
 
 
 def _capability() -> float:
-    """Of an NVIDIA GPU; 0 for any other device."""
+    """Compute capability of an NVIDIA GPU; 0 for any other device."""
     device = jax.local_devices()[0]
     return float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0

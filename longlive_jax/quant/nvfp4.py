@@ -1,4 +1,4 @@
-"""What kernels and libraries do with NVFP4. Registered here for the functions of `quant`."""
+"""NVFP4 by kernels and libraries, registered for the functions of `quant`."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def _(fmt: NVFP4, x, lead, axes=(), keys=None):
 
 @operands.columns.register
 def _(fmt: NVFP4, y, lead, axes, keys=None):
-    # The kernel reads y as it lies; XLA transposes first.
+    # The kernel reads y in place; XLA transposes first.
     if not columns_lib.supports(y, fmt.rule, fmt.block):
         return operands.columns_by_xla(fmt, y, lead, axes, keys)
     # In memory groups that its tiles divide lie one after the other.
@@ -51,7 +51,7 @@ def _(x: NVFP4Tensor, weight, dtype):
 
 
 # ---------------------------------------------------------------------------------------------
-# The cache's: blocks along head_dim, and one largest magnitude a video and chunk, over tokens and
+# The KV cache: blocks along head_dim, and one largest magnitude a video and chunk, over tokens and
 # heads, as in the original. 0.28 of bfloat16's bytes.
 
 

@@ -1,7 +1,7 @@
-"""Operands of quantised products, as tensors of their own, along the axis that is contracted.
+"""Operands of quantised products, each quantised along the contracted axis.
 
-A sample's activations and each of the original's matrices have their own largest magnitude; over
-the devices that hold the rest of a sample it is a maximum.
+A sample's activations and each of the original's matrices have their own largest magnitude; devices
+that share a sample use the largest of theirs.
 """
 
 import functools
@@ -25,7 +25,7 @@ def quantize(
     """x [.., n], in blocks or rows along the last axis; its `lead` first axes count tensors.
 
     Args:
-      axes: mesh axes, inside a manual `jax.shard_map`, over which a tensor is spread.
+      axes: mesh axes, inside a manual `jax.shard_map`, that shard a tensor.
       keys: [.., group], for tensors and for groups within them; taken if the format is stochastic.
     """
     return fmt.quantize(x, lead, agreed(axes), keys)
@@ -52,14 +52,14 @@ columns = functools.singledispatch(columns_by_xla)
 
 
 def agreed(axes: Sequence[str]) -> Callable[[jax.Array], jax.Array]:
-    """`agree` of `Format.quantize`, for tensors that are spread over these mesh axes."""
+    """`agree` of `Format.quantize`, for tensors sharded over these mesh axes."""
     return lambda amax: checkpoint_name(jax.lax.pmax(amax, tuple(axes)) if axes else amax, AMAX)
 
 
 def in_memory(x):
-    """A GPU's library takes 8-bit operands that lie in memory.
+    """x in memory, where a GPU's library needs 8-bit operands.
 
-    Left alone, the compiler draws the quantisation into the product, and then searches for a kernel
-    for long.
+    Left alone, the compiler fuses the quantisation into the product, and then takes long to find a
+    kernel.
     """
     return jax.lax.optimization_barrier(x)

@@ -1,8 +1,8 @@
-"""Parameter trees with quantised weights: how they are made, and what they look like.
+"""Parameter trees with quantised weights, and their specs.
 
-In such a tree the place of a weight [layer, in, out] is taken by an NVFP4Tensor or FP8Tensor
-[layer, part, out, in], see `quant.linear`, and in the tree of its specs by one of specs. So
-whatever maps over specs (shardings, `params.gather`) maps over these too.
+In such a tree a weight [layer, in, out] is replaced by an NVFP4Tensor or FP8Tensor
+[layer, part, out, in], see `quant.linear`, and in the tree of specs by such a tensor of specs. So
+functions that map over specs (shardings, `params.gather`) map over these too.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def quantize_specs(
 
         def leaf(x):
             axes = (None, outputs, inputs)[: x.ndim]
-            # What a whole row has one of, each device has.
+            # Each device has the values that a whole row shares.
             axes = tuple(None if n == 1 else name for n, name in zip(x.shape, axes))
             return ParamSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
 
@@ -64,8 +64,8 @@ def quantize_params(
 ) -> params_lib.Tree:
     """The tree with the weights of the blocks' linear layers quantised.
 
-    The numbers are those of weights quantised when they are used, on any mesh. Made one array at a
-    time, layer by layer: beside argument and result, a device holds one layer's whole weight.
+    The numbers are those of weights quantised on use, on any mesh. Arrays are made one by one,
+    layer by layer: besides argument and result, a device has one layer's whole weight.
 
     Args:
       specs: of `params`.
@@ -98,7 +98,7 @@ def _program(recipe, dtype, place):
 
 
 def is_quantized(tree: params_lib.Tree) -> bool:
-    """Whether `quantize_params` made it."""
+    """Whether the tree has quantised weights."""
     return any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf))
 
 

@@ -71,14 +71,14 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
 
 
 class Evaluator:
-    """`evaluator(step, average)` writes WORKDIR/evaluation/step-000050/NAME.mp4 and NAME.png.
+    """`evaluator(step, ema)` writes WORKDIR/evaluation/step-000050/NAME.mp4 and NAME.png.
 
     Every process calls it; the first one writes.
 
     Args:
       vae: parameters, whole on every device of the mesh: the decoder's and, where videos begin
         with images, the encoder's.
-      embed: the averages of all that is trained -> embeddings of the prompts.
+      embed: the EMA of all trained networks -> embeddings of the prompts.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Evaluator:
         )
         self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
-    def __call__(self, step: int, average: params_lib.Tree) -> pathlib.Path:
+    def __call__(self, step: int, ema: params_lib.Tree) -> pathlib.Path:
         """Returns the folder with the videos."""
         folder = self._root / f"step-{step:06d}"
-        texts = self._embed(average)
+        texts = self._embed(ema)
         decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
-        params = stream.sampler(self._cfg, self._mesh).prepare(self._cast(average["dit"]))
+        params = stream.sampler(self._cfg, self._mesh).prepare(self._cast(ema["dit"]))
         engine = Engine(self._cfg, self._mesh, params, decoder)
         chunks = render.render(engine, texts, self._batch)
         first = jax.process_index() == 0

@@ -44,7 +44,7 @@ def config(**fields):
 
 
 def clip(i):
-    """Latents, prompts and real chunks of sample i."""
+    """Latents, prompts and valid chunks of sample i."""
     latents = np.random.default_rng(i).standard_normal((STORED, 2, 4, 4)).astype(jnp.bfloat16)
     return latents, [PROMPTS[i % 3], PROMPTS[i % 3], PROMPTS[(i + 1) % 3]], 3 - (i == 4)
 
@@ -172,10 +172,10 @@ def test_samples(folder):
         assert sample.latents.dtype == sample.text.dtype == jnp.bfloat16
         np.testing.assert_array_equal(sample.latents, latents[:4])
         assert sample.text.shape == (2, 6, 8)
-        for context, prompt in zip(sample.text, prompts):
+        for text, prompt in zip(sample.text, prompts):
             which = PROMPTS.index(prompt)
-            np.testing.assert_array_equal(context[: TOKENS[which]], embedding(which))
-            assert not context[TOKENS[which] :].any()
+            np.testing.assert_array_equal(text[: TOKENS[which]], embedding(which))
+            assert not text[TOKENS[which] :].any()
     with pytest.raises(IndexError):
         source.sample(5, key=0)
 
@@ -224,7 +224,7 @@ def test_it_is_read_by_grain(folder):
         ("model_text_len", 7, r"model.text_len=6, the config says 7"),
         ("model_text_dim", 16, r"model.text_dim=8, the config says 16"),
         ("train_latent_frames", 8, r"6 latent frames a sample.*train.latent_frames=8 is more"),
-        ("train_latent_frames", 6, r"padded samples of 2 real .*least is 3.*allow_padding=True"),
+        ("train_latent_frames", 6, r"padded samples of 2 valid .*least is 3.*allow_padding=True"),
     ],
 )
 def test_a_config_that_does_not_fit(folder, field, value, message):

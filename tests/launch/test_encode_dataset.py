@@ -123,12 +123,10 @@ def test_contexts_are_the_prompts(encoded, checkpoint):
     rows = Pipeline(checkpoint, cfg, mesh).embed(prompts, guided=False)(prompts)
     for sample in samples(encoded[0]):
         assert sample.text.shape == (2, 32, 32)
-        for context, prompt in zip(sample.text, sample.prompts):
+        for text, prompt in zip(sample.text, sample.prompts):
             expected = rows[prompts.index(prompt)]
-            np.testing.assert_allclose(
-                context, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
-            )
-            np.testing.assert_array_equal(context == 0, expected == 0)
+            np.testing.assert_allclose(text, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+            np.testing.assert_array_equal(text == 0, expected == 0)
 
 
 def die(where):

@@ -65,6 +65,6 @@ def test_embed(golden_checkpoint, tmp_path):
         "embed", *GOLDEN, f"--checkpoint={golden_checkpoint}", f"--prompts={ids}",
         f"--output={tmp_path / 'e.npz'}",
     )  # fmt: skip
-    context = np.load(tmp_path / "e.npz")["ctx"]
-    np.testing.assert_allclose(context, file["prompt_embeds"], rtol=0, atol=1e-4)
-    assert not context[file["mask"] == 0].any()
+    text = np.load(tmp_path / "e.npz")["ctx"]
+    np.testing.assert_allclose(text, file["prompt_embeds"], rtol=0, atol=1e-4)
+    assert not text[file["mask"] == 0].any()

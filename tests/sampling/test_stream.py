@@ -201,7 +201,7 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
         latents = jnp.concatenate([clean, noisy])[None]
         t = jnp.concatenate([jnp.zeros((chunks, 8)), jnp.full((1, 8), timestep)])[None]
         f = np.concatenate([frames, frames[chunk : chunk + 1]])[None]
-        context = jnp.stack([i.text[0] for i in inputs] + [inputs[chunk].text[0]])[None]
+        text = jnp.stack([i.text[0] for i in inputs] + [inputs[chunk].text[0]])[None]
         mask = np.zeros((chunks + 1, chunks + 1), bool)
         for c in range(chunks):
             mask[c, [*seen[c], c]] = True
@@ -217,9 +217,7 @@ def test_cache_equals_a_dense_masked_forward(window, sink, multi_shot, offset):
         plain, *others = dit.BRANCHES
         masked = plain.attention._replace(block_causal=attend)
         branches = (dataclasses.replace(plain, attention=masked), *others)
-        return dit.block_causal(params, MODEL, latents, t, f, text=context, branches=branches)[
-            0, -1
-        ]
+        return dit.block_causal(params, MODEL, latents, t, f, text=text, branches=branches)[0, -1]
 
     oracle = jax.jit(oracle, static_argnums=2)
     state = sampler.init_state(1, *SIZE)

@@ -33,20 +33,20 @@ def test_teacher_forcing_is_the_cached_rollout(given):
     params, inputs = random_params(), make_inputs(cfg, CHUNKS)
     clean = jnp.stack([i.noise[0] for i in make_inputs(cfg, CHUNKS, seed=1)])
     noisy = jnp.stack([i.noise[0] for i in inputs])
-    levels = np.repeat(np.float32([999, 833.25, 500, 4.98])[:, None], 8, axis=1)
+    timesteps = np.repeat(np.float32([999, 833.25, 500, 4.98])[:, None], 8, axis=1)
     if given:  # the first frame is an image: clean, at timestep 0, in both copies
-        levels[0, 0] = 0
+        timesteps[0, 0] = 0
         noisy = noisy.at[0, 0].set(clean[0, 0])
     positions = np.arange(8 * CHUNKS, dtype=np.int32).reshape(CHUNKS, 8)
-    context = jnp.stack([i.text[0] for i in inputs])
+    text = jnp.stack([i.text[0] for i in inputs])
     together = jax.jit(dit.teacher_forcing, static_argnums=1)(
-        params, MODEL, clean[None], noisy[None], levels[None], positions[None], text=context[None]
+        params, MODEL, clean[None], noisy[None], timesteps[None], positions[None], text=text[None]
     )[0]
     state = sampler.init_state(1, *SIZE)
     for c in range(CHUNKS):
         text = text_keys_values(params, MODEL, inputs[c].text)
         alone = denoise(
-            params, MODEL, noisy[c][None], levels[None, c], positions[None, c],
+            params, MODEL, noisy[c][None], timesteps[None, c], positions[None, c],
             text=text, cache=off_mesh(state.past),
         )  # fmt: skip
         close(together[c], alone[0])

@@ -1,13 +1,13 @@
 """Our checkpoint of weights: a directory of small Orbax checkpoints, one a layer, and two indices.
 
-    CKPT/metadata.json     the networks there are, what they were made from and for
-    CKPT/dit/index.json    shape and dtype of each array, and which group has which rows of it
+    CKPT/metadata.json     the networks, their sources and their configs
+    CKPT/dit/index.json    shape and dtype of each array, and the group of each of its rows
     CKPT/dit/blocks_07/    a group: an Orbax checkpoint of one layer's rows of the stacked arrays
-    CKPT/dit/rest/         what has no layer
+    CKPT/dit/rest/         arrays outside the layers
     CKPT/tokenizer.json
 
-A network has its name from those who save it: "dit", "vae" and "umt5" are what the commands look
-for; a critic, a student or the adapters of a LoRA lie beside them under names of their own.
+The caller who saves a network names it: the commands look for "dit", "vae" and "umt5"; a critic, a
+student or the adapters of a LoRA lie beside them under names of their own.
 
 Neither writer nor reader ever has a whole stacked array on the host. A group may have any rows of
 any array: one that has all of them is a stacked checkpoint, and loads just the same.

@@ -15,15 +15,15 @@ from longlive_jax.models import tokenizer as tokenizer_lib
 _FORMAT, _VERSION, _FILE = "longlive_jax weights", 1, "metadata.json"
 _AGAIN = "convert again to a new directory"
 
-Parts = dict[str, dict[str, Any]]  # by name: what metadata.json says of each network
+Parts = dict[str, dict[str, Any]]  # by name: each network's entry in metadata.json
 
 
 @contextlib.contextmanager
 def writing(directory: str | os.PathLike) -> Iterator[tuple[pathlib.Path, Parts]]:
-    """Locks a checkpoint's folder, made if it is missing; yields its path and what it has.
+    """Locks a checkpoint's folder, made if it is missing; yields its path and its parts.
 
     Raises:
-      InputError: it is a file, or a folder of something else, or another process has the lock.
+      InputError: it is a file, or a folder of other files, or another process has the lock.
     """
     root = pathlib.Path(os.path.abspath(directory))
     folders.make(root, "--output", "checkpoint", _is_checkpoint)
@@ -36,7 +36,7 @@ def _is_checkpoint(files: list[pathlib.Path]) -> bool:
 
 
 def _is_ours(path: pathlib.Path) -> bool:
-    """Whether this is a network's folder or the tokenizer, be it in metadata.json or not."""
+    """Whether this is a network's folder or the tokenizer, named in metadata.json or not."""
     return (path / "index.json").is_file() or path.name == tokenizer_lib.FILE
 
 
@@ -49,7 +49,7 @@ def remove_unused(root: pathlib.Path, name: str, parts: Parts) -> None:
 
 
 def read(root: pathlib.Path) -> Parts:
-    """What metadata.json says of each network, and of the tokenizer.
+    """The entries of metadata.json for each network and for the tokenizer.
 
     Raises:
       InputError: there is no metadata.json, or it is damaged, or of another format.

@@ -1,4 +1,4 @@
-"""Reads our checkpoints, a group of arrays at a time, to where they are to be; see the package."""
+"""Reads our checkpoints onto devices, one group of arrays after another; see the package."""
 
 import functools
 import json
@@ -35,24 +35,24 @@ def load(
     config: Any = None,
     recipe: Recipe | None = None,
 ) -> params_lib.Tree:
-    """Reads a network's arrays, layer by layer, straight to where they are to be.
+    """Reads a network's arrays, layer by layer, straight onto their devices.
 
     Args:
       name: of the network, such as "dit", "vae" or "umt5".
-      spec: what to read. Top-level subtrees may be left out, to read a VAE's decoder alone.
+      spec: of the arrays to read. Top-level subtrees may be left out: a VAE's decoder alone.
       mesh: place arrays as `params.shardings(spec, mesh, rules)`; None: on the first device.
       dtype: of the result; None: as stored. Arrays of quantised weights have their own.
-      config: the section of the config that `spec` was made of; if given, what shapes cannot tell
-        (num_heads) is compared too.
+      config: the section of the config that `spec` was made of; if given, settings that no shape
+        shows (num_heads) are compared too.
       recipe: that the network's weights must be quantised by; None: they must not be.
 
     Returns:
-      `spec`'s tree of jax.Arrays, with a recipe that of `quant.weights.quantize_params`. While it
-      is read, devices hold one layer more than that, or the codes of one stacked weight twice.
+      `spec`'s tree of jax.Arrays; with a recipe, as `quant.weights.quantize_params` makes it. While
+      it is read, devices also hold one more layer, or a copy of the codes of one stacked weight.
 
     Raises:
-      InputError: the checkpoint, or the network, is not there, or is damaged, or has other sizes,
-        or another recipe.
+      InputError: the checkpoint or the network is missing or damaged, or has other sizes or another
+        recipe.
     """
     stored = Stored(directory, name)
     stored.check(spec, config, recipe)
@@ -99,11 +99,11 @@ def load_or_init(
     """`load`, for a network that has grown since it was stored: it gained a branch, say.
 
     Args:
-      key: of the initial values. Each is what `params.init({name: spec}, key)` gives it.
+      key: of the initial values, which equal those of `params.init({name: spec}, key)`.
 
     Returns:
-      `spec`'s tree, and the paths ("blocks/actions/qkv/weight") of what the checkpoint lacks, which
-      has its initial values.
+      `spec`'s tree, and the paths ("blocks/actions/qkv/weight") of the arrays that the checkpoint
+      lacks, which have their initial values.
 
     Raises:
       InputError: as `load`; a stored array has another shape than in `spec`, or is not in `spec`;
@@ -146,9 +146,9 @@ class Stored:
 
     Attributes:
       name: its name in the checkpoint.
-      network: of `parts.PARTS`; None: it is another kind.
-      info: what metadata.json says of it.
-      recipe: that its weights are quantised by; None: they are not.
+      network: its kind, of `parts.PARTS`; None: another one.
+      info: its entry in metadata.json.
+      recipe: by which its weights are quantised; None: they are not.
 
     Raises:
       InputError: no checkpoint there, or without this network, or damaged.
@@ -182,7 +182,7 @@ class Stored:
             ) from error
 
     def spec(self) -> params_lib.Tree:
-        """Of the arrays on disk, and which are stacked; other axes have no names."""
+        """Specs of the arrays on disk; only the layer axes of stacked ones have names."""
         return params_lib.unflatten(
             {
                 p: params_lib.ParamSpec(
@@ -230,7 +230,7 @@ class Stored:
             for p, shape in stored.items()
             if p[0] in spec and p not in wanted
         ]
-        # What no shape tells.
+        # Settings that no shape shows.
         section = self.network.section if self.network else ""
         made = self.info["config"].get(section, {})
         heads, had = getattr(config, "num_heads", None), made.get("num_heads")
@@ -267,7 +267,7 @@ class Stored:
     def read(
         self, group: str, abstract: Mapping[params_lib.Path, Any]
     ) -> dict[params_lib.Path, Any]:
-        """A group's arrays of these paths, as the ShapeDtypeStructs say."""
+        """A group's arrays of these paths, in the dtypes and shardings of `abstract`."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
@@ -286,7 +286,7 @@ class Stored:
             yield from ((path, start, n) for path, (start, n) in rows.items())
 
     def pieces(self) -> Iterator[Piece]:
-        """All of it on the host, group by group, in the order it was saved."""
+        """All arrays on the host, group by group, in the order in which they were saved."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         dtypes = self.dtypes()
         for group, rows in self.groups.items():

@@ -1,4 +1,4 @@
-"""Writes our checkpoints, a group of arrays at a time; see the package."""
+"""Writes our checkpoints, one group of arrays after another; see the package."""
 
 import collections
 import dataclasses
@@ -32,14 +32,14 @@ _NAME = re.compile(r"[A-Za-z]\w*")
 
 
 class Summary(NamedTuple):
-    """What was saved. `dtypes`: names, the most frequent first."""
+    """The result of `save`. `dtypes`: names, the most frequent first."""
 
     parameters: int
     bytes: int
     dtypes: tuple[str, ...]
 
     def describe(self, recipe: Recipe | None = None) -> str:
-        """For the user. recipe: that quantised the weights."""
+        """A line for the user. recipe: by which the weights are quantised."""
         dtypes = "/".join(self.dtypes) + (f" by recipe {recipe.name}" if recipe else "")
         return f"{self.parameters:,} parameters, {dtypes}, {self.bytes / 2**20:,.1f} MiB"
 
@@ -59,18 +59,18 @@ def save(
 
     Args:
       name: of the network: one of `parts.PARTS`, or any other of letters, digits and _.
-      pieces: all rows of all of `spec`'s arrays, in any order; taken one at a time. With a recipe
-        those of linear layers' weights are quantised, by `checkpoints.quantized.pieces`.
+      pieces: all rows of all of `spec`'s arrays, in any order; taken one by one. With a recipe the
+        linear layers' weights come quantised, from `checkpoints.quantized.pieces`.
       section: the dataclass of the config that `spec` was made of, kept for messages.
-      network: of `parts.PARTS`, for a name that is none of them: a critic may be a "dit".
+      network: the kind, of `parts.PARTS`, if the name is none of them: a critic may be a "dit".
       sources: names of the files the weights came from, kept for the reader.
-      recipe: that quantised the weights; None: they are not.
+      recipe: by which the weights are quantised; None: they are not.
 
-    Until the last piece is on disk, the directory holds what it held before.
+    Until the last piece is on disk, the directory keeps its old content.
 
     Raises:
-      InputError: the directory is something else, or another process is writing to it, or the name
-        cannot be one.
+      InputError: the directory holds other files, or another process is writing to it, or the name
+        is invalid.
     """
 
     def write(folder: pathlib.Path) -> dict:
@@ -92,12 +92,12 @@ def save(
 def save_tree(
     directory: str | os.PathLike, name: str, tree: params_lib.Tree, spec: params_lib.Tree, **kwargs
 ) -> Summary:
-    """`save` of arrays that are in memory, see `tree_pieces`; `kwargs`: those of `save`."""
+    """`save` of arrays that are in memory, see `tree_pieces`; `kwargs`: as of `save`."""
     return save(directory, name, tree_pieces(tree, spec), spec, **kwargs)
 
 
 def copy(stored: Stored, directory: str | os.PathLike) -> None:
-    """Adds a network of another checkpoint to one, or replaces it, as it is.
+    """Adds a network of another checkpoint unchanged, or replaces one of its name.
 
     Raises:
       InputError: as `save`.
@@ -113,13 +113,13 @@ def copy(stored: Stored, directory: str | os.PathLike) -> None:
 def _add(
     directory: str | os.PathLike, name: str, write: Callable[[pathlib.Path], dict]
 ) -> dict[str, Any]:
-    """Adds a network that `write` writes to an empty folder; returns what it says of it."""
+    """Adds a network that `write` writes to an empty folder; returns what `write` returns."""
     if not _NAME.fullmatch(name) or name == tokenizer_lib.NAME:
         raise InputError(
             f"{directory}: {name!r} cannot be the name of a network; take letters, digits and _"
         )
     with directory_lib.writing(directory) as (root, parts):
-        # What a process left that was killed.
+        # Left by a process that was killed.
         partial = root / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         directory_lib.remove_unused(root, name, parts)
@@ -153,7 +153,7 @@ def save_tokenizer(directory: str | os.PathLike, file: str | os.PathLike) -> Non
 
 
 def tree_pieces(tree: params_lib.Tree, spec: params_lib.Tree) -> Iterator[Piece]:
-    """A tree's arrays as pieces, in the order of `layout.weights`; one layer on the host at a time.
+    """A tree's arrays as pieces, in the order of `layout.weights`; the host has one layer of them.
 
     The arrays must be addressable by this process: NumPy's, or a mesh's of one process.
     """
@@ -165,7 +165,7 @@ def tree_pieces(tree: params_lib.Tree, spec: params_lib.Tree) -> Iterator[Piece]
 
 
 def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params_lib.Tree) -> dict:
-    """Writes pieces as they come, a group each time there is enough of them."""
+    """Writes pieces as they come, in groups of about `_GROUP_BYTES`."""
     leaves = params_lib.flatten(spec)
     dtypes: dict[params_lib.Path, np.dtype] = {}
     groups: dict[str, dict[str, list[int]]] = {}

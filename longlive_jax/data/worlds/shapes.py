@@ -1,9 +1,9 @@
-"""A small world of moving shapes: pictures and captions that say exactly what is seen.
+"""A small world of moving shapes: frames, and captions that describe them exactly.
 
 A clip is a row of shots; a shot shows one or two objects over a background, each with a shape, a
-colour and a motion. Some (shape, colour, motion) never occur in training: they are held out, to see
-whether a model that has learnt the parts can put them together. Everything follows from a seed.
-Lengths are in heights of the picture, times in seconds; x points right, y down.
+colour and a motion. Some (shape, colour, motion) never occur in training: they are held out, to
+test whether a model that has learnt the parts can combine them. Everything follows from a seed.
+Lengths are in heights of the frame, times in seconds; x points right, y down.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from longlive_jax.config import FRAMES_PER_SECOND
 
 HEIGHT, WIDTH = 128, 192
-ASPECT = WIDTH / HEIGHT  # where objects move; a picture of other proportions shows more or less
+ASPECT = WIDTH / HEIGHT  # where objects move; a frame of another aspect ratio shows more or less
 SHOTS = (2, 4)  # of a clip, least and most
 FRAMES = (64, 125)  # of a shot: two always give a sample of four chunks
 
@@ -39,10 +39,10 @@ GROUNDS = {
     "dark green": (14, 62, 34),
     "brown": (98, 62, 36),
 }
-_CONTRAST = 100  # least distance in RGB of an object from all that is behind it
+_CONTRAST = 100  # least distance in RGB between an object and any colour of the background
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "moon")
-_ROUND = ("circle", "ring")  # nobody sees these spin
-# Each motion in words, in two ways. What matters to a model is which motion, not which way.
+_ROUND = ("circle", "ring")  # their spin is invisible
+# Two phrases of equal meaning for each motion.
 MOTIONS = {
     "left": ("moves left", "moves to the left"),
     "right": ("moves right", "moves to the right"),
@@ -88,9 +88,9 @@ BACKGROUNDS = tuple(Background(*names) for names in (*_PLAINS, *_GRADIENTS, *_ST
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One thing that is seen. `size` is its diameter, (x, y) where its motion has its centre.
+    """A visible object. `size` is its diameter, (x, y) the centre of its motion.
 
-    phase: where in its motion it begins, 0 to 1. rate: of the motion, about 1.
+    phase: where in its motion it begins, 0 to 1. rate: speed of the motion, about 1.
     """
 
     shape: str
@@ -134,12 +134,12 @@ def clips(seed: int, count: int, held_out: bool = False) -> Iterator[tuple[Shot,
 
 
 def shot(rng: np.random.Generator, held_out: bool = False) -> Shot:
-    """A random shot, all of whose combinations are held out, or none is."""
+    """A random shot, of held-out combinations only or of none."""
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     count = int(rng.integers(1, 2, endpoint=True))
     kinds = _kinds(background, held_out)
     chosen = [kinds[rng.integers(len(kinds))]]
-    if count == 2:  # no two alike: "it" is either one or the other
+    if count == 2:  # of other shape and colour, so that a caption names only one
         kinds = [k for k in kinds if k[0] != chosen[0][0] and k[1] != chosen[0][1]]
         chosen.append(kinds[rng.integers(len(kinds))])
     objects = tuple(_object(rng, kind, place, count) for place, kind in enumerate(chosen))
@@ -150,14 +150,14 @@ def shot(rng: np.random.Generator, held_out: bool = False) -> Shot:
 
 
 @functools.cache
-def _kinds(background: Background, held: bool) -> list[tuple[str, str, str]]:
-    """(shape, colour, motion) of all objects that may be seen there."""
+def _kinds(background: Background, unseen: bool) -> list[tuple[str, str, str]]:
+    """(shape, colour, motion) of all objects that stand out from the background."""
     behind = np.asarray([GROUNDS[background.first], GROUNDS[background.second]])
     return [
         (shape, colour, motion)
         for shape, colour, motion in itertools.product(SHAPES, COLOURS, MOTIONS)
         if not (motion == "spin" and shape in _ROUND)
-        and held_out(shape, colour, motion) == held
+        and held_out(shape, colour, motion) == unseen
         and np.linalg.norm(behind - COLOURS[colour], axis=1).min() >= _CONTRAST
     ]
 
@@ -165,7 +165,7 @@ def _kinds(background: Background, held: bool) -> list[tuple[str, str, str]]:
 def _object(rng: np.random.Generator, kind, place: int, count: int) -> Object:
     if count == 1:
         size, x, y = rng.uniform(0.36, 0.5), ASPECT / 2, 0.5
-    else:  # one to the upper left and one to the lower right, so that they meet seldom
+    else:  # one to the upper left and one to the lower right, so that they rarely overlap
         size, x, y = rng.uniform(0.34, 0.4), (0.25, 0.75)[place] * ASPECT, (0.27, 0.73)[place]
     x, y = x + rng.uniform(-0.06, 0.06), y + rng.uniform(-0.03, 0.03)
     phase, rate = rng.uniform(0, 1), rng.uniform(0.85, 1.2)
@@ -173,7 +173,7 @@ def _object(rng: np.random.Generator, kind, place: int, count: int) -> Object:
 
 
 def _captions(clauses: list[str], background: Background) -> list[str]:
-    """The ways to say it."""
+    """The possible captions of a shot."""
     both, there = " and ".join(clauses), background.words
     ways = (
         f"{both} over {there}.",
@@ -183,7 +183,7 @@ def _captions(clauses: list[str], background: Background) -> list[str]:
     return [way[0].upper() + way[1:] for way in ways]
 
 
-# Pictures.
+# Frames.
 
 
 def render(
@@ -201,9 +201,9 @@ def render(
 
 
 def state(thing: Object, seconds: float) -> tuple[float, float, float, float]:
-    """(x, y, diameter, angle in radians) of an object at a time since its shot began."""
+    """(x, y, diameter, angle in radians) of an object `seconds` after its shot began."""
     x, y, size, angle = thing.x, thing.y, thing.size, 0.0
-    t, turn = thing.rate * seconds, 2 * np.pi * thing.phase
+    t, start = thing.rate * seconds, 2 * np.pi * thing.phase
     if thing.motion in ("left", "right"):
         x = _wrap(thing.phase, 0.45 * t, ASPECT, size, thing.motion == "left")
     elif thing.motion in ("up", "down"):
@@ -214,9 +214,9 @@ def state(thing: Object, seconds: float) -> tuple[float, float, float, float]:
         y = floor - (floor - top) * 4 * u * (1 - u)
     elif thing.motion == "orbit":
         radius = 0.4 * size
-        x, y = x + radius * np.cos(turn + 1.7 * t), y + radius * np.sin(turn + 1.7 * t)
+        x, y = x + radius * np.cos(start + 1.7 * t), y + radius * np.sin(start + 1.7 * t)
     elif thing.motion == "spin":
-        angle = turn + 1.9 * t
+        angle = start + 1.9 * t
     elif thing.motion in ("grow", "shrink"):  # ever slower, so that it never ends
         small, large = 0.5 * size, 1.3 * size
         rest = np.exp(-t / 3)
@@ -225,7 +225,7 @@ def state(thing: Object, seconds: float) -> tuple[float, float, float, float]:
 
 
 def _wrap(phase: float, way: float, length: float, size: float, back: bool) -> float:
-    """A place on a line that is entered anew, from outside, once it is left."""
+    """Position on a line that an object leaves at one end and enters again at the other."""
     whole = length + size
     first = (0.2 + 0.6 * phase) * whole  # inside: a shot begins with all that its caption names
     return (first + (-way if back else way)) % whole - size / 2
@@ -233,7 +233,7 @@ def _wrap(phase: float, way: float, length: float, size: float, back: bool) -> f
 
 @functools.lru_cache(maxsize=16)
 def _background(background: Background, height: int, width: int) -> np.ndarray:
-    """float32 [height, width, 3] in 0..255; not to be written to."""
+    """float32 [height, width, 3] in 0..255; read-only."""
     first, second = (
         np.asarray(GROUNDS[name], np.float32) for name in (background.first, background.second)
     )

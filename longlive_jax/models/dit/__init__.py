@@ -1,14 +1,14 @@
 """The causal video transformer of LongLive-2.0 (Wan2.2-TI2V-5B, chunk by chunk), as pure functions.
 
 Hidden states are [batch, chunk, (copy,) frame, patch, dim]: a chunk's tokens, with its frames kept
-apart so that what varies by frame (timestep, temporal position) broadcasts. Four uses:
+apart so that values of a frame (timestep, temporal position) broadcast. Four uses:
 
   teacher_forcing   training: a clean and a noisy copy of every chunk side by side (copy axis)
   block_causal      training without a clean past
   denoise           sampling: velocity of one chunk; reads the KV cache
   commit            sampling: the clean pass; writes the chunk's keys and values into the cache
 
-A block is a tuple of branches (`models.branch`); `branches_of` says which ones a config asks for.
+A block is a tuple of branches (`models.branch`); `branches_of` gives a config's.
 """
 
 from longlive_jax.config import PATCH

@@ -5,8 +5,8 @@
     x = branch(x)                                       for each inserted one, say, actions
     x = x + gate * ffn(modulate(norm(x)))
 
-What fuses these lines lies below them: hidden states carry what is still to be added to them, for
-the next norm to add (`Hidden`, `Layer.norm`), and products wait for their scales and bias.
+Fusion happens below these lines: hidden states carry a pending sum, which the next norm adds
+(`Hidden`, `Layer.norm`), and products wait for their scales and bias (`PendingMatmul`).
 Hidden states are [batch, chunk, (copy,) frame, patch, dim]; norms, softmax, rotations and gates are
 float32, the rest is in the compute dtype.
 """
@@ -28,7 +28,7 @@ from longlive_jax.params import ParamSpec
 
 
 def block(p: params_lib.Tree, x: jax.Array, layer: Layer, branches: tuple[Branch, ...]):
-    """One block. x, and what comes back: [batch, chunk, (copy,) frame, patch, dim]."""
+    """One block. x and the result: [batch, chunk, (copy,) frame, patch, dim]."""
     layer, hidden = modulated(p, layer), Hidden(x)
     for branch in branches:
         with jax.named_scope(branch.name):
@@ -72,7 +72,7 @@ def _ffn(p, x, layer):
 
 
 def keys_values(p: params_lib.Tree, x: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
-    """The block's rotated keys, and values, and nothing else: [.., token, head, head_dim]."""
+    """Only the block's rotated keys and its values, each [.., token, head, head_dim]."""
     layer = modulated(p, layer)
     assert layer.modulation is not None
     _, h = layer.norm("self_attn.qkv", Hidden(x), *layer.modulation.attention.affine())
@@ -83,7 +83,7 @@ def keys_values(p: params_lib.Tree, x: jax.Array, layer: Layer) -> tuple[jax.Arr
 def text_keys_values(
     p: params_lib.Tree, text: jax.Array, layer: Layer
 ) -> tuple[jax.Array, jax.Array]:
-    """Of embedded text [batch, chunk, text_len, dim], each [.., text_len, head, head_dim]."""
+    """Keys, values [.., text_len, head, head_dim] of embedded text [.., text_len, dim]."""
     k, v = jnp.split(layer.linear(p, "cross_attn.kv", text), 2, axis=-1)
     k = _heads(rms_norm(k, p["cross_attn"]["norm_k"]["weight"]), layer.cfg)
     return k, _heads(v, layer.cfg)
@@ -110,7 +110,7 @@ def _tokens(x):
 
 
 def over_chunks(attend):
-    """`attend` on all chunks of some heads, from chunks sharded over seq."""
+    """`attend` on all chunks of this device's heads, from chunks sharded over seq."""
 
     def around(q, k, v, sharding):  # [batch, chunk / n, (copy,) token, head, head_dim]
         return sharding.to_tokens(attend(*(sharding.to_heads(y) for y in (q, k, v))))
@@ -151,7 +151,7 @@ def _ffn_spec(cfg):
 
 
 def _square(cfg, fused=1):
-    """So many square matrices side by side, each with its own bounds of initial values."""
+    """`fused` square matrices side by side, each with its own bounds of initial values."""
     d = cfg.dim
     return params_lib.linear(d, fused * d, ("embed", None), params_lib.xavier(d, d))
 

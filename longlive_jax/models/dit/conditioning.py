@@ -1,4 +1,4 @@
-"""What the layers are conditioned on: timesteps, positions, text, and what branches bring in."""
+"""Conditioning of the layers: timesteps, positions, text, and inputs of inserted branches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +16,14 @@ from longlive_jax.ops.linear import linear
 
 
 class Conditioning(struct.PyTreeNode):
-    """What a layer is conditioned on; all layers share it, but for the text.
+    """The conditioning of a layer; all layers share it, except for the text.
 
     Leading axes are [batch, chunk, (copy,)], of size 1 where all share a value.
 
     time: compute dtype [.., frame, 6, dim], the rows of `BlockModulation` before a layer's own.
     angle: float32 [.., frame, patch, head_dim / 2], of the rotary embedding.
     text: the layer's keys and values, each [batch, chunk, text_len, head, head_dim].
-    inserted: by name, what inserted branches are conditioned on; of their own structure.
+    inserted: conditioning of inserted branches by name, each of its own structure.
     """
 
     time: jax.Array
@@ -38,7 +38,7 @@ class Modulation:
 
     shift: jax.Array
     scale: jax.Array
-    gate: jax.Array | None = None  # None: the head adds to nothing
+    gate: jax.Array | None = None  # None: the head has no residual
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """1 + scale and shift, as a norm takes them."""
@@ -47,7 +47,7 @@ class Modulation:
 
 @struct.dataclass
 class BlockModulation:
-    """Of the two branches of a block that know the timestep."""
+    """Modulation of the two branches of a block that depend on the timestep."""
 
     attention: Modulation
     ffn: Modulation
@@ -76,7 +76,7 @@ def _modulation_rows(learned, time):
 def time_vectors(
     params: params_lib.Tree, cfg: config_lib.Model, timesteps: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Of timesteps float32 [.., frame]: the head's [.., frame, 1, dim], and `Conditioning.time`."""
+    """For timesteps float32 [.., frame]: the head's [.., frame, 1, dim], `Conditioning.time`."""
     wave = sinusoid(timesteps, cfg.freq_dim).astype(dtype)
     p = params["time_embedding"]
     e = linear(p["2"], jax.nn.silu(linear(p["0"], wave)))

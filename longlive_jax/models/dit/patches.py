@@ -18,13 +18,13 @@ def embed(
     params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
     positions: jax.Array, inserted: Mapping[str, Any] | None,
 ) -> tuple[jax.Array, jax.Array, Conditioning]:  # fmt: skip
-    """Tokens, time vectors for `head`, and what layers are conditioned on but for the text.
+    """Tokens, time vectors for `head`, and the layers' conditioning without the text.
 
     Args:
       latents: [.., frame, h, w, channel], with leading axes [batch, chunk, (copy,)].
       timesteps: float32 [.., frame], in [0, 1000].
       positions: int32 [.., frame], temporal indices; leading axes may be 1.
-      inserted: of `Conditioning`.
+      inserted: as in `Conditioning`.
 
     Returns:
       [.., frame, patch, dim], [.., frame, 1, dim] and a Conditioning.

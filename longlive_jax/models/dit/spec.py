@@ -23,7 +23,7 @@ Branches = tuple[Branch, ...]
 
 
 def branches_of(cfg: config_lib.Model) -> Branches:
-    """The branches that a config asks for. Those beyond the plain block's are inserted here."""
+    """The branches that a config asks for; optional ones are inserted here."""
     del cfg
     return BRANCHES
 
@@ -31,13 +31,13 @@ def branches_of(cfg: config_lib.Model) -> Branches:
 def spec(cfg: config_lib.Model, branches: Branches | None = None) -> params_lib.Tree:
     """Parameter specs; paths follow the original's.
 
-    "blocks" holds each branch's parameters, stacked over the layers that have it. So what plain
-    blocks have is the same tree, in memory and in a checkpoint, whatever else is inserted.
+    "blocks" holds each branch's parameters, stacked over the layers that have it. So the plain
+    branches have the same tree, in memory and in a checkpoint, whatever else is inserted.
 
-    branches: of a block; None: those of the config.
+    branches: of a block; None: the config's.
 
     Raises:
-      InputError: a branch is to be in more layers than there are.
+      InputError: a branch asks for more layers than the model has.
     """
     d = cfg.dim
     patch = cfg.in_dim * PATCH * PATCH
@@ -72,7 +72,7 @@ def sampling_spec(
     dtype: jnp.dtype | None,
     branches: Branches | None = None,
 ) -> params_lib.Tree:
-    """`spec` of what `denoise` and `commit` take: layers apart, with a recipe quantised."""
+    """`spec` of the parameters of `denoise` and `commit`: layers apart, quantised by the recipe."""
     specs = quantized_weights.quantize_specs(spec(cfg, branches), recipe, dtype)
     one = params_lib.layer_of(specs["blocks"])
     names = [_at_layer(specs["blocks"], i) for i in range(cfg.num_layers)]
@@ -82,7 +82,7 @@ def sampling_spec(
 def layers(params: params_lib.Tree) -> params_lib.Tree:
     """Parameters of `spec`, quantised or not, with a tuple of layers for the stacked "blocks".
 
-    A GPU's library multiplies by arrays that lie alone: of a stack, each pass would copy them all.
+    A GPU's library needs each weight as an array of its own: each pass would copy a stack's.
     """
     blocks = params["blocks"]
 
@@ -95,7 +95,7 @@ def layers(params: params_lib.Tree) -> params_lib.Tree:
 
 
 def rows(blocks: params_lib.Tree, start: int, stop: int) -> params_lib.Tree:
-    """Stacked parameters of equal layers: those from `start` to `stop`."""
+    """Layers `start` to `stop` of the stacked parameters of equal layers."""
 
     def cut(w):
         return w if (start, stop) == (0, len(w)) else jax.lax.slice_in_dim(w, start, stop)
@@ -114,7 +114,7 @@ def _rows(tree):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The transformer as this device computes it: static, an argument of `jax.jit` by its value."""
+    """The transformer as this device computes it: a static argument of `jax.jit`, by value."""
 
     cfg: config_lib.Model
     sharding: Sharding
@@ -122,7 +122,7 @@ class Network:
     branches: Branches
 
     def layer(self, given=None, attend=None, key=None) -> Layer:
-        """What branches may ask of a layer."""
+        """The `Layer` that branches are applied in."""
         return Layer(self.cfg, self.sharding, self.precision, given, attend, key)
 
     def branch(self, name: str) -> Branch:

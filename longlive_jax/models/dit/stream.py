@@ -1,4 +1,4 @@
-"""The transformer in sampling: one chunk at a time, which sees the past through a cache.
+"""The transformer in sampling: one chunk a call, which sees the past through a cache.
 
 Under sequence parallelism these run inside a fully manual `jax.shard_map`; `frame` is then this
 device's share of the chunk's frames, and the cache holds this device's heads.
@@ -33,11 +33,11 @@ class Cache(Protocol):
         ...
 
     def write(self, layer, slot, k, v, axis: str | None = None) -> "Cache":
-        """The cache with one layer's k, v in this slot. axis: mesh axis that heads lie over."""
+        """The cache with one layer's k, v in this slot. axis: mesh axis that shards heads."""
         ...
 
 
-# Of self-attention; or, with inserted branches that have one too, by the branch's name.
+# The cache of self-attention; by branch name if inserted branches have caches too.
 Caches = Cache | Mapping[str, Cache]
 
 
@@ -55,8 +55,8 @@ def denoise(
       positions: int32 [batch, frame], temporal indices.
       text: `text_keys_values` of the chunk's prompt.
       cache: the visible past.
-      inserted: by name, what inserted branches are conditioned on.
-      branches: of a block; None: those of the config.
+      inserted: conditioning of inserted branches, by name.
+      branches: of a block; None: the config's.
 
     Returns:
       [batch, frame, h, w, channel] in latents' dtype: noise minus data (flow matching).
@@ -72,7 +72,7 @@ def hidden_states(
     params: params_lib.Tree, cfg: config_lib.Model, latents: jax.Array, timesteps: jax.Array,
     positions: jax.Array, *, text: Text, cache: Caches, sharding: Sharding, precision: Precision,
 ) -> jax.Array:  # fmt: skip
-    """What each layer of `denoise` leaves: [layer, batch, 1, frame, patch, dim]. Args: the same."""
+    """Tokens after each layer of `denoise`, same args: [layer, batch, 1, frame, patch, dim]."""
     net = Network(cfg, sharding, precision, branches_of(cfg))
     params = net.gather_globals(params)
     x, _, given = _embed(params, cfg, latents, timesteps, positions, None)
@@ -88,7 +88,7 @@ def commit(
     """The clean pass (t = 0): stores the chunk's keys and values, and computes nothing else.
 
     Args: as `denoise`.
-      slot: int32 [batch], of the cache, that the chunk is stored in.
+      slot: int32 [batch], the slot of the cache to store the chunk in.
 
     Returns:
       The cache.
@@ -154,7 +154,7 @@ def _by_branch(cache):
 
 
 # ---------------------------------------------------------------------------------------------
-# Layers: those of equal structure are traced and lowered once.
+# Layers. Layers of equal structure are traced and lowered once.
 
 
 @functools.partial(jax.jit, static_argnames=("net", "branches"))

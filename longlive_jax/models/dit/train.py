@@ -21,7 +21,7 @@ from longlive_jax.models.sharding import Sharding
 from longlive_jax.ops.teacher_forcing import LSE, OUT
 from longlive_jax.quant.operands import AMAX
 
-# What each of config.REMAT after the first keeps of a block, besides its input.
+# The arrays of a block that each of config.REMAT after the first keeps, besides the input.
 KEPT = ((OUT, LSE, AMAX), ("output",), ("ffn",), ("qkv",))
 
 
@@ -67,8 +67,8 @@ def block_causal(
         sharding, precision: by default one device, and nothing quantised.
         remat: of `config.REMAT`, what each block keeps for its gradient; by default "qkv".
         key: keys [batch, chunk], if the recipe rounds gradients stochastically.
-        inserted: by name, what inserted branches are conditioned on.
-        branches: of a block; by default those of the config.
+        inserted: conditioning of inserted branches, by name.
+        branches: of a block; by default the config's.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in latents' dtype.
@@ -98,11 +98,11 @@ def _forward(
         number, p = numbered
         p = net.sharding.gather(p, {name: specs[name] for name in p}, net.precision.dtype)
         own = net.layer(given, attend, None if key is None else _fold_in(key, number))
-        told = given.replace(text=text_keys_values(p, text, own))
-        return block(p, x, dataclasses.replace(own, given=told), branches), None
+        with_text = given.replace(text=text_keys_values(p, text, own))
+        return block(p, x, dataclasses.replace(own, given=with_text), branches), None
 
-    # Parameters are gathered inside: a layer's whole weights are not kept either. A scan is barrier
-    # enough against the compiler's undoing it.
+    # Parameters are gathered inside, so that a layer's whole weights are not kept either. The scan
+    # stops the compiler from undoing this.
     checkpoint = functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(*names),

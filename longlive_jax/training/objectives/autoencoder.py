@@ -100,7 +100,7 @@ class Autoencoder(Objective):
         return {NETWORK: {"vector": place(flat(init(self.cfg)), self.mesh)}}
 
     def _ema_decay(self, step):
-        # At first the average would be that of the initial weights.
+        # At first the EMA would be mostly the initial weights.
         age = step.astype(jnp.float32) - 1
         return jnp.minimum(self.cfg.train_vae.ema_decay, (1 + age) / (10 + age))
 

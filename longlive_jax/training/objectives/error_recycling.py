@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.config import ErrorRecycling
-from longlive_jax.diffusion import schedule
+from longlive_jax.config import TIMESTEPS, ErrorRecycling
 
 # Uses of a chunk's key; those below 16 are `randomness`'.
 _GATES, _ENTRIES, _REPLACE = range(16, 19)
@@ -227,7 +226,7 @@ def metrics(errors: Errors) -> dict[str, jax.Array]:
 def _cells(cfg, timestep_index):
     """Ring of each chunk: position and bucket, int32 [batch, chunk]."""
     position = jax.lax.broadcasted_iota(jnp.int32, timestep_index.shape, 1)
-    return position * int(cfg.positions), timestep_index * cfg.buckets // schedule.LEVELS
+    return position * int(cfg.positions), timestep_index * cfg.buckets // TIMESTEPS
 
 
 def _uniform(key, rows, chunks, use, shape):

@@ -13,7 +13,7 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.diffusion import schedule
+from longlive_jax.config import TIMESTEPS
 
 # Uses of a chunk's key. Error recycling folds its own, from 16 on.
 NOISE, TIMESTEP, PAST_NOISE, PAST_TIMESTEP, ROUNDING = range(5)
@@ -58,13 +58,13 @@ def draw(
 
         def index(use, least):
             # Every index is as likely; the shift is in what the table says of it.
-            return jax.random.randint(jax.random.fold_in(here, use), (), least, schedule.LEVELS)
+            return jax.random.randint(jax.random.fold_in(here, use), (), least, TIMESTEPS)
 
         return Randomness(
             noise(NOISE),
             index(TIMESTEP, 0),
             noise(PAST_NOISE) if noised else None,
-            index(PAST_TIMESTEP, schedule.LEVELS - noised) if noised else None,
+            index(PAST_TIMESTEP, TIMESTEPS - noised) if noised else None,
             jax.random.fold_in(here, ROUNDING) if rounding else None,
         )
 

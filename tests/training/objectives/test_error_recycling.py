@@ -46,12 +46,14 @@ class Oracle:
         self.noise = {cell: [] for cell in cells}
         self.added = {"latent": dict.fromkeys(cells, 0), "noise": dict.fromkeys(cells, 0)}
 
-    def cell(self, chunk, level):
+    def cell(self, chunk, timestep_index):
         width = 1000 / self.cfg.buckets
-        return (chunk if self.cfg.positions else 0), min(int(level / width), self.cfg.buckets - 1)
+        return (chunk if self.cfg.positions else 0), min(
+            int(timestep_index / width), self.cfg.buckets - 1
+        )
 
-    def inject(self, key, step, rows, levels, clean, noise, context):
-        cfg, (noise, clean, context) = self.cfg, (x.copy() for x in (noise, clean, context))
+    def inject(self, key, step, rows, timestep_index, clean, noise, past):
+        cfg, (noise, clean, past) = self.cfg, (x.copy() for x in (noise, clean, past))
         ready = step >= cfg.start_step
         gates = uniform(key, (5,), rows[0], 2**31 - 1, 16)
         alone = ready and gates[0] < cfg.clean_probability
@@ -61,8 +63,8 @@ class Oracle:
             if not ready or alone or not gates[2 + number] < probability:
                 return
             for b, row in enumerate(rows):
-                for c in range(levels.shape[1]):
-                    entries = entries_of(buffer, c, levels[b, c])
+                for c in range(timestep_index.shape[1]):
+                    entries = entries_of(buffer, c, timestep_index[b, c])
                     if not entries:
                         continue
                     which, scale = uniform(key, (3, 2), row, c, 17)[number]
@@ -71,26 +73,26 @@ class Oracle:
                     x[b, c] += np.float32(scale) * error
                     counts[kind] += 1
 
-        def own(buffer, chunk, level):
-            return buffer[self.cell(chunk, level)]
+        def own(buffer, chunk, timestep_index):
+            return buffer[self.cell(chunk, timestep_index)]
 
-        def anywhere(buffer, chunk, level):
+        def anywhere(buffer, chunk, timestep_index):
             if cfg.skip_first_chunk and chunk == 0:
                 return []
-            position = self.cell(chunk, level)[0]
+            position = self.cell(chunk, timestep_index)[0]
             return [e for b in range(cfg.buckets) for e in buffer[position, b]]
 
         add(noise, "noise", 0, self.noise, cfg.noise_probability, own)
         add(clean, "latent", 1, self.latent, cfg.latent_probability, own)
-        add(context, "context", 2, self.latent, cfg.context_probability, anywhere)
+        add(past, "context", 2, self.latent, cfg.context_probability, anywhere)
         kept = not alone or gates[1] < cfg.clean_update_probability
-        return noise, clean, context, kept, counts
+        return noise, clean, past, kept, counts
 
-    def store(self, key, rows, levels, kept, latent_error, noise_error):
+    def store(self, key, rows, timestep_index, kept, latent_error, noise_error):
         for b, row in enumerate(rows):
-            for c in range(levels.shape[1]):
+            for c in range(timestep_index.shape[1]):
                 if kept:
-                    cell = self.cell(c, levels[b, c])
+                    cell = self.cell(c, timestep_index[b, c])
                     draws = uniform(key, (2,), row, c, 18)
                     self.put("latent", cell, latent_error[b, c], draws[0])
                     self.put("noise", cell, noise_error[b, c], draws[1])
@@ -129,7 +131,7 @@ def distance(a, b):
 # Runs of several batches.
 
 
-def batches(count, seed=0, levels=1000):
+def batches(count, seed=0, entries=1000):
     """Host arrays of `count` batches; the "errors" of a forward pass are just noise of their own."""
     rng = np.random.default_rng(seed)
     for step in range(count):
@@ -138,7 +140,7 @@ def batches(count, seed=0, levels=1000):
             "key": jax.random.fold_in(jax.random.key(seed), step),
             "step": step,
             "rows": np.arange(BATCH, dtype=np.int32) + 4,
-            "levels": rng.integers(0, levels, (BATCH, CHUNKS)).astype(np.int32),
+            "timestep_index": rng.integers(0, entries, (BATCH, CHUNKS)).astype(np.int32),
             "videos": tuple(normal() for _ in range(5)),
         }
 
@@ -153,17 +155,17 @@ def place(batch, mesh):
     return batch | {
         "step": put(np.int32(batch["step"])),
         "rows": put(batch["rows"], "batch"),
-        "levels": put(batch["levels"], "batch", "chunk"),
+        "timestep_index": put(batch["timestep_index"], "batch", "chunk"),
         "videos": tuple(put(x, *video) for x in batch["videos"]),
     }
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train(cfg, errors, key, step, rows, levels, videos):
-    clean, noise, context, latent_error, noise_error = videos
-    chunks = Chunks(key, rows, levels)
+def train(cfg, errors, key, step, rows, timestep_index, videos):
+    clean, noise, past, latent_error, noise_error = videos
+    chunks = Chunks(key, rows, timestep_index)
     injected = error_recycling.inject(
-        cfg, errors, chunks, step, clean=clean, noise=noise, past=context
+        cfg, errors, chunks, step, clean=clean, noise=noise, past=past
     )
     errors = error_recycling.store(
         cfg, errors, chunks, injected.kept, latent_error=latent_error, noise_error=noise_error
@@ -224,9 +226,9 @@ def test_equals_lists_on_the_host(changes):
     oracle, data = Oracle(cfg), list(batches(8))
     errors, seen = run(cfg, one_device(), data)
     for batch, (injected, metrics) in zip(data, seen, strict=True):
-        clean, noise, context, latent_error, noise_error = batch["videos"]
-        fixed = [batch[name] for name in ("key", "rows", "levels")]
-        expected = oracle.inject(fixed[0], batch["step"], *fixed[1:], clean, noise, context)
+        clean, noise, past, latent_error, noise_error = batch["videos"]
+        fixed = [batch[name] for name in ("key", "rows", "timestep_index")]
+        expected = oracle.inject(fixed[0], batch["step"], *fixed[1:], clean, noise, past)
         for ours, theirs in zip((injected.noise, injected.clean, injected.past), expected):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
         assert injected.kept == expected[3]
@@ -277,12 +279,12 @@ def test_inside_a_scan_over_batches():
     data = [place(batch, mesh) for batch in batches(3)]
     expected, _ = run(CFG, mesh, list(batches(3)))
 
-    def step(errors, keys, steps, rows, levels, videos):
+    def step(errors, keys, steps, rows, timestep_index, videos):
         def body(errors, x):
             errors, injected, _ = train.__wrapped__(CFG, errors, *x)
             return errors, injected.counts
 
-        errors, counts = jax.lax.scan(body, errors, (keys, steps, rows, levels, videos))
+        errors, counts = jax.lax.scan(body, errors, (keys, steps, rows, timestep_index, videos))
         return errors, jax.tree.map(jnp.sum, counts)
 
     stacked = {
@@ -311,18 +313,18 @@ ALWAYS = dataclasses.replace(
 
 
 def test_empty_buckets_give_nothing_and_count_nothing():
-    """Level 0 fills bucket 0 alone; then levels of bucket 2 find errors for the context only."""
-    first, second = batches(2, levels=1)
-    second["levels"] = np.full((BATCH, CHUNKS), 999, np.int32)
-    second["levels"][0, 0] = 0
+    """Entry 0 fills bucket 0 alone; then entries of bucket 2 find errors for the past only."""
+    first, second = batches(2, entries=1)
+    second["timestep_index"] = np.full((BATCH, CHUNKS), 999, np.int32)
+    second["timestep_index"][0, 0] = 0
     _, ((before, _), (after, metrics)) = run(ALWAYS, one_device(), [first, second])
-    clean, noise, context, *_ = first["videos"]
-    for ours, given in zip((before.clean, before.noise, before.past), (clean, noise, context)):
+    clean, noise, past, *_ = first["videos"]
+    for ours, given in zip((before.clean, before.noise, before.past), (clean, noise, past)):
         np.testing.assert_array_equal(ours, given)
     assert before.counts == named(noise=0, latent=0, context=0)
     assert after.counts == named(noise=1, latent=1, context=8)
     changed = np.any(after.clean != second["videos"][0], axis=(2, 3, 4, 5))
-    np.testing.assert_array_equal(changed, second["levels"] == 0)
+    np.testing.assert_array_equal(changed, second["timestep_index"] == 0)
     assert (
         metrics["recycling_latent_errors_injected"] == 1
         and metrics["recycling_context_errors_injected"] == 8
@@ -341,7 +343,7 @@ def test_padding_and_errors_that_are_not_finite_are_left_out():
     errors = jax.jit(error_recycling.store, static_argnums=0)(
         CFG,
         empty(CFG, CHUNKS, SHAPE, mesh),
-        Chunks(*(batch[name] for name in ("key", "rows", "levels"))),
+        Chunks(*(batch[name] for name in ("key", "rows", "timestep_index"))),
         jnp.bool_(True) & valid,
         latent_error=latent_error,
         noise_error=noise_error,
@@ -385,12 +387,12 @@ def test_gates_open_as_often_as_they_should():
     assert abs(scales.mean() - 1) < 0.02
 
 
-def test_levels_fall_into_buckets_of_equal_width():
+def test_the_noise_table_falls_into_buckets_of_equal_width():
     for buckets in (1, 3, 40, 50, 1000):
         cfg = dataclasses.replace(CFG, buckets=buckets)
-        levels = jnp.arange(1000, dtype=jnp.int32)[None]
-        position, bucket = error_recycling._cells(cfg, levels)
-        np.testing.assert_array_equal(bucket[0], [level * buckets // 1000 for level in range(1000)])
+        timestep_index = jnp.arange(1000, dtype=jnp.int32)[None]
+        position, bucket = error_recycling._cells(cfg, timestep_index)
+        np.testing.assert_array_equal(bucket[0], [i * buckets // 1000 for i in range(1000)])
         assert not position.any()
 
 
@@ -441,8 +443,8 @@ def test_full_size_on_four_devices():
     def struct(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding(mesh, axes))
 
-    def step(errors, key, step, rows, levels, clean, noise):
-        chunks = Chunks(key, rows, levels)
+    def step(errors, key, step, rows, timestep_index, clean, noise):
+        chunks = Chunks(key, rows, timestep_index)
         x = error_recycling.inject(cfg, errors, chunks, step, clean=clean, noise=noise, past=clean)
         # As in training, what is stored depends on what was injected, so the rings need no copy.
         errors = error_recycling.store(
