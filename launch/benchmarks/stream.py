@@ -142,7 +142,7 @@ def _session(cfg, engine, whole):
 
 def _prompt_to_frame(session, pieces):
     """Seconds from a prompt, given to an idle session, to its first frames."""
-    jax.block_until_ready(pieces)
+    jax.block_until_ready((pieces, session.carried))
     begin = time.perf_counter()
     session.prompt("other")
     np.asarray(session.step().frames[0])

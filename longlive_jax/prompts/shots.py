@@ -74,7 +74,7 @@ def read(
         begins a shot; false changes the prompt within a shot. The first entry may have an "image",
         a path relative to the file.
 
-    In all of them the model is told of a cut by `scene_cut_prefix` before the prompt of a shot's
+    In all of them a cut reaches the model as `scene_cut_prefix` before the prompt of a shot's
     first chunk (once: it may be there already), except at the start of the video. Conversely a line
     of a `.txt` file that begins with it makes each chunk but the first a cut, as in the original.
 

@@ -127,7 +127,9 @@ class Session:
 
     Attributes:
       index: of the next chunk.
-      script: what chunks so far were made under, where it changed.
+      script: the directions of the chunks so far, where they changed.
+      carried: the arrays of the stream, a pytree on the engine's mesh or on the host; `step` donates
+        it.
     """
 
     def __init__(self, engine: Engine, texts: Texts, start: Start):
@@ -140,7 +142,7 @@ class Session:
         self._placed: tuple[Any, ...] | None = None  # prompts, and their embeddings on the mesh
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
-        self._carried = Carried(state)
+        self.carried = Carried(state)
         self._on_host = False
 
     @property
@@ -194,7 +196,7 @@ class Session:
         past = self._piece(self.start.past, self.index)
         noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
         inputs = self._inputs(now, noise)
-        state, decoding = self._carried.stream, self._carried.decoding  # donated
+        state, decoding = self.carried.stream, self.carried.decoding  # donated
         if now.recache:
             state = sampler.recache(params, state, inputs)
         committed = self.start.whole and past is None
@@ -209,7 +211,7 @@ class Session:
                 frames.append(piece)
         if not committed:
             state = sampler.commit(params, state, latents, inputs)
-        self._carried = Carried(state, decoding)
+        self.carried = Carried(state, decoding)
         if any(now.cut) or now.recache or now.prompts != self._current():
             self.script.append(now)
         self.index += 1
@@ -230,23 +232,23 @@ class Session:
         """A stream that goes its own way from here."""
         other = copy.copy(self)
         other.script, other._rows = list(self.script), dict(self._rows)
-        other._carried = jax.tree.map(lambda x: x.copy(), self._carried)
+        other.carried = jax.tree.map(lambda x: x.copy(), self.carried)
         return other
 
     def to_host(self) -> None:
         """Moves what the stream carries to the host's memory; the next `step` moves it back."""
-        self._carried, self._placed = jax.device_get(self._carried), None
+        self.carried, self._placed = jax.device_get(self.carried), None
         self._on_host = True
 
     def to_device(self) -> None:
         """Moves it back, to the engine's mesh."""
         specs = stream.state_specs(self._sampler.cfg)
         place = jax.tree.map(lambda spec: jax.NamedSharding(self.engine.mesh, spec), specs)
-        decoding = self._carried.decoding
+        decoding = self.carried.decoding
         if decoding is not None and self.engine.decoder is not None:
             there = mesh_lib.sharding(self.engine.decoder.mesh, vae_spec.SHARDED)
             decoding = jax.device_put(decoding, there)
-        self._carried = Carried(jax.device_put(self._carried.stream, place), decoding)
+        self.carried = Carried(jax.device_put(self.carried.stream, place), decoding)
         self._on_host = False
 
     def save(self, path: str | os.PathLike) -> None:
@@ -257,7 +259,7 @@ class Session:
         """
         given = {name: getattr(self.start, name) for name in _ARRAYS}
         arrays = {f"start/{name}": x for name, x in given.items() if x is not None}
-        arrays |= {f"carried/{name}": x for name, x in saved.leaves(self._carried).items()}
+        arrays |= {f"carried/{name}": x for name, x in saved.leaves(self.carried).items()}
         if self._negative is not None:
             arrays["negative"] = self._negative
         arrays |= {f"prompt/{i}": _trim(x) for i, x in enumerate(self._rows.values())}
@@ -298,7 +300,7 @@ class Session:
         if not decodes:
             arrays = {k: x for k, x in arrays.items() if not k.startswith("carried/decoding")}
         like = jax.eval_shape(lambda: session._like(decodes))
-        session._carried = saved.tree(path, like, "carried/", arrays)
+        session.carried = saved.tree(path, like, "carried/", arrays)
         session.to_device()
         return session
 

@@ -78,7 +78,7 @@ def run(
       InputError: bad data, a damaged state, a full disk.
       DivergedError: the steps' samples are in the message.
     """
-    stop = _Stop()
+    stop, evaluate = _Stop(), inputs.evaluate
     step = Step(objective)
     compiled = {due: _compile(step, due, show) for due in step.programs}
     saved = checkpoint.Checkpoints(root, plan)
@@ -108,10 +108,9 @@ def run(
                 # First its line, then the state: a run that goes on from it has the line.
                 _refuse_divergence(plan, log.flush())
                 saved.save(done, now)
-            evaluates = not stopped and (done % plan.eval_every == 0 or last)
-            if evaluates and inputs.evaluate is not None:
+            if evaluate is not None and not stopped and (done % plan.eval_every == 0 or last):
                 _refuse_divergence(plan, log.flush())
-                show(f"evaluation: {inputs.evaluate(done, now.networks)}")
+                show(f"evaluation: {evaluate(done, now.networks)}")
         saved.close()
     stop.release()
     return now, Done(done, stopped)

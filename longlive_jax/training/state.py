@@ -1,4 +1,4 @@
-"""Everything a training run is: each network's parameters, optimiser and average, and the step."""
+"""Everything a training run is: each network's parameters, optimiser and EMA, and the step."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -147,7 +147,7 @@ class Step:
         return carried, gradient, (loss, values | more)
 
     def _update(self, name, state, gradient, sums):
-        """Optimiser and average; or, where something is not finite, the network as it was."""
+        """Optimiser and EMA; or, where something is not finite, the network as it was."""
         network, old, (loss, values) = self.objective.networks[name], state.networks[name], sums
         norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
         good = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -128,7 +128,7 @@ def test_on_the_host_and_back():
     session, _ = made()
     here, there = session.copy(), session.copy()
     there.to_host()
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(there._carried))
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(there.carried))
     resting = there.copy()
     equal([here.step()], [there.step()])
     equal([here.step()], [there.step()])

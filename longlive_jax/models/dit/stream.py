@@ -26,7 +26,7 @@ Text = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer
 
 
 class Cache(Protocol):
-    """Keys and values of the visible past, a pytree; `sampling.kv_cache.KVCache` is one."""
+    """Keys and values of the visible past, a pytree; `sampling.kv_cache.Past` is one."""
 
     def attend(self, layer, q, k, v) -> jax.Array:
         """Attention of one layer's q over its fresh k, v and the visible past's."""
