@@ -128,8 +128,7 @@ class Session:
     Attributes:
       index: of the next chunk.
       script: the directions of the chunks so far, where they changed.
-      carried: the arrays of the stream, a pytree on the engine's mesh or on the host; `step` donates
-        it.
+      carried: the arrays of the stream, a pytree on the mesh or on the host; `step` donates it.
     """
 
     def __init__(self, engine: Engine, texts: Texts, start: Start):
