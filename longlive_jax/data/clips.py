@@ -18,7 +18,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.captions import clean
 from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from longlive_jax.data.source import Sample, first
-from longlive_jax.data.video import VideoFile, frame_indices, probe
+from longlive_jax.data.video_reader import VideoFile, frame_indices, probe
 from longlive_jax.errors import InputError
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -28,12 +28,17 @@ FPS = (1, 1000)  # least and greatest frame rate that a file may declare
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video file: its length in source frames, at `fps` a second."""
+    """A video file: its length in source frames, at `fps` a second.
+
+    shown: int64 [frame], the picture of the file that each source frame shows, if the file has no
+      constant rate; its source frames are then those of a sample.
+    """
 
     path: pathlib.Path
     caption: str
     frames: int
     fps: Fraction
+    shown: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def interval(self) -> float:
@@ -217,7 +222,11 @@ class VideoFolder:
                         f"{path}: says it has {float(info.fps):g} frames a second; must be "
                         f"{FPS[0]} to {FPS[1]}"
                     )
-                clips.append(Clip(path, caption, info.frames, info.fps))
+                clip = Clip(path, caption, info.frames, info.fps)
+                if info.timeline is not None:
+                    shown = info.indices(fps=FRAMES_PER_SECOND)
+                    clip = Clip(path, caption, len(shown), Fraction(FRAMES_PER_SECOND), shown)
+                clips.append(clip)
             except (InputError, OSError) as error:
                 failures.append(_failure(error, path, text))
         return clips
@@ -237,6 +246,8 @@ class VideoFolder:
                 ]
             )
             try:
+                if clip.shown is not None:
+                    indices = clip.shown[indices]
                 with VideoFile(clip.path, *self._size) as video:
                     for frame in video.pick(indices.tolist()):
                         frames[done] = frame

@@ -1,20 +1,14 @@
-"""Video files in and out. The only module that uses PyAV.
-
-Writing: `VideoWriter`. Reading: `VideoFile` (frames in order, never the whole file), `probe`, and
-`frame_indices`, which chooses the frames to read.
-"""
+"""Video files out: `VideoWriter`. `video_reader` reads them; no other module uses PyAV."""
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import io
-import itertools
 import os
 import pathlib
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -23,16 +17,13 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from longlive_jax.data.images import VIDEO_FILTER, resize
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import no_space, partial_file
 
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
 _DONE = object()
-# swscale's fast paths darken every colour by more than 1/255 on the way to RGB; these do not, and
-# are 7 dB nearer to the pixels that were encoded.
-_TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# swscale's fast paths darken every colour by more than 1/255; this does not.
 _TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
 
 
@@ -253,201 +244,3 @@ def _encoder(height: int, width: int) -> tuple[str, dict[str, str]]:
         return nvenc
     except (FFmpegError, ValueError):
         return "libx264", {"preset": "veryfast", "crf": "18"}
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """The content of a video file; `height` and `width` of an upright frame."""
-
-    frames: int
-    fps: Fraction
-    height: int
-    width: int
-
-
-def probe(path: str | os.PathLike) -> VideoInfo:
-    """Reads a file's index, or its packets if its format has none; decodes one frame.
-
-    Raises:
-      InputError: the file is missing, empty, truncated, or not a video.
-    """
-    with VideoFile(path) as video:
-        return video.info
-
-
-class VideoFile:
-    """A video file whose frames are decoded when they are asked for.
-
-    Args:
-      path: any format that FFmpeg reads.
-      height, width: stretch frames to this size; both or neither. PIL's antialiased cubic filter:
-        the kind that the original's decoder uses (decord: swscale's default), in an implementation
-        whose result does not depend on the CPU.
-
-    Attributes:
-      info: VideoInfo of the file as it is stored.
-
-    Raises:
-      InputError: here, the file is missing, empty, not a video, or known to be truncated; while
-        reading, it is damaged or ends early.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike, height: int | None = None, width: int | None = None
-    ):
-        self.path = pathlib.Path(path)
-        if (height is None) != (width is None):
-            raise InputError(f"{path}: {height=} and {width=}: give both or neither")
-        if not self.path.is_file():
-            what = "is a folder, not a video" if self.path.is_dir() else "no such file"
-            raise InputError(f"{self.path}: {what}")
-        if self.path.stat().st_size == 0:
-            raise InputError(f"{self.path}: not a video: the file is empty")
-        self._size = None if height is None or width is None else (height, width)
-        self._decoder = self._rewind()
-        try:
-            self.info = self._probe()
-        except BaseException:
-            self.close()
-            raise
-
-    def __len__(self) -> int:
-        return self.info.frames
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """All frames in order, uint8 [height, width, 3], one in memory at a time."""
-        return self.pick(range(len(self)))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Frames start..stop-1 as uint8 [stop - start, height, width, 3].
-
-        Ranges that follow each other are decoded once, in one pass; a step back starts over.
-
-        Raises:
-          InputError: the range is not inside the video, or is empty.
-        """
-        if not 0 <= start < stop <= len(self):
-            raise InputError(f"{self.path}: frames {start}:{stop} of a video of {len(self)} frames")
-        return np.stack(list(self.pick(range(start, stop))))
-
-    def pick(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames of these indices, uint8 [height, width, 3] each; fast if they ascend."""
-        for index, times in itertools.groupby(indices):
-            frame = self._frame(int(index))
-            yield from (frame for _ in times)
-
-    def close(self) -> None:
-        self._decoder.close()
-
-    def __enter__(self) -> "VideoFile":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def _rewind(self) -> Generator[av.VideoFrame]:
-        self._next = 0  # index of the frame that the decoder gives next
-        return self._decode()
-
-    def _decode(self) -> Generator[av.VideoFrame]:
-        with self._errors(), self._open() as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield from container.decode(stream)
-
-    def _frame(self, index: int) -> np.ndarray:
-        if index < self._next:
-            self._decoder.close()
-            self._decoder = self._rewind()
-        for frame in self._decoder:
-            self._next += 1
-            if self._next > index:
-                pixels = _pixels(frame)
-                return pixels if self._size is None else resize(pixels, *self._size, VIDEO_FILTER)
-        raise InputError(
-            f"{self.path}: ends after {self._next} frames; it is truncated or damaged, its index "
-            f"says {self.info.frames}"
-        )
-
-    def _probe(self) -> VideoInfo:
-        with self._errors(), self._open() as container:
-            stream = container.streams.video[0]
-            frames, end = _indexed(container, stream)
-            if frames is None:
-                frames = sum(1 for packet in container.demux(stream) if packet.size)
-            fps = stream.average_rate or stream.guessed_rate
-        size = self.path.stat().st_size
-        if end > size:
-            raise InputError(f"{self.path}: truncated: {size} bytes of at least {end}")
-        first = next(self._decoder, None)
-        self._decoder.close()
-        self._decoder = self._rewind()
-        if not frames or first is None or not fps:
-            raise InputError(f"{self.path}: holds a video stream without frames")
-        height, width, _ = _pixels(first).shape
-        return VideoInfo(frames, Fraction(fps.numerator, fps.denominator), height, width)
-
-    def _open(self):
-        container = av.open(str(self.path))
-        if not container.streams.video:
-            kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-            container.close()
-            raise InputError(f"{self.path}: holds no video stream; found: {', '.join(kinds)}")
-        return container
-
-    @contextlib.contextmanager
-    def _errors(self):
-        try:
-            yield
-        except (FFmpegError, OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            size = self.path.stat().st_size
-            raise InputError(
-                f"{self.path}: cannot be read as a video: {reason} ({size} bytes; it is not a "
-                "video, or truncated, or damaged)"
-            ) from error
-
-
-def _indexed(container, stream) -> tuple[int | None, int]:
-    """(frames, end of the last one in bytes) by an mp4's index; (None, 0) where there is none.
-
-    The header's count is not enough: a file that was cut without encoding it anew lists frames
-    that are not shown.
-    """
-    entries = getattr(stream, "index_entries", ())
-    if "mp4" not in container.format.name or not stream.frames or not len(entries):
-        return None, 0
-    shown = end = 0
-    for entry in entries:
-        shown += not entry.is_discard
-        end = max(end, entry.pos + entry.size)
-    return shown, end
-
-
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [height, width, 3], upright: phones store a rotation beside the frames."""
-    pixels = frame.reformat(format="rgb24", interpolation=_TO_RGB).to_ndarray()
-    quarters = round(frame.rotation / 90) % 4  # counter-clockwise, like np.rot90
-    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
-
-
-def frame_indices(
-    source_frames: int,
-    source_fps: float | Fraction,
-    num_frames: int | None = None,
-    fps: float = 24,
-    start: int = 0,
-) -> np.ndarray:
-    """The source frames that show a video at `fps`, chosen as the original does: int64 [frame].
-
-    Frame k is source frame round(start + k * source_fps / fps), halves to even, or the last source
-    frame if that is past the end. `num_frames` None: all frames before the end.
-    """
-    interval = float(source_fps) / float(fps)
-    count = num_frames
-    if count is None:
-        count = max(1, int((source_frames - start) / interval) + 2)
-    indices = np.round(start + np.arange(count) * interval).astype(np.int64)
-    if num_frames is None:
-        indices = indices[indices < source_frames]
-    return np.minimum(indices, source_frames - 1)

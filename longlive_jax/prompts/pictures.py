@@ -10,7 +10,7 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.images import read_image, to_float
-from longlive_jax.data.video import VideoFile, frame_indices
+from longlive_jax.data.video_reader import VideoFile
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz
 from longlive_jax.models import vae
@@ -83,8 +83,7 @@ class Clip:
     def __init__(self, path: str | os.PathLike, height: int, width: int, last: int | None = None):
         self.path = path
         self._file = VideoFile(path, height, width)
-        info = self._file.info
-        indices = frame_indices(info.frames, info.fps, fps=config_lib.FRAMES_PER_SECOND)
+        indices = self._file.info.indices(fps=config_lib.FRAMES_PER_SECOND)
         self.length = len(indices)  # of the whole file
         if last is not None and last > len(indices):
             self._file.close()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from longlive_jax import config as config_lib
 from longlive_jax.data import clips as clips_lib
 from longlive_jax.data.clips import Clip, Rules, VideoFolder, fill, plan, starts
-from longlive_jax.data.video import VideoFile, VideoWriter, frame_indices
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.video_reader import VideoFile, frame_indices
 from longlive_jax.errors import InputError
 
 PREFIX = "The scene transitions. "
@@ -323,7 +324,7 @@ def scale(data, box, value):
         ("text", "cannot be read as a video"),
         ("truncated", "cannot be read as a video|truncated"),
         ("missing frames", "cannot be read as a video|ends after|without frames"),
-        ("fps", "frames a second; must be 1 to 1000"),
+        ("fps", "frames a second; must be"),
         ("folder", "is a folder"),
     ],
 )

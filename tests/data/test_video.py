@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 
 from longlive_jax.data import video as video_lib
-from longlive_jax.data.video import (
-    VideoFile,
-    VideoInfo,
-    VideoWriter,
-    frame_indices,
-    probe,
-)
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.video_reader import VideoFile, VideoInfo, frame_indices, probe, read_video
 from longlive_jax.errors import InputError
-from tests.videos import read_video
 
 HEIGHT, WIDTH = 64, 96
 ASSETS = pathlib.Path(__file__).parents[2] / "assets"
@@ -393,7 +387,8 @@ def test_asset():
 
 def test_imports_without_jax():
     code = (
-        "import sys, longlive_jax.data.video, longlive_jax.files.arrays\n"
+        "import sys, longlive_jax.data.video, longlive_jax.data.video_reader\n"
+        "import longlive_jax.files.arrays\n"
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ASSETS.parent)

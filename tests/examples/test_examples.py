@@ -5,7 +5,7 @@ import json
 import pytest
 
 from examples import direct_live, generate, train_toy
-from longlive_jax.data.video import probe
+from longlive_jax.data.video_reader import probe
 from tests.launch.commands import ROOT
 
 # The networks are those of the script; the pictures are small.

@@ -12,10 +12,10 @@ from launch import compile_cache
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.video_reader import read_video
 from longlive_jax.errors import InputError
 from longlive_jax.sampling import programs
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, tiny_config, write
-from tests.videos import read_video
 
 # Of videos from a first frame.
 PICTURED = [*TINY, "--config.video.image_to_video=True", "--config.sample.steps=1"]

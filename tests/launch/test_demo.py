@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from longlive_jax.data.video import probe
+from longlive_jax.data.video_reader import probe
 from tests.launch.commands import run
 
 

@@ -7,11 +7,10 @@ import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax.data.clips import VideoFolder
-from longlive_jax.data.video import probe
+from longlive_jax.data.video_reader import probe, read_video
 from longlive_jax.data.worlds import shapes
 from longlive_jax.prompts import shots as shots_lib
 from tests.launch.commands import run
-from tests.videos import read_video
 
 SMALL = ["--clips=3", "--seed=4", "--height=32", "--width=64"]
 

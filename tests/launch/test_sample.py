@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from longlive_jax.data.images import read_image, to_float
-from longlive_jax.data.video import VideoWriter, probe
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.video_reader import probe, read_video
 from longlive_jax.models.vae import to_uint8
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, write
-from tests.videos import read_video
 
 FRAMES = 61  # of two chunks
 SIZE = 32, 64

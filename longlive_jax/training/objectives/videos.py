@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.video import VideoFile, VideoInfo, probe
+from longlive_jax.data.video_reader import VideoFile, VideoInfo, probe
 from longlive_jax.errors import InputError
 
 

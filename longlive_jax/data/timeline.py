@@ -1,0 +1,97 @@
+"""When a video's pictures are shown: at a constant rate, or each at a time of its own."""
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+
+# Of a picture's interval: by how much it may be off the beat of a constant rate. The clocks of
+# cameras tremble; a change of rate soon drifts further than this.
+_TREMBLE = Fraction(1, 4)
+# Seconds by which a timestamp may be late, since containers round it; half a tick of a GIF.
+_LATE = Fraction(1, 200)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timeline:
+    """The times of pictures that no constant rate describes.
+
+    ticks: int64 [picture + 1], ascending from 0: when each appears, and when the last one ends.
+    tick: in seconds.
+    even: the pictures have a constant rate, only the last one is shown for longer.
+    """
+
+    ticks: np.ndarray
+    tick: Fraction
+    even: bool = False
+
+    @property
+    def seconds(self) -> Fraction:
+        return int(self.ticks[-1]) * self.tick
+
+    def shown(self, count: int | None, fps: Fraction, start: int) -> np.ndarray:
+        """The picture that is shown at k / fps seconds after picture `start` appears: int64 [k].
+
+        count: how many; None: all before the end. After the end it is the last picture.
+        """
+        first, end = int(self.ticks[start]), int(self.ticks[-1])
+        step, late = 1 / (fps * self.tick), min(Fraction(1, 2), _LATE / self.tick)
+        whole = count is None
+        if count is None:
+            count = int((end - first) / step) + 1
+        # first + floor(k step + late), in integers: floats would be wrong at the borders.
+        scale = step.denominator * late.denominator
+        k = np.arange(count, dtype=np.int64)
+        step, late = int(step * scale), int(late * scale)
+        ticks = first + (k * step + late) // scale
+        if whole:
+            ticks = ticks[ticks < end]
+        return np.searchsorted(self.ticks[:-1], ticks, side="right") - 1
+
+
+def describe(
+    ticks: np.ndarray, tick: Fraction, claimed: Fraction | None
+) -> tuple[Fraction | None, Timeline | None]:
+    """(frames a second, Timeline if that is not all there is to say).
+
+    Args:
+      ticks: as of a Timeline.
+      claimed: the rate that the file's header claims; it counts only if the times agree.
+    """
+    times, count = ticks[:-1], len(ticks) - 1
+    measured = None
+    if count > 1:
+        measured = Fraction(count - 1, int(times[-1])) / tick
+    for fps in (claimed, measured):
+        if not fps:
+            continue
+        interval = 1 / (fps * tick)
+        slack = max(1, interval * _TREMBLE)
+        if np.abs(times - np.arange(count) * float(interval)).max() > slack:
+            continue
+        if count > 1 and ticks[-1] - times[-1] > interval * Fraction(3, 2) + 1:
+            return fps, Timeline(ticks, tick, even=True)
+        return fps, None
+    return measured, Timeline(ticks, tick)
+
+
+def frame_indices(
+    source_frames: int,
+    source_fps: float | Fraction,
+    num_frames: int | None = None,
+    fps: float = 24,
+    start: int = 0,
+) -> np.ndarray:
+    """The source frames that show a video at `fps`, chosen as the original does: int64 [frame].
+
+    Frame k is source frame round(start + k * source_fps / fps), halves to even, or the last source
+    frame if that is past the end. `num_frames` None: all frames before the end.
+    """
+    interval = float(source_fps) / float(fps)
+    count = num_frames
+    if count is None:
+        count = max(1, int((source_frames - start) / interval) + 2)
+    indices = np.round(start + np.arange(count) * interval).astype(np.int64)
+    if num_frames is None:
+        indices = indices[indices < source_frames]
+    return np.minimum(indices, source_frames - 1)
