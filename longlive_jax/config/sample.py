@@ -4,7 +4,16 @@ import dataclasses
 from typing import Annotated
 
 from longlive_jax.config.model import Model
-from longlive_jax.config.section import INT32_MAX, Count, Index, Range, Section, divides, refuse
+from longlive_jax.config.section import (
+    INT32_MAX,
+    Count,
+    Index,
+    OneOf,
+    Range,
+    Section,
+    divides,
+    refuse,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +53,9 @@ class Sample(Section):
     scene_cut_prefix: str = "The scene transitions. "  # put before a new shot's first prompt
     recache: bool = False  # on a prompt change inside a shot, run the visible past again
     chunks: Count = 16  # length of a plain-text prompt's video, in chunks
+    # A start image of other proportions than the video's: stretched as in the original, cut to the
+    # middle, or with black bars.
+    image_fit: Annotated[str, OneOf(("stretch", "crop", "pad"))] = "stretch"
     vae_latents_per_call: Count = 2  # latents decoded at once: speed against memory
 
     @property

@@ -1,13 +1,15 @@
 """Photographs in; contact sheets out."""
 
+import functools
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from absl import logging
+from PIL import Image, ImageDraw, ImageFont
 
+from longlive_jax.data import photographs
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 
@@ -17,6 +19,8 @@ from longlive_jax.files.atomic import atomic_path
 PHOTO_FILTER = Image.Resampling.BILINEAR
 VIDEO_FILTER = Image.Resampling.BICUBIC
 
+FITS = ("stretch", "crop", "pad")
+_VISIBLE = 0.01  # change of proportions that is worth a word
 _CAPTION_HEIGHT = 14
 _GAP = 2
 
@@ -35,35 +39,44 @@ def resize(image: np.ndarray, height: int, width: int, resample: Image.Resamplin
     return np.asarray(Image.fromarray(image).resize((width, height), resample))
 
 
-def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
-    """A photograph as uint8 [height, width, 3], upright (EXIF), stretched to that size.
+def read_image(
+    path: str | os.PathLike, height: int, width: int, fit: str = "stretch"
+) -> np.ndarray:
+    """A photograph as uint8 [height, width, 3], upright (EXIF), in sRGB by its colour profile.
 
     Transparent parts are black.
 
+    Args:
+      fit: of FITS: one of other proportions is stretched, and a warning says so; or cut to the
+        middle; or has black bars.
+
     Raises:
-      InputError: the file is missing, damaged or not an image.
+      InputError: the file is missing, damaged, not an image, or too large.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        what = "is a folder, not an image" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}")
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # PIL's own conversion clips 16 bits to 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            pixels = np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        size = path.stat().st_size
-        what = f"{size} bytes that no image format starts with" if size else "the file is empty"
-        raise InputError(f"{path}: not an image: {what}") from error
-    # PIL raises SyntaxError, struct.error and others for damaged files, by format.
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read as an image: {error}") from error
-    return resize(pixels, height, width, PHOTO_FILTER)
+    image = photographs.read(path)
+    ratio = image.width * height / (image.height * width)
+    if fit == "stretch":
+        if abs(ratio - 1) > _VISIBLE:
+            _warn_stretched(str(path), image.size, (height, width))
+        return resize(np.asarray(image), height, width, PHOTO_FILTER)
+    if fit == "crop":
+        w, h = min(image.width, image.width / ratio), min(image.height, image.height * ratio)
+        x, y = (image.width - w) / 2, (image.height - h) / 2
+        return np.asarray(image.resize((width, height), PHOTO_FILTER, (x, y, x + w, y + h)))
+    w, h = max(1, round(width * min(1, ratio))), max(1, round(height * min(1, 1 / ratio)))
+    out = np.zeros((height, width, 3), np.uint8)
+    x, y = (width - w) // 2, (height - h) // 2
+    out[y : y + h, x : x + w] = resize(np.asarray(image), h, w, PHOTO_FILTER)
+    return out
+
+
+@functools.cache  # once a file
+def _warn_stretched(path: str, size: tuple[int, int], to: tuple[int, int]) -> None:
+    logging.warning(
+        "%s: %dx%d pixels are stretched to %dx%d, of other proportions; --config.sample.image_fit="
+        "crop or pad keeps them",
+        path, size[1], size[0], *to,
+    )  # fmt: skip
 
 
 def contact_sheet(

@@ -1,6 +1,7 @@
 """When a video's pictures are shown: at a constant rate, or each at a time of its own."""
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -8,8 +9,8 @@ import numpy as np
 # Of a picture's interval: by how much it may be off the beat of a constant rate. The clocks of
 # cameras tremble; a change of rate soon drifts further than this.
 _TREMBLE = Fraction(1, 4)
-# Seconds by which a timestamp may be late, since containers round it; half a tick of a GIF.
-_LATE = Fraction(1, 200)
+# Seconds by which a picture may come early, if a tick is longer: timestamps are rounded to ticks.
+_EARLY = Fraction(1, 200)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,17 +36,14 @@ class Timeline:
         count: how many; None: all before the end. After the end it is the last picture.
         """
         first, end = int(self.ticks[start]), int(self.ticks[-1])
-        step, late = 1 / (fps * self.tick), min(Fraction(1, 2), _LATE / self.tick)
-        whole = count is None
+        # Two timestamps are each rounded by half a tick at most.
+        step, early = 1 / (fps * self.tick), min(Fraction(1), _EARLY / self.tick)
         if count is None:
-            count = int((end - first) / step) + 1
-        # first + floor(k step + late), in integers: floats would be wrong at the borders.
-        scale = step.denominator * late.denominator
+            count = max(1, math.ceil((end - first - early) / step))
+        # first + floor(k step + early), in integers: floats would be wrong at the borders.
+        scale = step.denominator * early.denominator
         k = np.arange(count, dtype=np.int64)
-        step, late = int(step * scale), int(late * scale)
-        ticks = first + (k * step + late) // scale
-        if whole:
-            ticks = ticks[ticks < end]
+        ticks = first + (k * int(step * scale) + int(early * scale)) // scale
         return np.searchsorted(self.ticks[:-1], ticks, side="right") - 1
 
 

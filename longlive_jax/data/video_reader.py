@@ -329,7 +329,7 @@ def _last(packets: _Packets, times, explicit: bool, tick: Fraction, claimed) -> 
         return packets.end - int(times[-1])
     said = durations[-1]
     # A default of the header, or a guess, is no word on the last picture.
-    if said > 0 and (explicit or (len(durations) > 1 and said != durations[-2])):
+    if said > 1 and (explicit or (len(durations) > 1 and said != durations[-2])):
         return said
     if len(times) > 1:
         return int(times[-1] - times[-2])

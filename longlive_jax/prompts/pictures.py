@@ -66,7 +66,8 @@ def first_frames(
     Raises:
       InputError: an image that cannot be read.
     """
-    frames = to_float(np.stack([read_image(path, *pixels) for path in paths])[:, None])
+    fit = cfg.sample.image_fit
+    frames = to_float(np.stack([read_image(path, *pixels, fit) for path in paths])[:, None])
     return encode(cfg, params, mesh, lambda start, stop: frames[:, start:stop], 1)
 
 

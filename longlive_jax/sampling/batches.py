@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from longlive_jax import config as config_lib
-from longlive_jax.data.images import read_image
+from longlive_jax.data import photographs
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz
 from longlive_jax.prompts import pictures
@@ -68,7 +68,7 @@ class Batch:
     def check_images(self) -> None:
         """Refuses first frames that cannot be read."""
         for image in dict.fromkeys(video.image for video in self.videos if video.image):
-            read_image(image, *self.pixels)
+            photographs.read(image)
 
     def with_images(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh) -> "Batch":
         """The same, the images of its videos encoded by the VAE's `params` on `mesh`."""

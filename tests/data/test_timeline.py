@@ -23,7 +23,7 @@ def test_a_rate_that_the_header_gets_wrong_is_measured():
     times = [Fraction(k, 48) for k in range(100)]
     for claimed in (Fraction(24), Fraction(10**6), None):
         fps, line = describe(ticks(times, Fraction(100, 48), tick), tick, claimed)
-        assert line is None and abs(fps - 48) < 0.01
+        assert line is None and abs(fps - 48) < 0.05
 
 
 def test_clocks_that_tremble_have_a_constant_rate():
