@@ -35,6 +35,7 @@ from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
+from longlive_jax.files.names import as_text
 from longlive_jax.models import umt5
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
 from longlive_jax.prompts import pictures
@@ -68,7 +69,7 @@ def main() -> None:
             if not cfg.train.text_encoder:
                 _embed(cfg, mesh, progress)
             _finish(cfg, progress)
-    print(f"{_summary(folder)}, {time.monotonic() - start:.1f} s: {folder}")
+    print(f"{_summary(folder)}, {time.monotonic() - start:.1f} s: {as_text(folder)}")
 
 
 def _config() -> config_lib.Config:
@@ -175,8 +176,8 @@ def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
         for sample, one in zip(batch, latents):
             if not np.isfinite(one).all():
                 raise InputError(
-                    f"{sample.name}: its latents are not finite (NaN or infinity): the VAE's "
-                    "weights are damaged or do not belong to this config; convert them again"
+                    f"{as_text(sample.name)}: its latents are not finite (NaN or infinity): the "
+                    "VAE's weights are damaged or do not belong to this config; convert them again"
                 )
             fields = {"name": sample.name, "prompts": sample.prompts, "chunks": sample.chunks}
             yield records.pack(fields, one.astype(cfg.compute_dtype))
@@ -232,7 +233,7 @@ def _finish(cfg, progress: records.Progress) -> None:
         dtype=cfg.dtype,
         latent_shape=_latent_shape(cfg),
         least_chunks=min(min(line["chunks"], default=math.inf) for line in latents),
-        failures=len(report.splitlines()),
+        failures=report.count("\n"),
         latents=_shards(latents),
         text=_shards(_lines(progress, "text")),
         prompts=_prompts(progress),

@@ -18,6 +18,7 @@ from launch import command
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import store
 from longlive_jax.errors import InputError
+from longlive_jax.files.names import entries
 from longlive_jax.models import tokenizer, umt5
 
 FLAGS = flags.FLAGS
@@ -47,9 +48,19 @@ def main() -> None:
     )
 
 
+def _json_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    for path in entries(folder):
+        if path.is_dir():
+            found += _json_files(path)
+        elif path.suffix.lower() == ".json":
+            found.append(path)
+    return found
+
+
 def _captions() -> list[str]:
-    files = sorted(pathlib.Path(FLAGS.captions or ".").rglob("*.json")) if FLAGS.captions else []
     try:
+        files = _json_files(pathlib.Path(FLAGS.captions)) if FLAGS.captions else []
         texts = [json.loads(file.read_text())["caption"] for file in files]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--captions={FLAGS.captions}: a file has no caption: {error}") from error

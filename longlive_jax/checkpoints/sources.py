@@ -9,6 +9,7 @@ from typing import Any
 from longlive_jax.checkpoints import pickle_reader, safetensors
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
+from longlive_jax.files.names import entries
 
 # Where downloaded folders keep each part; the first that exists is taken. "" is the folder itself,
 # when it has safetensors files.
@@ -43,7 +44,9 @@ def locate(source: str, part: str) -> str:
         raise InputError(f"--{part}={source}: there is no such file or folder")
     for place in _PLACES[part]:
         found = path / place
-        if found.is_file() or (found.is_dir() and any(found.glob("*.safetensors*"))):
+        if found.is_file() or (
+            found.is_dir() and any(".safetensors" in p.name for p in entries(found))
+        ):
             return str(found)
     places = ", ".join(p or "*.safetensors" for p in _PLACES[part])
     raise InputError(f"--{part}={source}: the folder has none of {places}; give the file itself")
@@ -79,7 +82,7 @@ def read(path: str) -> Any:
 
 def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
     """All tensors of a folder: from the files of its index, else from all its safetensors files."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = [p for p in entries(folder) if p.name.endswith(".safetensors.index.json")]
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)
         raise InputError(f"{folder}: has several index files, {names}; give one's folder")
@@ -97,7 +100,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
             )
         paths = [folder / f for f in files]
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        paths = entries(folder, ".safetensors")
     tensors: dict[str, Any] = {}
     for path in paths:
         for key, t in safetensors.read(path)[0].items():

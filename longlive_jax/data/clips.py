@@ -20,8 +20,9 @@ from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from longlive_jax.data.source import Sample, first
 from longlive_jax.data.video_reader import VideoFile, frame_indices, probe
 from longlive_jax.errors import InputError
+from longlive_jax.files.names import entries, spelled
 
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".gif")  # in any case
 STARTS = 50  # about how many places in a file a sample may start at
 FPS = (1, 1000)  # least and greatest frame rate that a file may declare
 
@@ -154,7 +155,7 @@ class VideoFolder:
         )
         self._captions = pathlib.Path(data.path) / "caption"
         videos = pathlib.Path(data.path) / "video"
-        self._folders = _folders(videos) if data.path and self._captions.is_dir() else []
+        self._folders = sample_folders(videos) if data.path and self._captions.is_dir() else []
         if not self._folders:
             raise InputError(
                 f"config: data.path={data.path!r} must be a folder with video/NAME/000000.mp4 and "
@@ -213,7 +214,7 @@ class VideoFolder:
         """The usable clips of a folder; other files go to `failures`."""
         clips = []
         for path in _files(folder, failures):
-            text = self._captions / folder.name / f"{path.stem}.json"
+            text = spelled(self._captions / folder.name / f"{path.stem}.json")
             try:
                 caption = _caption(text).removeprefix(self._prefix)
                 info = probe(path)
@@ -265,10 +266,14 @@ class VideoFolder:
         return (*prompts, *[clips[segments[-1].clip].caption] * padding)
 
 
-def _folders(videos: pathlib.Path) -> list[pathlib.Path]:
+def sample_folders(videos: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of samples in `<data.path>/video`, in their order; [] if there is no such folder.
+
+    Nothing else in it is data.
+    """
     if not videos.is_dir():
         return []
-    return sorted(p for p in videos.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [path for path in entries(videos) if path.is_dir()]
 
 
 def _files(folder: pathlib.Path, failures: list) -> list[pathlib.Path]:
@@ -279,11 +284,10 @@ def _files(folder: pathlib.Path, failures: list) -> list[pathlib.Path]:
         return not numeric, int(path.stem) if numeric else 0, path.name
 
     try:
-        paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
+        return sorted(entries(folder, *SUFFIXES), key=order)
     except OSError as error:
         failures.append((str(folder), error.strerror))
         return []
-    return sorted((p for p in paths if not p.name.startswith(".")), key=order)
 
 
 def _caption(path: pathlib.Path) -> str:

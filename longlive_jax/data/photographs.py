@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import warnings
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -124,7 +125,8 @@ def _to_srgb(path: pathlib.Path, image: Image.Image, profile: bytes) -> Image.Im
     """The image by its profile; unchanged where that is sRGB, damaged, or of other channels."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        colours = _channels(image, source.profile.xcolor_space.strip())
+        described: Any = source.profile
+        colours = _channels(image, described.xcolor_space.strip())
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), colours.mode, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,

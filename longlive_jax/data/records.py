@@ -94,7 +94,7 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> Shard:
     path, count = pathlib.Path(path), 0
     with atomic_path(path) as partial:
         try:
-            writer = array_record_module.ArrayRecordWriter(str(partial), _WRITE)
+            writer = array_record_module.ArrayRecordWriter(os.fsencode(partial), _WRITE)
             try:
                 for record in records:
                     writer.write(record)
@@ -146,7 +146,7 @@ class Shards:
         shard = self._shards[number]
         path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
         try:
-            reader = array_record_module.ArrayRecordReader(str(path), _READ)
+            reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
             try:
                 (record,) = reader.read([row])
             finally:

@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from longlive_jax.errors import InputError
+from longlive_jax.files.names import as_text
 
 LEAST_READ = 20  # samples read before the share of failed ones is judged
 _SHARED_MEMORY = "/dev/shm"  # through which frames go from a decoding process to the trainer
@@ -203,7 +204,8 @@ class Health:
         self._seen.update(new)
         self.failures += new
         if new:
-            lines = [json.dumps({"path": p, "reason": r}, ensure_ascii=False) for p, r in new]
+            texts = [{"path": as_text(p), "reason": as_text(r)} for p, r in new]
+            lines = [json.dumps(text, ensure_ascii=False) for text in texts]
             # One write: lines stay whole where several processes share the file.
             with self._report.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
@@ -218,5 +220,5 @@ class Health:
 
 def first(failures: Sequence[tuple[str, str]], count: int = 5) -> str:
     """The first `count` of the failures (path, reason), as a part of a message."""
-    listed = "; ".join(f"{path}: {reason}" for path, reason in failures[:count])
+    listed = "; ".join(f"{as_text(path)}: {as_text(why)}" for path, why in failures[:count])
     return f"The first {min(count, len(failures))} of {len(failures)}: {listed}"

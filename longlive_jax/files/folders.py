@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import no_space
+from longlive_jax.files.names import is_stray
 
 
 def make(
@@ -33,7 +34,7 @@ def make(
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        files = [path for path in folder.iterdir() if not is_stray(path.name)]
     except FileExistsError as error:
         raise InputError(f"{flag}={folder}: is a file; give a folder") from error
     except OSError as error:

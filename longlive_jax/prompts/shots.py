@@ -13,6 +13,7 @@ from absl import logging
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files import names
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
@@ -140,9 +141,9 @@ def _read_folder(path: pathlib.Path, chunks: int, per_shot: int, prefix: str) ->
     if (path / "images").is_dir():
         return _read_images(path / "images", path / "prompts", chunks, prefix)
     root = path / "caption" if (path / "caption").is_dir() else path
-    if root is path and any(p.with_suffix(".txt").is_file() for p in _images(path)):
+    if root is path and any(names.spelled(p.with_suffix(".txt")).is_file() for p in _images(path)):
         return _read_images(path, path, chunks, prefix)
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [path for path in names.entries(root) if path.is_dir()]
     if folders:
         return [_read_captions(folder, chunks, per_shot, prefix) for folder in folders]
     raise InputError(
@@ -152,7 +153,9 @@ def _read_folder(path: pathlib.Path, chunks: int, per_shot: int, prefix: str) ->
 
 
 def _read_captions(folder: pathlib.Path, chunks: int, per_shot: int, prefix: str) -> Video:
-    files = [p for p in folder.glob("*.json") if p.name != "global.json" and p.is_file()]
+    files = [
+        p for p in names.entries(folder, ".json") if p.name.lower() != "global.json" and p.is_file()
+    ]
     if not files:
         raise InputError(
             f"prompts: no captions found in {folder}; each sub-folder is a video and needs a .json "
@@ -177,7 +180,7 @@ def _read_images(images: pathlib.Path, prompts: pathlib.Path, chunks: int, prefi
                 f"prompts: {other} and {picture} would both use the prompt {picture.stem}.txt; "
                 f"rename one"
             )
-        text = prompts / f"{picture.stem}.txt"
+        text = names.spelled(prompts / f"{picture.stem}.txt")
         if not text.is_file():
             raise InputError(f"prompts: {picture} has no prompt; write it to {text}")
         lines = _lines(text)
@@ -298,7 +301,7 @@ def _durations(path: pathlib.Path) -> list[int] | None:
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGES)
+    return [path for path in names.entries(folder, *IMAGES) if path.is_file()]
 
 
 def _first_image(path: pathlib.Path, value: str, i: int, where: str) -> pathlib.Path:

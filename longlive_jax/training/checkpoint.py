@@ -18,6 +18,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
+from longlive_jax.files.names import is_stray
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
@@ -45,7 +46,7 @@ def acquire(
     try:
         root.mkdir(parents=True, exist_ok=True)
         others = [] if workdir.is_run(root) else [
-            p.name for p in root.iterdir() if not p.name.startswith(".")
+            p.name for p in root.iterdir() if not is_stray(p.name)
         ]  # fmt: skip
     except OSError as error:
         raise InputError(f"--workdir={root}: {error.strerror}; give a folder to write") from error

@@ -20,10 +20,11 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.data import records
-from longlive_jax.data.clips import VideoFolder
+from longlive_jax.data.clips import VideoFolder, sample_folders
 from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
+from longlive_jax.files.names import as_bytes, as_text
 from longlive_jax.models import vae
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.prompts.encoder import PromptEncoder
@@ -47,7 +48,8 @@ def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
         content = (pathlib.Path(cfg.data.path) / records.MANIFEST).read_bytes()
     else:
         source = VideoFolder(cfg)
-        content = "\n".join(sorted(os.listdir(pathlib.Path(cfg.data.path) / "video"))).encode()
+        names = [path.name for path in sample_folders(pathlib.Path(cfg.data.path) / "video")]
+        content = as_bytes("\n".join(names))
     return source, f"{len(source)} records, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
@@ -162,12 +164,14 @@ class Prefetcher:
 def decode_names(names: np.ndarray) -> list[str]:
     """The names of a step's samples in their order: what `Prefetcher` yields, on the host."""
     rows = names.reshape(-1, names.shape[-1])
-    return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
+    return [as_text(os.fsdecode(bytes(row).rstrip(b"\0"))) for row in rows]
 
 
 def _name(sample: Sample) -> np.ndarray:
-    text = sample.name.encode()[:_NAME_BYTES]
-    return np.frombuffer(text.ljust(_NAME_BYTES, b"\0"), np.uint8)
+    text, end = as_bytes(sample.name), _NAME_BYTES
+    while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
+        end -= 1
+    return np.frombuffer(text[:end].ljust(_NAME_BYTES, b"\0"), np.uint8)
 
 
 def _local_rows(like: Like) -> tuple[int, ...]:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from longlive_jax import config as config_lib
+from longlive_jax.data.clips import sample_folders
 from longlive_jax.data.video_reader import VideoFile, VideoInfo, probe
 from longlive_jax.errors import InputError
+from longlive_jax.files.names import entries
 
 
 class Videos(NamedTuple):
@@ -40,7 +42,8 @@ def read_videos(cfg: config_lib.Config) -> tuple[Videos, Videos]:
         of another size than the config's, or more frames than train_vae.memory_gib.
     """
     root = pathlib.Path(cfg.data.path, "video")
-    folders = sorted({file.parent for file in root.glob("*/*.mp4")})
+    files = {folder: entries(folder, ".mp4") for folder in sample_folders(root)}
+    folders = [folder for folder in files if files[folder]]
     if not folders:
         raise InputError(
             f"data.path={cfg.data.path!r}: no {root}/*/*.mp4; make videos with "
@@ -53,7 +56,7 @@ def read_videos(cfg: config_lib.Config) -> tuple[Videos, Videos]:
             "to train on; lower it, or make more videos"
         )
     groups = [
-        [file for folder in part for file in sorted(folder.glob("*.mp4"))]
+        [file for folder in part for file in files[folder]]
         for part in (folders[:-few], folders[-few:])
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
