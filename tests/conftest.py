@@ -29,7 +29,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Folders whose files take longest. A worker takes a file at a time, in order: a long one taken last
 # would be all that runs.
-LONGEST = ("multiprocess", "training", "launch", "sampling", "checkpoints", "models", "quant")
+LONGEST = (
+    "multiprocess", "training", "launch", "sampling", "kernels", "examples", "checkpoints", "models",
+    "quant", "ops", "formats",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
