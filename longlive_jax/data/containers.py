@@ -29,11 +29,11 @@ def ends_open(path: str | os.PathLike) -> str | None:
     """How the file shows that its end is missing, where it does not say how many bytes are."""
     with pathlib.Path(path).open("rb") as file:
         size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 64))
+        file.seek(max(0, size - 256))  # some have a little after their end
         tail = file.read()
         file.seek(0)
         head = file.read(6)
-    if head in (b"GIF87a", b"GIF89a") and b"\x3b" not in tail.rstrip(b"\0")[-1:]:
+    if head in (b"GIF87a", b"GIF89a") and b"\0\x3b" not in tail:
         return "it has no end marker"
     return None
 

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import os
 import pathlib
 import pickle
 import re
 import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -415,3 +417,45 @@ def test_a_path_without_data(world, missing):
 def test_no_path():
     with pytest.raises(InputError, match=r"data\.path='' must be"):
         VideoFolder(config_lib.Config())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\xe2\x80\xa8b", b"a\nb", b"[x]*?"])
+def test_any_name_of_a_folder(tmp_path, name):
+    name = os.fsdecode(name)
+    world = World(tmp_path).add(name, 30)
+    for stray in ("._000000.mp4", "Thumbs.db"):
+        (tmp_path / "video" / name / stray).write_bytes(b"no video")
+    for stray in (".DS_Store", "__MACOSX"):
+        (tmp_path / "video" / stray).mkdir()
+    source = world.open()
+    sample = source.sample(0, 0)
+    assert len(source) == 1 and sample.name == name and not sample.failures
+
+
+def test_suffixes_in_any_case(tmp_path):
+    world = World(tmp_path).add("a", 30)
+    os.rename(tmp_path / "video/a/000000.mp4", tmp_path / "video/a/000000.M4V")
+    os.rename(tmp_path / "caption/a/000000.json", tmp_path / "caption/a/000000.JSON")
+    assert not world.open().sample(0, 0).failures
+
+
+def test_a_variable_rate_is_sampled_by_time(tmp_path):
+    """Twelve pictures a second at first, then 48: each frame of a sample has its moment's."""
+    world = World(tmp_path).add("a", 2)
+    times = [*(Fraction(k, 12) for k in range(12)), *(1 + Fraction(k, 48) for k in range(48))]
+    with av.open(str(tmp_path / "video/a/000000.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "2", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 48)
+        for k, time in enumerate(times):
+            picture = np.full((*SIZE, 3), 20 + 3 * k, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(format="yuv420p")
+            frame.pts, frame.time_base = round(time * 48), Fraction(1, 48)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    want = [max(i for i, t in enumerate(times) if t <= Fraction(k, 24)) for k in range(48)]
+    source = world.open()
+    for key in range(8):
+        got = np.round((source.sample(0, key).frames[:, 8:-8, 8:-8].mean((1, 2, 3)) - 20) / 3)
+        assert any(np.abs(got - want[s : s + len(got)]).max() <= 1 for s in range(49 - len(got)))

@@ -1,5 +1,6 @@
 """Video files as people have them: containers, times, orientations, names."""
 
+import itertools
 import os
 import struct
 from fractions import Fraction
@@ -192,3 +193,49 @@ def test_hdr_is_told_once(tmp_path, monkeypatch, transfer, name):
         with VideoFile(path) as video:
             next(iter(video))
     assert len(said) == bool(name) and all(f"a.mp4: is HDR video ({name})" in s for s in said)
+
+
+OPEN = "open-gop=1:keyint=24:min-keyint=24:bframes=3:b-adapt=0:scenecut=0"
+LEADING = {
+    "libx264": {"x264-params": OPEN, "crf": "4"},
+    "libx265": {"x265-params": f"{OPEN}:log-level=none", "crf": "4"},
+    "mpeg2video": {"bf": "2", "g": "24", "b": "3000000"},
+    "libvpx": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "800000", "g": "24"},
+}
+
+
+@pytest.mark.parametrize(
+    "codec, suffix",
+    [*itertools.product(["libx264", "libx265", "mpeg2video"], ["mkv", "ts", "mp4"]),
+     ("libvpx", "mkv")],
+)  # fmt: skip
+def test_pictures_that_are_never_shown(tmp_path, codec, suffix):
+    """A recording that was cut at a key frame, without encoding it anew."""
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream(codec, rate=24, options=LEADING[codec])
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for k in range(72):
+            picture = np.full((64, 96, 3), 20 + 3 * k, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(format="yuv420p")
+            frame.pts, frame.time_base = k, Fraction(1, 24)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream, keys, start = source.streams.video[0], 0, None
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            keys += packet.is_keyframe
+            if packet.size and keys > 1:
+                start = packet.dts or packet.pts if start is None else start
+                packet.pts -= start
+                packet.dts = None if packet.dts is None else packet.dts - start
+                packet.stream = copy
+                target.mux(packet)
+    for path in (whole, cut):
+        with av.open(str(path)) as container:
+            shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        got = read_video(path, 64, 96)
+        assert probe(path).frames == len(shown) and probe(path).fps == 24
+        near(numbers(got), numbers(shown))
