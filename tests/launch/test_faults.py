@@ -174,6 +174,9 @@ def test_an_output_that_is_read_is_refused(tmp_path, one):
         ("decode", [f"--latents={latents}", f"--output={checkpoint}/v.mp4"], "which is read"),
         ("embed", [f"--prompts={one}", f"--output={checkpoint}/v.npz"], "which is read"),
         ("encode", [f"--video={tmp_path}/out-001.mp4", f"--output={checkpoint}/new/v.npz"], "which"),
+        ("convert", [f"--to_safetensors={checkpoint}/dit"], "which is read"),
+        ("convert", ["--recipe=fp8", f"--output={checkpoint}/fp8"], "which is read"),
+        ("encode_dataset", [f"--output={checkpoint}/cached"], "which is read"),
     ]:  # fmt: skip
         done = run(command, *TINY, base, *flags, check=False)
         ended(done, 2, message)
