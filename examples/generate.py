@@ -20,6 +20,7 @@ def main(path: str, **settings) -> None:
     pipeline = Pipeline.from_checkpoint("assets/tiny_world/checkpoint", cfg)
     with VideoWriter(path, *pipeline.pixels) as video:
         for chunk in pipeline.generate(SHOTS, seed=0):
+            chunk.check()  # weights that have diverged would make it black
             for frames in chunk.frames:  # uint8 [row, frame, height, width, 3]
                 video.write(frames[0])
 

@@ -1,23 +1,39 @@
-"""What every command shares: flags, the config file, and how bad input is reported."""
+"""What every command shares: flags, the config file, and how it ends when something is wrong."""
 
 import dataclasses
 import errno
 import os
+import pathlib
+import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import flags
 from ml_collections import config_flags
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import section
-from longlive_jax.errors import InputError
-from longlive_jax.files.atomic import partial_file
+from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.files.atomic import partial_file, remove_abandoned
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File in configs/; override a value with --config.section.key=VALUE."
 )
+# What a disk answers, whatever the command was writing, and what to do then.
+_STORAGE = {
+    errno.ENOSPC: "no space left on the disk of {}; free some or give another --output",
+    errno.EDQUOT: "the disk quota is used up for {}; free some or give another --output",
+    errno.EFBIG: "{} gets larger than its disk, or ulimit -f, allows; give another --output",
+    errno.EROFS: "the disk of {} cannot be written, it is mounted read-only; give another --output",
+    errno.EACCES: "no permission for {}; give another file, or change its mode or owner",
+    errno.EPERM: "no permission for {}; give another file, or change its mode or owner",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever is kept on Ctrl-C is kept then, too."""
 
 
 def config() -> config_lib.Config:
@@ -34,26 +50,46 @@ def config() -> config_lib.Config:
 def run(main: Callable[..., None], arguments: int = 0) -> None:
     """Parses the command line and calls `main` with its `arguments` words that are not flags.
 
-    Exit codes: 0 done, 2 bad input (message on stderr, no traceback), 130 interrupted.
+    Exit codes: 0 done, 1 results that are not finite, 2 bad input or a disk that refuses, 130
+    interrupted, 143 terminated; each but 0 with a message on stderr and no traceback.
     """
+    _keep_streams()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main(*_parse(sys.argv, arguments))
     except InputError as error:
         _stop(2, f"error: {error}")
-    except KeyboardInterrupt:
-        _stop(130, "interrupted")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except NotFiniteError as error:
+        _stop(1, f"error: {error}")
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        _stop(143 if terminated else 130, "terminated" if terminated else "interrupted")
+    except Exception as error:
+        if (reason := refused_by_disk(error)) is None:
             raise
-        _stop(
-            2,
-            f"error: no space left on the disk of {error.filename or 'the output'}; free some "
-            "or give another --output",
-        )
+        _stop(2, f"error: {reason}")
+
+
+def refused_by_disk(error: Exception) -> str | None:
+    """A line on what a disk refused, and the way out; None for an error about another thing.
+
+    Orbax and ArrayRecord raise errors of their own: those are known by the system's words.
+    """
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return _STORAGE[error.errno].format(error.filename or "the output")
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if os.strerror(number) in text:
+            path = re.search(r"(?<![\w.])/[^\s:'\"\]]+", text)
+            return _STORAGE[number].format(path[0] if path else "the output")
+    return None
 
 
 def check_output(name: str, *suffixes: str) -> None:
     """Refuses an output that is missing, of another kind, or cannot be written, before any work.
+
+    Removes what killed runs left beside it.
 
     Raises:
       InputError: also for a path that is a folder.
@@ -63,7 +99,45 @@ def check_output(name: str, *suffixes: str) -> None:
         raise InputError(f"--{name} is missing; give the {' or '.join(suffixes)} file to write")
     if not path.endswith(suffixes):
         raise InputError(f"--{name}={path}: must end with {' or '.join(suffixes)}")
+    remove_abandoned(path)
     partial_file(path).unlink()
+
+
+def check_apart(
+    outputs: Iterable[str | None],
+    inputs: Iterable[str | os.PathLike | None],
+    folders: Iterable[str | None] = (),
+) -> None:
+    """Refuses outputs that would replace an input, or lie in a folder that is read.
+
+    Args:
+      outputs: files or folders, not made yet or from an earlier run.
+      inputs: files that are read; None: not given.
+      folders: checkpoints and the like.
+
+    Raises:
+      InputError: names both.
+    """
+    read = {_identity(path): path for path in inputs if path}
+    closed = {_identity(path): path for path in folders if path}
+    for output in filter(None, outputs):
+        if path := read.get(_identity(output)):
+            raise InputError(f"{output}: is read as {path}; give another file to write")
+        place = pathlib.Path(os.path.realpath(output))
+        for above in (place, *place.parents):
+            if folder := closed.get(_identity(above)):
+                raise InputError(
+                    f"{output}: is in {folder}, which is read; give an output outside of it"
+                )
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int] | str:
+    """What a file is by all of its names; of one that is missing, its name."""
+    try:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except OSError:
+        return os.path.realpath(path)
 
 
 def numbered(path: str, index: int, total: int) -> str:
@@ -128,6 +202,54 @@ def _unknown(overrides: list[str], otherwise: str) -> str:
     # An old config file, whose settings have moved: its error names the key alone.
     moved = (new for old, new in config_lib.MOVED.items() if f'"{old.split(".")[1]}"' in otherwise)
     return otherwise + "".join(f"; it is now config.{new}" for new in moved)
+
+
+class _Stream:
+    """stdout or stderr; when its reader goes away, what is printed is lost and nothing else."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def _lasting(self, call, *args):
+        try:
+            return call(*args)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            return call(*args)
+
+    def write(self, text):
+        return self._lasting(self._stream.write, text)
+
+    def writelines(self, lines):
+        self.write("".join(lines))
+
+    def flush(self):
+        self._lasting(self._stream.flush)
+
+
+def _keep_streams() -> None:
+    """Printing ends no run: not into a pipe that is closed, nor without any stdout or stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the next file that is opened would get what libraries print
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        # Python has None where one was closed when it started.
+        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
+        setattr(sys, name, _Stream(stream))
+
+
+def _terminate(number, frame):
+    """Ends as on Ctrl-C; a second signal ends at once."""
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated
 
 
 def _stop(code: int, message: str) -> None:

@@ -124,6 +124,7 @@ def _quantize() -> None:
         )
     if os.path.realpath(output) == os.path.realpath(directory):
         raise InputError(f"--output={output}: is the checkpoint itself; give a new directory")
+    command.check_apart([output], [], [directory])
     config = command.config()
     stored = store.Stored(directory, "dit")
     spec = parts_lib.PARTS["dit"].spec(config.model)
@@ -160,6 +161,7 @@ def _show(part, spec, summary, recipe, start) -> None:
 def _export() -> None:
     if not FLAGS.checkpoint:
         raise InputError("--to_safetensors needs --checkpoint=CKPT")
+    command.check_apart([FLAGS.to_safetensors], [], [FLAGS.checkpoint])
     names = [name for name in store.parts(FLAGS.checkpoint) if name != tokenizer_lib.NAME]
     # The original has no files for networks of our own.
     parts = [name for name in names if to_torch.check(FLAGS.checkpoint, name).network]

@@ -36,17 +36,20 @@ def main() -> None:
             "--prompts is missing; give a file or folder of prompts, or an .npz of ids"
         )
     command.check_output("output", ".npz")
-    mesh = mesh_lib.make_mesh(cfg.mesh)
+    mesh, read = mesh_lib.make_mesh(cfg.mesh), networks.folders(FLAGS.checkpoint)
     if FLAGS.prompts.endswith(".npz"):
+        command.check_apart([FLAGS.output], [FLAGS.prompts], read)
         save_npz(FLAGS.output, ctx=_embed_ids(cfg, mesh).astype(np.float32))
         return
     pipeline = Pipeline(FLAGS.checkpoint, cfg, mesh)
     videos = pipeline.videos(FLAGS.prompts, chunks_per_shot=FLAGS.chunks_per_shot)
+    count = len(videos)
+    paths = [command.numbered(FLAGS.output, i, count) for i in range(count)]
+    command.check_apart(paths, [FLAGS.prompts], read)
     texts = pipeline.embed(embeddings.distinct(videos), guided=True)
     negative = texts.negative[None].astype(np.float32)
-    for i, video in enumerate(videos):
+    for path, video in zip(paths, videos):
         rows = texts([chunk.prompt for chunk in video.chunks]).astype(np.float32)
-        path = command.numbered(FLAGS.output, i, len(videos))
         save_npz(path, ctx=rows, neg=negative, cut=np.asarray([c.cut for c in video.chunks]))
 
 

@@ -28,6 +28,8 @@ def main() -> None:
     if not FLAGS.video:
         raise InputError("--video is missing; give the video or the .npz to encode")
     command.check_output("output", ".npz")
+    read = networks.folders(FLAGS.checkpoint)
+    command.check_apart([FLAGS.output], [FLAGS.video], read)
     networks.check(FLAGS.checkpoint, "vae", cfg, networks.ENCODER)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     if FLAGS.video.endswith(".npz"):

@@ -76,6 +76,7 @@ def _config() -> config_lib.Config:
     cfg = command.config()
     if not FLAGS.output:
         raise InputError("--output is missing; give the folder to make")
+    command.check_apart([FLAGS.output], [], networks.folders(FLAGS.checkpoint))
     if cfg.data.cached:
         raise InputError(
             "config: data.cached=True, but videos are encoded here; give "

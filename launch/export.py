@@ -37,6 +37,7 @@ def main() -> None:
         )
     if not FLAGS.output:
         raise InputError("--output is missing; give the checkpoint's directory")
+    command.check_apart([FLAGS.output], [], networks.folders(FLAGS.checkpoint))
     mesh = mesh_lib.make_mesh(config_lib.Mesh())
     found = [part for part in networks.parts(FLAGS.checkpoint) if part in PARTS]
     for part in found:

@@ -19,7 +19,7 @@ from absl import flags
 from launch import command, compile_cache
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import workdir
+from longlive_jax.checkpoints import networks, workdir
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
@@ -72,6 +72,7 @@ def main() -> None:
     clip = _open_clip(cfg, batches)
     pictured = clip is not None or any(batch.pictured for batch in batches)
     pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
+    _check_apart(batches)
     if texts is None:
         texts = pipeline.embed(embeddings.distinct(videos))
     batches = pipeline.encoded(batches, clip)
@@ -84,7 +85,7 @@ def main() -> None:
         frames += _write(cfg, chunks, batch, count, (number, len(batches)), start)
     seconds = time.monotonic() - start
     path = FLAGS.output or FLAGS.save_latents
-    files = count if FLAGS.output or not FLAGS.noise else len(batches)
+    files = count if FLAGS.output else _latent_files(count, batches)
     where = " to ".join(dict.fromkeys(command.numbered(path, i, files) for i in (0, files - 1)))
     print(
         f"{count} video{'s' if count > 1 else ''}, {frames} frames, {seconds:.1f} s, "
@@ -119,6 +120,26 @@ def _videos(pipeline, chunks):
     return videos, texts
 
 
+def _latent_files(videos, batches):
+    """How many files --save_latents makes."""
+    return len(batches) if FLAGS.noise else videos
+
+
+def _check_apart(batches):
+    videos = [video for batch in batches for video in batch.videos]
+    images = dict.fromkeys(video.image for video in videos)
+    made = {
+        FLAGS.output: len(videos),
+        FLAGS.contact_sheet: len(videos),
+        FLAGS.save_latents: _latent_files(len(videos), batches),
+    }
+    command.check_apart(
+        [command.numbered(path, i, n) for path, n in made.items() if path for i in range(n)],
+        [FLAGS.prompts, FLAGS.noise, FLAGS.prompt_embeds, FLAGS.continue_from, *images],
+        [*networks.folders(FLAGS.checkpoint), FLAGS.compile_cache],
+    )
+
+
 def _open_clip(cfg, batches):
     """The video to continue, opened and checked, or None."""
     if not FLAGS.continue_from:
@@ -145,21 +166,23 @@ def _write(cfg, chunks, batch, videos, number, start):
         return [command.numbered(path, batch.index + i, videos) for i in range(count)]
 
     sheets = [ContactSheet() for _ in range(count)] if FLAGS.contact_sheet else []
-    kept, latent_frames = [], 0
+    kept, latent_frames, shown = [], 0, 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm.tqdm(total=total, unit=" frames", desc="streaming"))
         writers = []
         if FLAGS.output:
             writers = [
-                stack.enter_context(VideoWriter(path, *batch.pixels))
+                stack.enter_context(VideoWriter(path, *batch.pixels, frames=total))
                 for path in outputs(FLAGS.output)
             ]
         for chunk in chunks:
+            if number[0] == chunk.index == 0 and chunk.frames:
+                np.asarray(chunk.frames[0])
+                seconds = time.monotonic() - start
+                bar.write(f"first frames after {seconds:.1f} s", file=sys.stderr)
+                bar.update(shown := 1)
+            chunk.check()
             for piece in map(np.asarray, chunk.frames):
-                if number[0] == bar.n == 0:
-                    seconds = time.monotonic() - start
-                    bar.write(f"first frames after {seconds:.1f} s", file=sys.stderr)
-                    bar.update()
                 for i, writer in enumerate(writers):
                     writer.write(piece[i])
                 for i, sheet in enumerate(sheets):
@@ -167,7 +190,8 @@ def _write(cfg, chunks, batch, videos, number, start):
             if FLAGS.save_latents:
                 kept.append(np.asarray(chunk.latents, np.float32))
             latent_frames += chunk.latents.shape[1]
-            bar.update(batches_lib.frames(latent_frames) - bar.n)
+            shown, before = batches_lib.frames(latent_frames), shown
+            bar.update(shown - before)
     if kept:
         _save_latents(np.moveaxis(np.concatenate(kept, axis=1), -1, 2), number, outputs)
     for sheet, path in zip(sheets, outputs(FLAGS.contact_sheet) if sheets else ()):

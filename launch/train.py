@@ -35,7 +35,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
@@ -63,9 +63,11 @@ def main() -> None:
         _train()
     except InputError:
         raise
-    except loop.DivergedError as error:
+    except (loop.DivergedError, NotFiniteError) as error:
         _end(f"error: {error}")
-    except Exception:
+    except Exception as error:
+        if command.refused_by_disk(error):
+            raise
         _end(traceback.format_exc())
 
 

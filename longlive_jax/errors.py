@@ -1,8 +1,15 @@
-"""The one error that means "the input is wrong", for everything a user can get wrong."""
+"""The errors that are the user's to act on: commands print them without a traceback."""
 
 
 class InputError(ValueError):
     """Bad input. The message names the value, the limit and the way out.
 
-    Commands print it without a traceback and exit with code 2.
+    Commands exit with code 2.
+    """
+
+
+class NotFiniteError(ArithmeticError):
+    """Results that are NaN or infinite. The message names the place and the likely cause.
+
+    Commands exit with code 1; what was written before it stays.
     """

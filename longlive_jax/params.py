@@ -204,3 +204,20 @@ def _all_gather_bwd(mesh_axis, axis, dtype, like, g):
 
 
 _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of arrays with NaN or infinity among a tree's, of any floating point dtype."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    return [path for path, finite in jax.device_get(_finite(leaves)).items() if not finite]
+
+
+@jax.jit
+def _finite(arrays):
+    # FP8 and FP4 are not compared as they are.
+    return {k: jnp.isfinite(x.astype(jnp.float32)).all() for k, x in arrays.items()}

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.sampling import batches as batches_lib
-from longlive_jax.sampling import render, stream
+from longlive_jax.sampling import finite, render, stream
 from longlive_jax.sampling.batches import Batch
 from longlive_jax.sampling.decode import Decoder
 from longlive_jax.sampling.session import Chunk, Engine, Session, Start, Texts
@@ -88,6 +88,7 @@ class Pipeline:
           batches: videos to make. text: of prompts. pictured: from images, or a video.
         """
         cfg = self.cfg
+        finite.warn_of_guidance(cfg)
         if text:
             networks.read_tokenizer(self.checkpoint, cfg)
         networks.check(self.checkpoint, "dit", cfg, quantized=True)
@@ -171,8 +172,15 @@ class Pipeline:
         return [b.with_images(self.cfg, vae, self.vae_mesh) if b.pictured else b for b in batches]
 
     def render(self, batch: Batch, texts: Texts, seed: int = 0) -> Iterator[Chunk]:
-        """The chunks of a batch of videos, each yielded when the next one is under way."""
-        return render.render(self.engine, texts, batch, seed)
+        """The chunks of a batch of videos, each yielded when the next one is under way.
+
+        None has been waited for: `Chunk.check` waits, and refuses frames that must not be shown.
+        Where the caller does not, the chunk is checked when the next one is asked for.
+
+        Raises:
+          NotFiniteError: the last chunk that was given has numbers that are not finite.
+        """
+        return _checked(render.render(self.engine, texts, batch, seed))
 
     def generate(
         self, path: str | os.PathLike | Sequence[Mapping[str, Any]], *, seed: int = 0
@@ -184,6 +192,7 @@ class Pipeline:
 
         Raises:
           InputError: shots that cannot be read, or several videos in place of one.
+          NotFiniteError: from the iterator, as `render`.
         """
         videos = self.videos(path)
         if len(videos) > 1:
@@ -220,6 +229,12 @@ class Pipeline:
           InputError: no such file, a damaged one, or one of other settings.
         """
         return Session.restore(self.engine, self.texts, path)
+
+
+def _checked(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        yield chunk
+        chunk.check()
 
 
 def vae_mesh(mesh: jax.sharding.Mesh, device: int | None) -> jax.sharding.Mesh:

@@ -7,7 +7,7 @@ import pytest
 
 from longlive_jax import Config, Pipeline, Session
 from longlive_jax.checkpoints import workdir
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, NotFiniteError
 from tests.launch import commands
 
 SIZE = {"video.height": 32, "video.width": 64}
@@ -58,6 +58,17 @@ def test_a_stream_begins_with_a_picture(pipeline, tmp_path):
     session.save(tmp_path / "s")
     (again,) = pipeline.restore(tmp_path / "s").replay()
     np.testing.assert_array_equal(again.latents, chunk.latents)
+
+
+def test_what_is_not_finite_ends_a_video(pipeline, monkeypatch):
+    real = Session._noise
+    monkeypatch.setattr(
+        Session, "_noise", lambda self: real(self) * (float("nan") if self.index == 1 else 1)
+    )
+    given = []
+    with pytest.raises(NotFiniteError, match="chunk 1 is not finite"):
+        given.extend(pipeline.generate([{"prompt": commands.PROMPTS[0], "chunks": 3}]))
+    assert [bool(chunk.finite) for chunk in given] == [True, False]  # it was asked for the third
 
 
 def test_bad_input(checkpoint, pipeline, tmp_path):

@@ -42,7 +42,7 @@ def run(cfg: config_lib.Config) -> dict:
 
     latents = jax.random.normal(jax.random.key(1), (batch, per_call, *size, cfg.vae.z_dim), dtype)
     state = vae.init_decode_state(cfg.vae, batch, *size, dtype, mesh)
-    program = decode.decode_program(cfg.vae, mesh, False, vae.to_uint8)
+    program = decode.decode_program(cfg.vae, mesh, False, decode.pictures)
     timed("decode", program, state, jax.device_put(latents, where), per_call)
     shape = (batch, 4 * per_call, cfg.video.height, cfg.video.width, 3)
     frames = jnp.tanh(jax.random.normal(jax.random.key(2), shape, dtype))

@@ -66,7 +66,8 @@ def load(
       weights: of a training run, a key of `workdir.WEIGHTS`.
 
     Raises:
-      InputError: a checkpoint that does not fit, or that another recipe quantised.
+      InputError: a checkpoint that does not fit, or that another recipe quantised; weights of a
+        training run that are not finite.
     """
     section, tree = spec(part, cfg, only)
     dtype = cfg.compute_dtype if dtype is None else dtype
@@ -75,7 +76,15 @@ def load(
         rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
     trained = _trained(checkpoint, part)
     if trained is not None:
-        return trained.load(part, tree, mesh, dtype, rules, weights)
+        loaded = trained.load(part, tree, mesh, dtype, rules, weights)
+        if bad := params_lib.not_finite(loaded):
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise InputError(
+                f"{checkpoint}: {part}/{bad[0]}{more} of its {weights} weights are not finite: the "
+                f"run diverged before step {trained.step}; remove its newest states, or give "
+                f"--weights={'latest' if weights == 'average' else 'average'}"
+            )
+        return loaded
     where = directory(checkpoint)
     recipe = _recipe(store.Stored(where, part), cfg, quantized)
     return store.load(where, part, tree, mesh, dtype, rules, config=section, recipe=recipe)
@@ -130,6 +139,13 @@ def directory(checkpoint: str | None) -> str:
     if not checkpoint:
         raise InputError("--checkpoint is missing; make one with python -m launch.convert")
     return workdir.parts(checkpoint) if workdir.is_run(checkpoint) else checkpoint
+
+
+def folders(checkpoint: str | None) -> list[str]:
+    """What a checkpoint is read from; of a training run also the folder of its other parts."""
+    if not checkpoint or not workdir.is_run(checkpoint):
+        return [checkpoint] if checkpoint else []
+    return [checkpoint, *filter(None, [workdir.read(checkpoint).checkpoint])]
 
 
 def spec(

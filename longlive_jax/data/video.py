@@ -1,7 +1,6 @@
 """Video files out: `VideoWriter`. `video_reader` reads them; no other module uses PyAV."""
 
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -17,8 +16,9 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from longlive_jax.errors import InputError
-from longlive_jax.files.atomic import no_space, partial_file
+from longlive_jax.data import mp4
+from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.files.atomic import named, partial_file
 
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
@@ -31,23 +31,33 @@ class VideoWriter:
     """Encodes frames to an H.264 mp4 in a thread of its own.
 
     `write` returns at once unless the encoder lags by QUEUED_CHUNKS chunks, so memory does not grow
-    with the length of the video. The file is written beside `path` and renamed when complete.
+    with the length of the video. The file is written beside `path` and renamed when complete, its
+    index before its frames: it plays while it is loaded.
     As a context manager it leaves
-      after a clean end, or KeyboardInterrupt (or another exit that is no Exception): the frames
-        written so far, as a playable file; nothing if there are none;
-      after any Exception, the encoder's own included: no new file. What was at `path` stays.
+      after a clean end, KeyboardInterrupt (or another exit that is no Exception), NotFiniteError:
+        the frames written so far, as a playable file; nothing if there are none;
+      after another Exception, the encoder's own included: no new file. What was at `path` stays.
 
     Args:
       path: the file to write; its folder is made if it is missing.
       height, width: pixels, even.
       fps: frames a second, a number or a Fraction.
+      frames: how many are expected; with more than that, the file is copied once when it is closed.
 
     Raises:
       InputError: at construction, for a path that cannot be written or a size that is odd.
-      OSError: from `write` and `close`, when the file cannot be written; ENOSPC for a full disk.
+      OSError: from `write` and `close`, naming `path`; ENOSPC for a full disk.
     """
 
-    def __init__(self, path: str | os.PathLike, height: int, width: int, fps: float = 24):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        height: int,
+        width: int,
+        fps: float = 24,
+        *,
+        frames: int | None = None,
+    ):
         self.path = pathlib.Path(path)
         self.frames_written = 0  # handed over by `write`; the encoder may be behind
         if height < 2 or width < 2 or height % 2 or width % 2:
@@ -59,7 +69,7 @@ class VideoWriter:
             raise InputError(f"{path}: fps={fps} must be positive")
         self._shape = (height, width, 3)
         self._fps = Fraction(fps).limit_denominator(1001)  # 29.97 and the like are over 1001
-        self._partial = partial_file(path)
+        self._partial, self._gap = partial_file(path), mp4.gap(frames)
         self._error: BaseException | None = None
         self._abandoned = self._closed = False
         self._encoded = 0
@@ -105,7 +115,7 @@ class VideoWriter:
     def __exit__(self, exc_type, exc, traceback) -> None:
         if exc_type is None:
             self.close()
-        elif issubclass(exc_type, Exception):
+        elif issubclass(exc_type, Exception) and not issubclass(exc_type, NotFiniteError):
             self._abandon()
         elif not self._closed:
             self._finish()
@@ -140,7 +150,7 @@ class VideoWriter:
     def _run(self) -> None:
         chunks = self._chunks()
         try:
-            with _File(self._partial) as file:
+            with _File(self._partial, self._gap) as file:
                 try:
                     self._encoded = _encode(file, chunks, self._shape, self._fps)
                 finally:
@@ -148,8 +158,8 @@ class VideoWriter:
                     if file.error is not None:
                         raise file.error
         except BaseException as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            self._error = no_space(self.path) if full else error
+            failed = isinstance(error, OSError)
+            self._error = named(error, self.path, self._partial) if failed else error
             for _ in chunks:  # so that `write` never waits for a thread that has died
                 pass
 
@@ -163,10 +173,12 @@ class VideoWriter:
 
 
 class _File(io.RawIOBase):
-    """The file that FFmpeg writes to. Keeps the first error, with its errno."""
+    """The file that FFmpeg writes to, after a gap. Keeps the first error, with its errno."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, gap: int = 0):
         self._file = path.open("wb", buffering=0)
+        self._file.seek(gap)
+        self._path, self._gap = path, gap
         self.error: OSError | None = None
 
     def writable(self) -> bool:
@@ -186,10 +198,16 @@ class _File(io.RawIOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        offset += self._gap if whence == io.SEEK_SET else 0
+        return self._file.seek(offset, whence) - self._gap
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._file.tell() - self._gap
+
+    def finish(self) -> None:
+        """Brings the index of the complete video into the gap."""
+        with self._path.open("r+b") as file:
+            mp4.index_first(file, self._gap)
 
     def close(self) -> None:
         if not self.closed:
@@ -224,6 +242,8 @@ def _encode(file: _File, chunks: Iterator, shape: tuple[int, int, int], fps: Fra
                 container.mux(stream.encode(frame))
         if count:  # a container without packets has no header to complete
             container.mux(stream.encode())
+    if count:
+        file.finish()
     return count
 
 

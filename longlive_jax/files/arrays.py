@@ -5,7 +5,9 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from longlive_jax.errors import InputError
@@ -63,6 +65,25 @@ def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str,
             bad = array.size - np.count_nonzero(finite)
             raise InputError(f"{path}: {bad} of {array.size} values of {name!r} are not finite")
     return arrays
+
+
+def narrow(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """The array in another dtype. `name` is for the message.
+
+    Raises:
+      InputError: a number that the dtype has only as infinity.
+    """
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(dtype, copy=False)
+    finite = np.isfinite(narrowed)
+    if not finite.all() and (lost := ~finite & np.isfinite(array)).any():
+        most = float(ml_dtypes.finfo(dtype).max)
+        raise InputError(
+            f"{name}: {array[lost][0]} is infinite in {np.dtype(dtype)}, which goes to {most:.4g}, "
+            f"as are {np.count_nonzero(lost)} of {array.size} values; scale them before they are "
+            f"saved"
+        )
+    return narrowed
 
 
 def _found(path: pathlib.Path) -> str:

@@ -4,6 +4,10 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
+import socket
+import time
+import zlib
 from collections.abc import Iterator
 
 from longlive_jax.errors import InputError
@@ -22,7 +26,7 @@ def partial_file(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file in it")
-    partial = path.parent / f".{path.stem}.partial-{os.getpid()}{path.suffix}"
+    partial = path.parent / f".{path.stem}.partial-{_HOST}-{os.getpid()}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.open("wb").close()  # the only test of permission that also holds for root
@@ -33,9 +37,48 @@ def partial_file(path: str | os.PathLike) -> pathlib.Path:
     return partial
 
 
+def remove_abandoned(path: str | os.PathLike) -> None:
+    """Removes what killed runs left of `path`, and of its numbered siblings: path-000, ...
+
+    The files of runs that may still write are left: on this machine, of processes that are there;
+    of other machines that share the folder, those of the last ABANDONED_SECONDS.
+    """
+    path = pathlib.Path(path)
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    name = re.compile(rf"\.{stem}(-\d{{3,}})?\.partial-(?:([0-9a-f]{{8}})-)?(\d+){suffix}")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if (match := name.fullmatch(entry.name)) and _is_abandoned(entry, *match.groups()[1:]):
+                with contextlib.suppress(OSError):  # another run may be as quick
+                    os.unlink(entry.path)
+
+
+ABANDONED_SECONDS = 24 * 3600  # no writer pauses for a day
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _is_abandoned(entry: os.DirEntry, host: str | None, pid: str) -> bool:
+    if host not in (None, _HOST):
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's process
+        return False
+    return False
+
+
 def no_space(path: str | os.PathLike) -> OSError:
     """The error for a full disk; it names the file that the user asked for."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def named(error: OSError, path: str | os.PathLike, partial: pathlib.Path) -> OSError:
+    """The error of writing `partial`, naming the file that the user asked for."""
+    if error.errno is None or error.filename not in (None, str(partial)):
+        return error  # it is about something else
+    return OSError(error.errno, os.strerror(error.errno), str(path))
 
 
 @contextlib.contextmanager
@@ -55,6 +98,6 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise no_space(path) from error
+        if isinstance(error, OSError) and (better := named(error, path, partial)) is not error:
+            raise better from error
         raise

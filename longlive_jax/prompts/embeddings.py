@@ -7,6 +7,7 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files.arrays import narrow
 from longlive_jax.prompts.shots import Chunk, Video
 
 
@@ -40,10 +41,10 @@ def from_embeddings(
       chunks: how many the video has; None: as many as there are embeddings.
 
     Raises:
-      InputError: shapes that do not fit the config, fewer embeddings than chunks, or no `neg` where
-        guidance needs it.
+      InputError: shapes that do not fit the config, numbers that are infinite in its compute dtype,
+        fewer embeddings than chunks, or no `neg` where guidance needs it.
     """
-    rows = _pad(arrays["ctx"], cfg.model, "ctx")
+    rows = _pad(arrays["ctx"], cfg, "ctx")
     cut = arrays.get("cut", np.zeros(len(rows), bool))
     if cut.shape != rows.shape[:1]:
         raise InputError(
@@ -73,7 +74,7 @@ def from_embeddings(
             f"sample.guidance_scale={cfg.sample.guidance_scale}; add neg [1, token, dim], or set "
             "the scale to 1.0"
         )
-    negative = _pad(arrays["neg"], cfg.model, "neg")
+    negative = _pad(arrays["neg"], cfg, "neg")
     if len(negative) != 1:
         raise InputError(f"prompt embeddings: neg has {len(negative)} rows, must have 1")
     return video, Embeddings(names, rows, negative[0])
@@ -93,8 +94,9 @@ def shorten(video: Video, chunks: int) -> Video:
     return dataclasses.replace(video, chunks=video.chunks[:chunks])
 
 
-def _pad(rows: np.ndarray, cfg: config_lib.Model, name: str) -> np.ndarray:
+def _pad(rows: np.ndarray, whole: config_lib.Config, name: str) -> np.ndarray:
     """[n, token, dim] with zero rows up to `text_len`, as the transformer was trained."""
+    cfg = whole.model
     if (
         rows.ndim != 3
         or rows.shape[2] != cfg.text_dim
@@ -106,4 +108,5 @@ def _pad(rows: np.ndarray, cfg: config_lib.Model, name: str) -> np.ndarray:
             f"[n, token, dim] with dim model.text_dim={cfg.text_dim} and at most "
             f"model.text_len={cfg.text_len} tokens; embed the prompts with this config"
         )
+    narrow(rows, whole.compute_dtype, f"prompt embeddings: {name}")
     return np.pad(rows, ((0, 0), (0, cfg.text_len - rows.shape[1]), (0, 0)))

@@ -9,10 +9,11 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
 from longlive_jax.data.images import read_image, to_float
 from longlive_jax.data.video_reader import VideoFile
-from longlive_jax.errors import InputError
-from longlive_jax.files.arrays import load_npz
+from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.files.arrays import load_npz, narrow
 from longlive_jax.models import vae
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
 
@@ -32,6 +33,9 @@ def encode(
 
     Returns:
       Normalised latents, float32 [batch, 1 + k, height / 16, width / 16, channel].
+
+    Raises:
+      NotFiniteError: latents are not finite.
     """
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
     place = mesh_lib.sharding(mesh, SHARDED)
@@ -46,6 +50,13 @@ def encode(
             state = vae.init_encode_state(cfg.vae, frames.shape[0], *size, frames.dtype, mesh)
         state, out = _encode_program(cfg.vae, mesh, first)(params, state, frames)
         latents.append(np.asarray(out, np.float32))
+        if not np.isfinite(latents[-1]).all():
+            bad = params_lib.not_finite(params)
+            cause = f"its weights are not: {bad[0]}" if bad else "look at the pictures given"
+            raise NotFiniteError(
+                f"VAE: latents {piece.start} to {piece.stop - 1} of the pictures are not finite; "
+                f"{cause}"
+            )
     return np.concatenate(latents, axis=1)
 
 
@@ -148,7 +159,7 @@ class ArrayClip:
                 f"{path}: video {video.dtype}{list(video.shape)} must be floating point [batch, 3, "
                 f"frame, height, width], height and width multiples of {scale}"
             )
-        self._frames = np.moveaxis(video, 1, -1)
+        self._frames = np.moveaxis(narrow(video, np.float32, f"{path}: video"), 1, -1)
 
     def check_encodes(self, mesh: jax.sharding.Mesh) -> None:
         """Refuses a number of frames that latents do not cover, or sizes `mesh` cannot split."""
@@ -160,7 +171,7 @@ class ArrayClip:
         """Latents [batch, 1 + (count - 1) / 4, h, w, channel]."""
 
         def read(start, stop):
-            return self._frames[:, start:stop].astype(np.float32)
+            return self._frames[:, start:stop]
 
         return encode(cfg, params, mesh, read, self._frames.shape[1])
 

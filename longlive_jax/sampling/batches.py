@@ -10,7 +10,7 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax.data import photographs
 from longlive_jax.errors import InputError
-from longlive_jax.files.arrays import load_npz
+from longlive_jax.files.arrays import load_npz, narrow
 from longlive_jax.prompts import pictures
 from longlive_jax.prompts.embeddings import shorten
 from longlive_jax.prompts.shots import Video
@@ -122,7 +122,8 @@ def channels_last(array: np.ndarray, name: str, channels: int, sizes: str) -> np
     """Latents of a file, [batch, frame, channel, h, w] -> float32 [batch, frame, h, w, channel].
 
     Raises:
-      InputError: another shape, no elements, or no numbers. `name` and `sizes` are for the message.
+      InputError: another shape, no elements, no numbers, or numbers that are infinite in float32.
+        `name` and `sizes` are for the message.
     """
     if array.ndim != 5 or array.shape[2] != channels or array.dtype.kind not in "fiu":
         raise InputError(
@@ -131,7 +132,7 @@ def channels_last(array: np.ndarray, name: str, channels: int, sizes: str) -> np
         )
     if not array.size:
         raise InputError(f"{name} of shape {array.shape} is empty; each axis must be at least 1")
-    return np.moveaxis(array, 2, -1).astype(np.float32)
+    return np.moveaxis(narrow(array, np.float32, name), 2, -1)
 
 
 def make(

@@ -7,30 +7,47 @@ beside it on another.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.models import vae, vae_spec
 
 
+class Pictures(NamedTuple):
+    """Frames, uint8 [batch, frame, height, width, 3], and whether all were finite, bool []."""
+
+    frames: jax.Array
+    finite: jax.Array
+
+
+def pictures(frames: jax.Array) -> Pictures:
+    """Frames as they are shown. Rounding makes black of NaN, so it is looked for here."""
+    return Pictures(vae.to_uint8(frames), jnp.isfinite(frames).all())
+
+
 class Decoder:
     """The VAE's decoder on a mesh, for any number of streams: the state is the caller's.
 
     mesh: the sampler's mesh or, for devices of its own, another.
+
+    Attributes:
+      params: the decoder's, on each device of `mesh`.
     """
 
     def __init__(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh):
         self._cfg, self.mesh = cfg, mesh
-        self._params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        self.params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
 
     def __call__(
         self,
         state: vae.DecodeState | None,
         latents: jax.Array,
-        finish: Callable[[jax.Array], jax.Array] | None = vae.to_uint8,
-    ) -> Iterator[tuple[vae.DecodeState, jax.Array]]:
+        finish: Callable[[jax.Array], Any] | None = pictures,
+    ) -> Iterator[tuple[vae.DecodeState, Any]]:
         """Dispatches the decoding of the next latents of a video, piece by piece.
 
         Args:
@@ -39,7 +56,7 @@ class Decoder:
           finish: what becomes of frames before clamping, in compute dtype; None: nothing.
 
         Yields:
-          The state, and uint8 [batch, frame, height, width, 3], not waited for: a piece for the
+          The state, and Pictures or what `finish` makes, not waited for: a piece for the
           first latent, then one for every `sample.vae_latents_per_call`. A video's first latent
           gives one frame, every other one four.
         """
@@ -49,7 +66,7 @@ class Decoder:
         now = self.init_state(latents.shape[0], *latents.shape[2:4]) if state is None else state
         for piece in vae.pieces(latents.shape[1], self._cfg.sample.vae_latents_per_call):
             call = decode_program(self._cfg.vae, self.mesh, first, finish)
-            now, frames = call(self._params, now, latents[:, piece])
+            now, frames = call(self.params, now, latents[:, piece])
             yield now, frames
             first = False
 

@@ -99,7 +99,7 @@ def _decoding(cfg, mesh, batch, size):
     state = _vae_state(vae.init_decode_state, cfg, mesh, batch, size)
     for first, count in _calls(cfg, (1,)):
         latents = _placed(mesh, (batch, count, *size, cfg.vae.z_dim), cfg.compute_dtype)
-        program = decode.decode_program(cfg.vae, mesh, first, vae.to_uint8)
+        program = decode.decode_program(cfg.vae, mesh, first, decode.pictures)
         name = "first" if first else count
         yield f"decode {name}", functools.partial(program.lower, params, state, latents)
 

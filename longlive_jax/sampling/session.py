@@ -7,8 +7,9 @@ are denoised together.
 
 import copy
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,9 +20,10 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
+from longlive_jax.sampling import finite as finite_lib
 from longlive_jax.sampling import saved, stream
 from longlive_jax.sampling.decode import Decoder
 
@@ -102,12 +104,28 @@ class Chunk:
       decoder.
     latents: float32 [row, frame, h, w, channel].
     applied: what the chunk was made under.
+    finite: bool [], whether the latents are finite, and the frames before they were rounded.
+    largest: float32 [], the largest magnitude among the latents.
+    cause: finds the likely cause of numbers that are not finite.
     """
 
     index: int
     frames: tuple[jax.Array, ...]
     latents: jax.Array
     applied: Direction
+    finite: jax.Array
+    largest: jax.Array
+    cause: Callable[[], str]
+
+    def check(self) -> None:
+        """Waits for the chunk. Warns, once a run, of latents that can be no video.
+
+        Raises:
+          NotFiniteError: it has numbers that are not finite; its frames must not be shown.
+        """
+        if not np.asarray(self.finite):
+            raise NotFiniteError(f"chunk {self.index} is not finite, and not shown: {self.cause()}")
+        finite_lib.warn_of_latents(f"chunk {self.index}", self.largest)
 
 
 @struct.dataclass
@@ -203,11 +221,14 @@ class Session:
             state, latents = sampler.step(params, state, inputs)
         else:
             latents = inputs.noise if past is not None else sampler.denoise(params, state, inputs)
-        frames = []
+        frames, (finite, largest) = [], finite_lib.measure(latents)
         if self.engine.decoder is not None:
+            flags = [finite]
             for after, piece in self.engine.decoder(decoding, latents):
                 decoding = after
-                frames.append(piece)
+                frames.append(piece.frames)
+                flags.append(piece.finite)
+            finite = finite_lib.all_of(flags, self.engine.decoder.mesh)
         if not committed:
             state = sampler.commit(params, state, latents, inputs)
         self.carried = Carried(state, decoding)
@@ -215,7 +236,9 @@ class Session:
             self.script.append(now)
         self.index += 1
         self.direct(self._later)
-        return Chunk(now.chunk, tuple(frames), latents, now)
+        rows = {prompt: self._rows[prompt] for prompt in now.prompts}
+        cause = functools.partial(_cause, self.engine, self.start, rows, self._negative)
+        return Chunk(now.chunk, tuple(frames), latents, now, finite, largest, cause)
 
     def replay(self) -> Iterator[Chunk]:
         """The same stream once more, from its beginning to where this one stands."""
@@ -390,6 +413,21 @@ def _settings(cfg: config_lib.Config) -> dict[str, Any]:
     made = {f"{s}.{k}": v for s, section in sections.items() for k, v in vars(section).items()}
     made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
     return made | {"dtype": cfg.dtype}
+
+
+def _cause(engine: Engine, start: Start, rows, negative) -> str:
+    """The likely cause of a chunk that is not finite; `rows` are embeddings by their prompts."""
+    weights = {"the transformer": engine.params}
+    if engine.decoder is not None:
+        weights["the VAE"] = engine.decoder.params
+    arrays = {f"the embedding of {prompt!r}": row for prompt, row in rows.items()}
+    arrays["the embedding of the negative prompt"] = negative
+    arrays |= {f"the given {name}": getattr(start, name) for name in _ARRAYS}
+    return finite_lib.cause(
+        weights, arrays,
+        "weights, prompt embeddings and noise are finite, so numbers grew past what their format "
+        f"holds: lower sample.guidance_scale={engine.cfg.sample.guidance_scale}, or train on",
+    )  # fmt: skip
 
 
 def _direction(fields):

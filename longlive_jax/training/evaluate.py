@@ -15,6 +15,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import remove_abandoned
 from longlive_jax.models import dit
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.prompts import embeddings, shots
@@ -107,7 +108,11 @@ class Evaluator:
         self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
     def __call__(self, step: int, ema: params_lib.Tree) -> pathlib.Path:
-        """Returns the folder with the videos."""
+        """Returns the folder with the videos.
+
+        Raises:
+          NotFiniteError: a chunk is not finite; the videos up to it are there.
+        """
         folder = self._root / f"step-{step:06d}"
         texts = self._embed(ema)
         decoder = decode.Decoder(self._cfg, self._vae, self._mesh)
@@ -115,13 +120,18 @@ class Evaluator:
         engine = Engine(self._cfg, self._mesh, params, decoder)
         chunks = render.render(engine, texts, self._batch)
         first = jax.process_index() == 0
+        total = batches.frames(self._batch.latent_frames(self._cfg.model))
         with contextlib.ExitStack() as stack:
             outputs = []
             for one in self._prompts.videos if first else ():
                 path = folder / f"{one.name}.mp4"
-                writer = stack.enter_context(VideoWriter(path, *self._batch.pixels))
+                remove_abandoned(path)
+                remove_abandoned(path.with_suffix(".png"))
+                writer = VideoWriter(path, *self._batch.pixels, frames=total)
+                stack.enter_context(writer)
                 outputs.append((writer, ContactSheet(), path.with_suffix(".png")))
             for chunk in chunks:
+                chunk.check()  # on every process
                 for piece in chunk.frames:
                     frames = np.asarray(self._collect(piece))
                     for row, (writer, sheet, _) in enumerate(outputs):

@@ -15,7 +15,7 @@ import pytest
 from longlive_jax.data import video as video_lib
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.data.video_reader import VideoFile, VideoInfo, frame_indices, probe, read_video
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, NotFiniteError
 
 HEIGHT, WIDTH = 64, 96
 ASSETS = pathlib.Path(__file__).parents[2] / "assets"
@@ -96,7 +96,7 @@ def test_written_frames_may_be_overwritten_by_the_caller(tmp_path):
     assert psnr(frames, read_video(tmp_path / "out.mp4", HEIGHT, WIDTH)) > 36
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, NotFiniteError])
 def test_interrupt_leaves_a_playable_file(tmp_path, stop):
     path = tmp_path / "out.mp4"
     with pytest.raises(stop), VideoWriter(path, HEIGHT, WIDTH) as writer:
@@ -311,11 +311,12 @@ def test_turned_video_is_upright(tmp_path):
 
 def test_unreadable_files(tmp_path):
     good = write(tmp_path / "good.mp4", moving_frames(30)).read_bytes()
-    assert good.index(b"mdat") < good.index(b"moov")
+    assert good.index(b"moov") < good.index(b"mdat")
     wrong = {
         "empty.mp4": (b"", "empty"),
         "text.mp4": (b"a red panda\n" * 50, "cannot be read as a video"),
-        "no_index.mp4": (good[: len(good) // 2], "cannot be read as a video"),
+        "no_frames.mp4": (good[: len(good) // 2], "truncated"),
+        "no_index.mp4": (good.replace(b"moov", b"skip"), "cannot be read as a video"),
     }
     for name, (data, message) in wrong.items():
         (tmp_path / name).write_bytes(data)

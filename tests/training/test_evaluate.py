@@ -7,8 +7,11 @@ import pytest
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax.data.video_reader import probe
+from longlive_jax.errors import NotFiniteError
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
+from longlive_jax.sampling.session import Chunk
 from longlive_jax.training import evaluate
 from tests.training import tiny_run
 
@@ -50,3 +53,30 @@ def test_the_average_is_quantised(monkeypatch, tmp_path):
     for x, y, sharding in zip(*map(jax.tree.leaves, (made[0], expected, where)), strict=True):
         assert x.sharding == sharding
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_diverged_average_ends_the_run_and_the_good_part_stays(monkeypatch, tmp_path):
+    """The second chunk is not finite: the first one's frames are there, and no contact sheet."""
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    cfg = tiny_run.config(train__eval_every=1, data__eval_path=str(tmp_path / "prompts.txt"))
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    prompts = evaluate.read_prompts(cfg, mesh)
+    evaluator = evaluate.Evaluator(cfg, mesh, tmp_path, prompts, {}, lambda average: None)
+    left = tmp_path / f"evaluation/step-000001/.{prompts.videos[0].name}.partial-999999999.mp4"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a killed run")
+
+    def render(*args):
+        for index, good in enumerate((True, False)):
+            frames = jax.numpy.zeros((1, 5, *prompts.batch.pixels, 3), "uint8")
+            yield Chunk(
+                index, (frames,), frames, None, jax.numpy.bool_(good), jax.numpy.float32(1), str
+            )
+
+    monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)
+    monkeypatch.setattr(evaluate.render, "render", render)
+    masters = params_lib.init(dit.spec(cfg.model), jax.random.key(0), mesh=mesh)
+    with pytest.raises(NotFiniteError, match="chunk 1"):
+        evaluator(1, {"dit": masters})
+    (video,) = left.parent.iterdir()
+    assert video.suffix == ".mp4" and probe(video).frames == 5
