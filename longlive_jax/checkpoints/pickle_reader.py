@@ -1,18 +1,21 @@
-"""Files of `torch.save` (PyTorch 1.6 and later), read without torch and without running them.
+"""Files of `torch.save`, read without torch and without running them.
 
-Such a file is a zip archive: `data.pkl`, a pickle of nested containers, and `data/KEY`, the raw
-bytes of each storage. A pickle is a program that may call anything that can be imported. Here it
-is read by a machine of our own, which hashes and prints nothing nested, and may call only what
-`_Names` finds: stand-ins of this file. Any other name stops the load with an error that names it.
+Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of nested containers, and
+`data/KEY`, the raw bytes of each storage. A pickle is a program that may call anything that can be
+imported. Here it is read by a machine of our own, which hashes and prints nothing nested, and may
+call only what `_Names` finds: stand-ins of this file. Any other name stops the load with an error
+that names it.
 """
 
+import contextlib
 import errno
 import math
 import os
 import pickle
 import struct
 import zipfile
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -71,19 +74,16 @@ def read(file: str | os.PathLike) -> Any:
     """
     file = os.fspath(file)
     try:
-        with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
-            reader = _Archive(file, archive, raw)
-            program = reader.member("data.pkl")
-            try:
-                names = _Names(reader)
-                return pickle_machine.run(program, names.find, names.storage)[0]
-            except InputError:
-                raise
-            except Exception as error:  # a damaged pickle can raise any of them
-                raise InputError(
-                    f"{file}: its data.pkl is damaged ({type(error).__name__}: "
-                    f"{str(error)[:200]}); copy or download the file again"
-                ) from error
+        with open(file, "rb") as raw:
+            if raw.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+                raw.seek(0)
+                return _read_legacy(file, raw)
+            with zipfile.ZipFile(file) as archive:
+                members = _Archive(file, archive, raw)
+                program = members.member("data.pkl")
+                with _damage(file, "data.pkl"):
+                    names = _Names(file, members.storage)
+                    return pickle_machine.run(program, names.find, names.storage)[0]
     except InputError:
         raise
     except OSError as error:
@@ -97,11 +97,72 @@ def read(file: str | os.PathLike) -> Any:
         raise InputError(f"{file}: {_foreign(file)}") from error
 
 
+@contextlib.contextmanager
+def _damage(file: str, what: str) -> Iterator[None]:
+    """Makes an InputError of whatever a damaged pickle raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{file}: its {what} is damaged ({type(error).__name__}: {str(error)[:200]}); copy or "
+            "download the file again"
+        ) from error
+
+
+def _read_legacy(file: str, raw: IO[bytes]) -> Any:
+    """The object in a file of PyTorch before 1.6: five pickles, then the storages one by one.
+
+    The pickles are a magic number, a version, facts of the machine, the object, and the storages'
+    keys in their order. Each storage is the number of its values, int64, and the values.
+    """
+    content = raw.read(pickle_machine.MAX_BYTES)
+    total = os.fstat(raw.fileno()).st_size
+    announced: dict[str, tuple[np.dtype, int]] = {}
+
+    def announce(key: str, dtype: np.dtype, count: int) -> tensor_lib.Member:
+        if announced.setdefault(key, (dtype, count)) != (dtype, count):
+            raise pickle.UnpicklingError("a storage of two kinds")
+        return tensor_lib.Member(file, key, 0, count * dtype.itemsize, 0)
+
+    def placed(key: str, dtype: np.dtype, count: int) -> tensor_lib.Member:
+        return members[key]
+
+    def run(at: int, storage: Callable = announce) -> tuple[Any, int]:
+        names = _Names(file, storage)
+        value, size = pickle_machine.run(content[at:], names.find, names.storage)
+        return value, at + size
+
+    with _damage(file, "pickle"):
+        values, ends = [], [0]
+        for _ in range(5):  # in this pass tensors have no place yet
+            value, end = run(ends[-1])
+            values.append(value)
+            ends.append(end)
+        _, version, machine, _, keys = values
+        start, at = ends[3], ends[5]
+        if version != 1001 or not isinstance(machine, dict) or not machine.get("little_endian"):
+            raise pickle.UnpicklingError("another version, or a machine of another byte order")
+        if not isinstance(keys, list) or sorted(map(plain, keys)) != sorted(announced):
+            raise pickle.UnpicklingError("other storages than its tensors have")
+        members: dict[str, tensor_lib.Member] = {}
+        for key in keys:
+            dtype, count = announced[key]
+            raw.seek(at)
+            if raw.read(8) != struct.pack("<q", count):
+                raise pickle.UnpicklingError(f"storage {key[:40]} has another size than announced")
+            size = count * dtype.itemsize
+            members[key] = tensor_lib.Member(file, key, at + 8, size, 0, good=True)  # has no CRC
+            at += 8 + size
+        if at != total:
+            raise pickle.UnpicklingError(f"it ends at byte {total}, its storages at byte {at}")
+        return run(start, placed)[0]
+
+
 def _foreign(file: str) -> str:
     with open(file, "rb") as f:
         start = f.read(512)
-    if start.startswith(_LEGACY_MAGIC):
-        return f"is in the torch.save format of before PyTorch 1.6; {_RESAVE}"
     if start[257:262] == b"ustar":
         return f"is a tar archive (PyTorch before 0.1.10, or an archive to unpack first); {_RESAVE}"
     if start.startswith(b"PK"):
@@ -141,6 +202,16 @@ class _Archive:
         content = self._raw.read(extent.size)
         extent.check(np.frombuffer(content, np.uint8))
         return content
+
+    def storage(self, key: str, dtype: np.dtype, count: int) -> tensor_lib.Member:
+        """Where the values of a storage lie."""
+        member = self.extent(f"data/{key}")
+        if count * dtype.itemsize > member.size:
+            raise InputError(
+                f"{self.file}: storage {key[:80]} has {member.size} bytes, {count} values of "
+                f"{dtype} were announced; copy or download the file again"
+            )
+        return member
 
     def extent(self, name: str) -> tensor_lib.Member:
         """Where a member lies, and its CRC."""
@@ -192,8 +263,8 @@ def _encode(text: str, encoding: str) -> bytes:
 class _Names:
     """What a pickle may name: a few constructors of tensors and of plain containers."""
 
-    def __init__(self, archive: _Archive):
-        self._archive = archive
+    def __init__(self, file: str, storage: Callable[[str, np.dtype, int], tensor_lib.Member]):
+        self._file, self._storage = file, storage
         tensor, parameter = Call(self._tensor), Call(lambda data, *rest: data)
         self._calls = _PLAIN | {
             ("torch._utils", "_rebuild_tensor"): tensor,
@@ -212,22 +283,18 @@ class _Names:
         if (module, name) in self._calls:
             return self._calls[module, name]
         raise InputError(
-            f"{self._archive.file}: wants to run {module[:80]}.{name[:80]} while loading; that is "
+            f"{self._file}: wants to run {module[:80]}.{name[:80]} while loading; that is "
             "not needed to hold weights, and nothing was run. If you trust the file, load it with "
             "torch and torch.save only its state dict"
         )
 
     def storage(self, pid: Any) -> _Storage:
-        kind, storage, key, _, count = pid
+        kind, storage, key, _, count, *view = pid
         if kind != "storage" or not isinstance(storage, _DType) or not isinstance(key, str):
             raise pickle.UnpicklingError("an unknown persistent id")
-        member = self._archive.extent(f"data/{key}")
-        if type(count) is not int or not 0 <= count * storage.dtype.itemsize <= member.size:
-            raise InputError(
-                f"{self._archive.file}: storage {key[:80]} has {member.size} bytes, other than "
-                "its values need; copy or download the file again"
-            )
-        return _Storage(member, storage.dtype)
+        if type(count) is not int or not 0 <= count < 1 << 60 or any(view):
+            raise pickle.UnpicklingError("a storage of no size, or a part of another one")
+        return _Storage(self._storage(key, storage.dtype, count), storage.dtype)
 
     def _tensor(self, storage, offset, size, stride, *rest) -> tensor_lib.FileTensor:
         del rest  # requires_grad, hooks, metadata
@@ -255,7 +322,7 @@ class _Names:
                 f"{member.size} bytes"
             )
         start = member.offset + offset * dtype.itemsize
-        return tensor_lib.FileTensor(self._archive.file, shape, dtype, strides, start, member)
+        return tensor_lib.FileTensor(self._file, shape, dtype, strides, start, member)
 
     def _from_type(self, rebuild, kind, args, state):
         del kind, state  # a Parameter, and its attributes

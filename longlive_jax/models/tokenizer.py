@@ -38,9 +38,9 @@ class Tokenizer:
           InputError: no such file, not a tokenizer, or one of another model.
         """
         path = pathlib.Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             path = path / (FILE if (path / FILE).is_file() else SENTENCEPIECE)
-        if not path.is_file():
+        if not os.path.isfile(path):  # pathlib raises for names that no file can have
             raise InputError(
                 f"tokenizer: {path} is not a file; give UMT5's {FILE} or {SENTENCEPIECE}, which "
                 "the released model keeps in google/umt5-xxl/"
