@@ -21,6 +21,7 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import layout
 from longlive_jax.checkpoints.tensor import Tensor, check_finite
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 from longlive_jax.formats import from_hardware_order, nvfp4, to_hardware_order
 from longlive_jax.recipes import NVFP4, Recipe
 
@@ -52,12 +53,17 @@ class Packed:
         """values uint8 [out, in / 2], scales float8_e4m3fn [out, in / 16] row-major, amax [].
 
         Raises:
-          InputError: scales that are not finite, or a file that changed.
+          InputError: scales that are not finite or negative, or a file that changed.
         """
         n, k = self.shape
         flat, amax = self.tensors["scale_factors"].read(), self.tensors["amax"].read()
         for part, array in (("scale_factors", flat), ("amax", amax)):
             check_finite(array, f"{self.name}{part}")
+            if negative := int((array < 0).sum()):
+                raise InputError(
+                    f"{self.name}{part}: {negative} of {array.size} values are negative; they are "
+                    "magnitudes, so the file is damaged: copy or download it again"
+                )
         return {
             "values": self.tensors["values"].read(0, n)[:, : k // 2],
             "scales": from_hardware_order(flat, n, k // nvfp4.BLOCK),
@@ -92,8 +98,11 @@ def _packed(group: Mapping[str, Tensor], name: str) -> Packed:
     for part, dtype in _DTYPES.items():
         if group[part].dtype != dtype:
             raise InputError(f"{name}{part}: is {group[part].dtype}; it must be {np.dtype(dtype)}")
-    metadata = group["metadata"].read().reshape(-1).tolist()
-    if len(metadata) != 4 or min(metadata) < 1 or metadata[1] % nvfp4.BLOCK:
+    shape = group["metadata"].shape
+    if shape != (4,):
+        raise InputError(f"{name}metadata: has shape {shape}; it must be (4,)")
+    metadata = group["metadata"].read().tolist()
+    if min(metadata) < 1 or metadata[1] % nvfp4.BLOCK:
         raise InputError(
             f"{name}metadata: {metadata} must be out, in, and both padded, of a weight with a "
             f"multiple of {nvfp4.BLOCK} inputs"
@@ -162,12 +171,13 @@ def _rule(saved: Any) -> str | None:
     settings = saved.get("quantization") if isinstance(saved, Mapping) else None
     if isinstance(settings, str):  # a safetensors header holds strings only
         try:
-            settings = json.loads(settings)
+            settings = versioned.parse(settings)
         except ValueError:
             return None
     if not isinstance(settings, Mapping):
         return None
-    return settings.get("weight_scale_rule") or settings.get("scale_rule")
+    rule = settings.get("weight_scale_rule") or settings.get("scale_rule")
+    return rule[:80] if isinstance(rule, str) else None
 
 
 def fields(

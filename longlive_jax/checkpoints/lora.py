@@ -1,18 +1,28 @@
-"""Low-rank adapters of the transformer, merged into its weights: W + (alpha / rank) B A."""
+"""Low-rank adapters of the transformer, merged into its weights: W + (alpha / rank) B A.
+
+Files also hold differences of whole weights and biases, which are added as they are, and biases of
+lora_B, which have the adapter's scale.
+"""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.checkpoints import names
+from longlive_jax.checkpoints import lora_scale, names
 from longlive_jax.checkpoints.tensor import Tensor, check_finite
 from longlive_jax.errors import InputError
 
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora[_.](?P<side>A|B|down|up)(?:\.(?!weight$|bias$)[^.]+)?"
+    r"\.(?P<what>weight|bias)"
+)
+_SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
+# Whole differences: what they are added to.
+_DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +30,9 @@ class Merged:
     """A `Tensor` that is `base` plus its adapter, summed in float32 and rounded once."""
 
     base: Tensor
-    a: Tensor  # (rank, in)
-    b: Tensor  # (out, rank)
+    factors: tuple[Tensor, Tensor] | None  # (rank, in), (out, rank)
     scale: float
+    differences: tuple[tuple[float, Tensor], ...]  # with their scales
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,10 +44,28 @@ class Merged:
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `tensor.Tensor`."""
-        b = self.b.read(start, stop).astype(np.float32)
-        merged = b @ (np.float32(self.scale) * self.a.read().astype(np.float32))
-        merged += self.base.read(start, stop)
+        if self.factors is None:
+            merged = self.base.read(start, stop).astype(np.float32)
+        else:
+            a, b = self.factors
+            merged = b.read(start, stop).astype(np.float32) @ (
+                np.float32(self.scale) * a.read().astype(np.float32)
+            )
+            merged += self.base.read(start, stop)
+        for scale, difference in self.differences:
+            merged += np.float32(scale) * difference.read(start, stop).astype(np.float32)
         return merged.astype(self.dtype)
+
+
+@dataclasses.dataclass
+class _Adapter:
+    """What a file has for one module, by its name there."""
+
+    module: str
+    factors: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by A or B
+    differences: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by weight or bias
+    bias: Tensor | None = None  # of lora_B
+    alpha: float | None = None
 
 
 def merge(
@@ -48,69 +76,127 @@ def merge(
     Args:
       base: the transformer's tensors by the original's keys.
       saved: the LoRA file's content, see `names.lora_state_dict`.
-      alpha: numerator of the scale; default the file's, else each adapter's rank (scale 1).
+      alpha: numerator of all scales; default each adapter's own, by the file: an alpha beside it,
+        else one for its name, else the file's, else its rank (scale 1).
 
     Raises:
-      InputError: an adapter is incomplete, has other sizes, or is for a weight `base` lacks.
+      InputError: an adapter is incomplete, has other sizes, or is for a weight `base` lacks; or its
+        scale is none that an adapter can have.
     """
-    tensors = names.lora_state_dict(saved, file)
-    adapters: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    for key, t in tensors.items():
-        stripped = names.strip(key).removeprefix("transformer.")
-        if match := _KEY.fullmatch(stripped):
-            adapters.setdefault(_target(match["module"]), {})[match["side"]] = t
-        elif stripped.endswith(".alpha") and math.prod(t.shape) == 1:
-            alphas[_target(stripped.removesuffix(".alpha"))] = float(t.read().reshape(()))
-        else:
-            raise InputError(f"{file}: {key!r} is no part of a LoRA that can be merged")
-    if alpha is None:
-        alpha = _alpha(saved, file)
-    merged = dict(base)
-    for key, pair in adapters.items():
-        if len(pair) != 2:
-            raise InputError(
-                f"{file}: has lora_{next(iter(pair))} but not its other half, for {key}"
-            )
-        if key not in base:
-            raise InputError(
-                f"{file}: adapts {key}, which the weights to merge into lack; is it for this model?"
-            )
-        a, b = pair["A"], pair["B"]
-        if len(a.shape) != 2 or (b.shape, a.shape) != (
-            (base[key].shape[0], a.shape[0]),
-            (a.shape[0], base[key].shape[-1]),
-        ):
-            raise InputError(
-                f"{file}: lora_B {b.shape} x lora_A {a.shape} do not give {key} {base[key].shape}; "
-                "is it for this model?"
-            )
-        for side, t in pair.items():
-            check_finite(t.read(), f"{file}: lora_{side} of {key}")
-        rank = a.shape[0]
-        own = alpha if alpha is not None else alphas.get(key, rank)
-        merged[key] = Merged(base[key], a, b, own / rank)
+    merged: dict[str, Tensor] = dict(base)
+    scales = lora_scale.read({} if alpha is not None else saved, file)
+    for module, adapter in _adapters(base, saved, file).items():
+        scale = 1.0
+        extra: dict[str, list[tuple[float, Tensor]]] = {}
+        for leaf, t in adapter.differences.items():
+            extra.setdefault(leaf, []).append((1.0, t))
+        factors = None
+        if adapter.factors or adapter.bias is not None:
+            factors = _factors(base, module, adapter, file)
+            rank = factors[0].shape[0]
+            if alpha is not None:
+                scale = lora_scale.check(alpha, rank, f"--lora_alpha: {module}")
+            else:
+                own = names.lora_module(adapter.module)
+                scale = scales.of((module, own), rank, own=adapter.alpha)
+            if adapter.bias is not None:
+                extra.setdefault("bias", []).append((scale, adapter.bias))
+        for leaf in {**({"weight": 1} if factors else {}), **extra}:
+            key = f"{module}.{leaf}"
+            differences = [(s, _fitted(base, key, t, file)) for s, t in extra.get(leaf, [])]
+            own_factors = factors if leaf == "weight" else None
+            merged[key] = Merged(base[key], own_factors, scale, tuple(differences))
     return merged
 
 
-def _target(module: str) -> str:
-    return names.dit_key(f"{module}.weight")
+def _adapters(base: Mapping[str, Tensor], saved: Any, file: str) -> dict[str, _Adapter]:
+    """What a file holds, by the original's names of modules."""
+    found: dict[str, _Adapter] = {}
+    written = {key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in base}
 
+    def of(module: str) -> _Adapter:
+        target = names.lora_target(module, written)
+        return found.setdefault(target, _Adapter(module))
 
-def _alpha(saved: Any, file: str) -> float | None:
-    """The alpha of all adapters, from the file itself or from PEFT's adapter_config.json."""
-    if not isinstance(saved, Mapping):
-        return None
-    for settings in (saved, *(saved.get(k) for k in ("adapter_config", "lora_config", "adapter"))):
-        if not isinstance(settings, Mapping):
+    def once(holder: dict[str, Tensor], name: str, t: Tensor, key: str) -> None:
+        if name in holder:
+            raise InputError(f"{file}: has {key[:120]!r} twice, by other names; remove one")
+        holder[name] = t
+
+    for key, t in names.lora_state_dict(saved, file).items():
+        module, _, last = (stripped := names.strip(key)).rpartition(".")
+        whole = jnp.issubdtype(t.dtype, jnp.integer)
+        if match := _FACTOR.fullmatch(stripped):
+            adapter, side = of(match["module"]), _SIDES[match["side"]]
+            if match["what"] == "weight":
+                once(adapter.factors, side, t, key)
+            elif side == "B" and adapter.bias is None:
+                adapter.bias = t
+            else:
+                raise InputError(f"{file}: {key[:120]!r} is no part of a LoRA that can be merged")
+        elif module and last in _DIFFERENCES:
+            once(of(module).differences, _DIFFERENCES[last], t, key)
+        elif module and last == "alpha" and t.shape in ((), (1,)) and (whole or _is_float(t)):
+            adapter = of(module)
+            if adapter.alpha is not None:
+                raise InputError(f"{file}: has {key[:120]!r} twice, by other names; remove one")
+            adapter.alpha = float(t.read().reshape(()))
             continue
-        if settings.get("use_rslora") or settings.get("use_dora"):
-            raise InputError(
-                f"{file}: is a rank-stabilised or DoRA adapter; only plain LoRA merges"
-            )
-        for key in ("lora_alpha", "alpha"):
-            try:
-                return float(settings[key])  # in a safetensors header it is a string
-            except (KeyError, TypeError, ValueError):
-                continue
-    return None
+        else:
+            raise InputError(f"{file}: {key[:120]!r} is no part of a LoRA that can be merged")
+        if not _is_float(t):
+            raise InputError(f"{file}: {key[:120]!r} is {t.dtype}; adapters are floats")
+    return {target: a for target, a in found.items() if a.factors or a.bias or a.differences}
+
+
+def _is_float(t: Tensor) -> bool:
+    return bool(jnp.issubdtype(t.dtype, jnp.floating))
+
+
+def _factors(
+    base: Mapping[str, Tensor], module: str, adapter: _Adapter, file: str
+) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter, which fit the weight and are finite."""
+    key = f"{module}.weight"
+    if len(adapter.factors) != 2:
+        side = "".join(adapter.factors) or "B's bias"
+        raise InputError(f"{file}: has lora_{side} but not its other half, for {key}")
+    a, b = adapter.factors["A"], adapter.factors["B"]
+    whole = _base(base, key, file).shape
+    if len(a.shape) != 2 or (b.shape, a.shape) != (
+        (whole[0], a.shape[0]),
+        (a.shape[0], whole[-1]),
+    ):
+        raise InputError(
+            f"{file}: lora_B {b.shape} x lora_A {a.shape} do not give {key} {whole}; "
+            "is it for this model?"
+        )
+    if not 0 < a.shape[0] <= max(whole):
+        raise InputError(
+            f"{file}: the adapter of {key} has rank {a.shape[0]}; it must be from 1 to "
+            f"{max(whole)}, the weight's larger side"
+        )
+    for side, t in adapter.factors.items():
+        check_finite(t.read(), f"{file}: lora_{side} of {key}")
+    return a, b
+
+
+def _base(base: Mapping[str, Tensor], key: str, file: str) -> Tensor:
+    if key not in base:
+        raise InputError(
+            f"{file}: adapts {key[:120]}, which the weights to merge into lack; is it for this "
+            "model?"
+        )
+    return base[key]
+
+
+def _fitted(base: Mapping[str, Tensor], key: str, difference: Tensor, file: str) -> Tensor:
+    """A whole difference, or the bias of lora_B, if it has the shape of what it is added to."""
+    shape = _base(base, key, file).shape
+    if difference.shape != shape:
+        raise InputError(
+            f"{file}: the difference of {key} has shape {difference.shape}, the weight {shape}; "
+            "is it for this model?"
+        )
+    check_finite(difference.read(), f"{file}: the difference of {key}")
+    return difference

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from longlive_jax.checkpoints.tensor import Tensor
@@ -16,7 +17,11 @@ from longlive_jax.errors import InputError
 Tensors = dict[str, Tensor]
 
 _WRAPPERS = ("model", "state_dict", "gen_model", "generator", "module", "model_state_dict")
+_MAX_WRAPPERS = 16  # of each other; more is a dict that contains itself
+_TOKENIZERS = ("spiece_model", "tokenizer_json")  # files as tensors of bytes, beside weights
 _INNER = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_LORA = re.compile(r"\.lora[_.](?:A|B|down|up)\.|\.diff(?:_b|_m)?$")
+_COMPONENT = re.compile(r"(?:transformer|unet|dit)\.|(?:lora_unet|lora_transformer|lycoris)_")
 _OUTER = re.compile(r"(?:base_model\.model|diffusion_model|model|module)\.")
 
 
@@ -35,9 +40,15 @@ def state_dict(saved: Any, part: str, use_ema: bool, file: str) -> Tensors:
         raise InputError(f"{file}: holds a {type(saved).__name__}, not a dict of weights")
     _refuse_transformer_engine(saved, file)
     inner = _generator(saved, use_ema, file) if part == "dit" else saved
+    wrappers = 0
     while isinstance(found := next((inner[k] for k in _WRAPPERS if k in inner), None), Mapping):
+        wrappers += 1
+        if wrappers > _MAX_WRAPPERS:
+            raise InputError(f"{file}: has weights in more than {_MAX_WRAPPERS} dicts around them")
         inner = found
     tensors = _tensors(inner)
+    if part == "umt5":
+        tensors = {key: t for key, t in tensors.items() if not _is_tokenizer(key, t)}
     if not tensors:
         raise InputError(f"{file}: holds no weights of the {part}; its keys are {_listing(saved)}")
     rename = {"dit": dit_key, "vae": vae_key, "umt5": umt5_key}[part]
@@ -50,11 +61,34 @@ def lora_state_dict(saved: Any, file: str) -> Tensors:
     if isinstance(saved, Mapping):
         inner = saved.get("generator_lora", saved)
     tensors = _tensors(inner) if isinstance(inner, Mapping) else {}
-    if not any(".lora_A." in k or ".lora_B." in k for k in tensors):
+    if not any(map(_LORA.search, tensors)):
         raise InputError(
-            f"{file}: holds no LoRA (no lora_A, lora_B); its keys are {_listing(saved)}"
+            f"{file}: holds no LoRA (no lora_A, lora_B, lora_down, lora_up); its keys are "
+            f"{_listing(saved)}"
         )
     return tensors
+
+
+def lora_module(module: str) -> str:
+    """A module's name in a LoRA file, without the prefixes that trainers put before it."""
+    module = strip(module)
+    while match := _COMPONENT.match(module):
+        module = module[match.end() :]
+    return module
+
+
+def lora_target(module: str, written: Mapping[str, str]) -> str:
+    """The original's name of a module in a LoRA file.
+
+    Args:
+      written: the original's names, by their spelling with underscores.
+    """
+    name = lora_module(module)
+    if "." not in name:
+        for spelling in (name, _underscored(name)):
+            if spelling in written:
+                return written[spelling]
+    return dit_key(f"{name}.weight").removesuffix(".weight")
 
 
 def _generator(saved: Mapping, use_ema: bool, file: str) -> Mapping:
@@ -87,8 +121,12 @@ def _tensors(d: Mapping) -> Tensors:
     return {k: v for k, v in d.items() if isinstance(k, str) and hasattr(v, "read")}
 
 
+def _is_tokenizer(key: str, t: Tensor) -> bool:
+    return strip(key) in _TOKENIZERS and t.dtype == np.uint8 and len(t.shape) == 1
+
+
 def _listing(saved: Any) -> str:
-    keys = [str(k) for k in saved] if isinstance(saved, Mapping) else []
+    keys = [str(k)[:120] for k in saved] if isinstance(saved, Mapping) else []
     return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") if keys else "none"
 
 
@@ -139,6 +177,20 @@ dit_key = _rules(
     (r"^(blocks\.\d+\.(?:self|cross)_attn)\.to_out\.0\.", r"\1.o."),
     (r"^(blocks\.\d+\.ffn)\.net\.0\.proj\.", r"\1.0."),
     (r"^(blocks\.\d+\.ffn)\.net\.2\.", r"\1.2."),
+)
+
+# The same with underscores, where the spelling itself shows no end of a name.
+_underscored = _rules(
+    (r"^condition_embedder_(time|text)_embedder_linear_1$", r"\1_embedding_0"),
+    (r"^condition_embedder_(time|text)_embedder_linear_2$", r"\1_embedding_2"),
+    (r"^condition_embedder_time_proj$", "time_projection_1"),
+    (r"^proj_out$", "head_head"),
+    (r"^(blocks_\d+)_attn1_", r"\1_self_attn_"),
+    (r"^(blocks_\d+)_attn2_", r"\1_cross_attn_"),
+    (r"^(blocks_\d+_(?:self|cross)_attn)_to_([qkv])$", r"\1_\2"),
+    (r"^(blocks_\d+_(?:self|cross)_attn)_to_out_0$", r"\1_o"),
+    (r"^(blocks_\d+_ffn)_net_0_proj$", r"\1_0"),
+    (r"^(blocks_\d+_ffn)_net_2$", r"\1_2"),
 )
 
 _side = r"^(encoder|decoder)"

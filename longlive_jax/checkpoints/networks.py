@@ -131,7 +131,7 @@ def stored_config(checkpoint: str) -> dict[str, Any]:
             "config of its training"
         )
     sections = {p.section: store.Stored(checkpoint, p.name).info["config"] for p in PARTS.values()}
-    return {f"{s}.{key}": v for s, made in sections.items() for key, v in made[s].items()}
+    return {f"{s}.{key}": v for s, made in sections.items() for key, v in made.get(s, {}).items()}
 
 
 def directory(checkpoint: str | None) -> str:

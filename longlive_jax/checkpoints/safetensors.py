@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
+from longlive_jax.checkpoints import foreign
 from longlive_jax.checkpoints import tensor as tensor_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files import schema as schema_lib
+from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
 
 DTYPES = {
@@ -32,13 +35,15 @@ DTYPES = {
 }
 _NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+_ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
 
 def read(file: str | os.PathLike) -> tuple[dict[str, tensor_lib.FileTensor], dict[str, str]]:
     """Tensors by name, unread, and the header's `__metadata__`.
 
     Raises:
-      InputError: not a safetensors file, or cut short.
+      InputError: not a safetensors file, or cut short; its tensors overlap or leave bytes out, or
+        have a dtype that is not known.
     """
     file = os.fspath(file)
     try:
@@ -47,35 +52,61 @@ def read(file: str | os.PathLike) -> tuple[dict[str, tensor_lib.FileTensor], dic
             start = f.read(8)
             size = struct.unpack("<Q", start)[0] if len(start) == 8 else total + 1
             if size > min(total - 8, _MAX_HEADER):
+                f.seek(0)
+                what = foreign.describe(f.read(512))
+                if what is not None:
+                    raise InputError(f"{file}: {what}")
                 raise ValueError(f"a header of {size} bytes in a file of {total}")
-            header = json.loads(f.read(size))
+            encoded = f.read(size)
+            if encoded[:1] != b"{":
+                raise ValueError("its header is no JSON object")
+            header = versioned.parse(encoded)
         metadata = header.pop("__metadata__", {})
-        tensors = {k: _tensor(file, v, 8 + size, total) for k, v in header.items()}
+        if wrong := schema_lib.mismatch(metadata, {str: object}, "__metadata__"):
+            raise ValueError(wrong)
+        tensors = {k: _tensor(file, k, v, 8 + size) for k, v in header.items()}
+        _check_extents(tensors, 8 + size, total)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
-            f"{file}: not a whole safetensors file ({_reason(error)}); copy or download it again"
+            f"{file}: not a whole safetensors file ({error}); copy or download it again"
         ) from error
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors, metadata
 
 
-def _tensor(file: str, entry: dict, data: int, total: int) -> tensor_lib.FileTensor:
-    dtype = np.dtype(DTYPES[entry["dtype"]])
-    shape = tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"shape {shape} at bytes {begin} to {end}")
+def _tensor(file: str, name: str, entry: dict, data: int) -> tensor_lib.FileTensor:
+    name = name[:80]
+    if wrong := schema_lib.mismatch(entry, _ENTRY, name):
+        raise ValueError(wrong)
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"{file}: {name} has dtype {entry['dtype'][:20]}, which is not read (those that are: "
+            f"{', '.join(DTYPES)}); give a file of the same weights in BF16"
+        )
+    dtype, shape, offsets = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+    if len(shape) > tensor_lib.MAX_AXES or len(offsets) != 2 or min(*shape, *offsets) < 0:
+        raise ValueError(f"{name} has shape {shape[:8]}, at bytes {offsets[:2]}")
+    begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for a tensor of shape {shape} and dtype {dtype}")
-    if data + end > total:
-        raise ValueError(f"it ends at byte {total}, its tensors at byte {data + end}")
-    strides = tensor_lib.contiguous_strides(shape)
-    return tensor_lib.FileTensor(file, shape, dtype, strides, data + begin)
+        raise ValueError(f"{end - begin} bytes for {name}, of shape {shape} and dtype {dtype}")
+    strides = tensor_lib.contiguous_strides(tuple(shape))
+    return tensor_lib.FileTensor(file, tuple(shape), dtype, strides, data + begin)
 
 
-def _reason(error: Exception) -> str:
-    return f"unknown dtype {error}" if isinstance(error, KeyError) else str(error)
+def _check_extents(tensors: Mapping[str, tensor_lib.FileTensor], data: int, total: int) -> None:
+    """Every byte after the header belongs to one tensor, as the format demands."""
+    end, last = data, "its header"
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if t.offset != end and t.size:
+            what = "overlaps" if t.offset < end else "leaves a hole after"
+            raise ValueError(f"{name[:80]} {what} {last[:80]}")
+        if t.size:
+            end, last = t.offset + t.size * t.dtype.itemsize, name
+    if end != total:
+        raise ValueError(f"it ends at byte {total}, its tensors at byte {end}")
 
 
 def write(

@@ -24,6 +24,7 @@ _PLACES = {
         for folder in ("", "tokenizer/", "google/umt5-xxl/")
     ),
 }
+_INDEX = {"weight_map": {str: str}}
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 
 
@@ -38,9 +39,9 @@ def locate(source: str, part: str) -> str:
       InputError: nothing there holds the part.
     """
     path = pathlib.Path(_download(source, part) if source.startswith("hf://") else source)
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib raises for names that no file can have
         return str(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"--{part}={source}: there is no such file or folder")
     for place in _PLACES[part]:
         found = path / place
@@ -66,18 +67,20 @@ def read(path: str) -> Any:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             start = f.read(9)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     looks_safe = (
         len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 32
     )
     if looks_safe or (path.endswith(".safetensors") and size and not start.startswith(b"PK")):
         tensors, metadata = safetensors.read(path)
-        settings = os.path.join(os.path.dirname(path), "adapter_config.json")
-        if os.path.isfile(settings):  # PEFT keeps a LoRA's alpha there
-            metadata = metadata | {"adapter_config": versioned.read_json(settings)}
-        return metadata | tensors
-    return pickle_reader.read(path)
+        content = metadata | tensors
+    else:
+        content = pickle_reader.read(path)
+    settings = os.path.join(os.path.dirname(path), "adapter_config.json")
+    if isinstance(content, dict) and os.path.isfile(settings):  # PEFT keeps a LoRA's alpha there
+        content |= {"adapter_config": versioned.read_json(settings, {str: object})}
+    return content
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
@@ -87,16 +90,13 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
         names = ", ".join(p.name for p in indices)
         raise InputError(f"{folder}: has several index files, {names}; give one's folder")
     if indices:
-        index = versioned.read_json(indices[0])
-        where = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-            raise InputError(f"{indices[0]}: has no weight_map; copy or download it again")
+        where = versioned.read_json(indices[0], _INDEX)["weight_map"]
         files = sorted(set(where.values()))
-        absent = [f for f in files if os.path.basename(f) != f or not (folder / f).is_file()]
+        absent = [f for f in files if os.path.basename(f) != f or not os.path.isfile(folder / f)]
         if absent:
             raise InputError(
                 f"{folder}: {len(absent)} of {len(files)} files of its index are not there: "
-                f"{', '.join(absent[:5])}; copy or download them"
+                f"{', '.join(f[:80] for f in absent[:5])}; copy or download them"
             )
         paths = [folder / f for f in files]
     else:

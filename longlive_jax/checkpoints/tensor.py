@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +24,52 @@ class Tensor(Protocol):
         ...
 
 
+MAX_AXES = 16  # of a tensor in a file; weights have at most five, and NumPy ends at 64
+_BLOCK = 4 << 20  # bytes read at once
+
+
+@dataclasses.dataclass(eq=False)
+class Member:
+    """A part of a file with a CRC-32: the storage of tensors in an archive, sizes in bytes."""
+
+    file: str
+    name: str
+    offset: int
+    size: int
+    crc: int
+    good: bool = False  # once it was compared
+
+    def check(self, content: np.ndarray | None = None) -> None:
+        """Compares the part with its CRC, once.
+
+        Args:
+          content: all of its bytes, if they are in memory; else they are read.
+
+        Raises:
+          InputError: they differ.
+        """
+        if self.good:
+            return
+        value = zlib.crc32(b"" if content is None else content)
+        if content is None:
+            with open(self.file, "rb", buffering=0) as f:
+                f.seek(self.offset)
+                left = self.size
+                while left and (block := f.read(min(left, _BLOCK))):
+                    value, left = zlib.crc32(block, value), left - len(block)
+        if value != self.crc:
+            raise InputError(
+                f"{self.file}: {self.name} has CRC {value:08x}, its archive says {self.crc:08x}; "
+                "copy or download the file again (if torch wrote it without CRCs: torch.save again)"
+            )
+        self.good = True
+
+
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
     """A strided tensor inside a file. `strides` are in elements, `offset` in bytes.
+
+    member: the part of the file that it lies in, compared with its CRC at the first read.
 
     The file is not mapped but read: pages of a mapping would count as this process's memory.
     """
@@ -35,6 +79,12 @@ class FileTensor:
     dtype: np.dtype
     strides: tuple[int, ...]
     offset: int
+    member: Member | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def __setstate__(self, state):
         raise TypeError(
@@ -57,6 +107,8 @@ class FileTensor:
         count = span(shape, self.strides)
         try:
             flat = np.fromfile(self.file, np.uint8, count * self.dtype.itemsize, offset=offset)
+            if self.member is not None and flat.size == count * self.dtype.itemsize:
+                self.member.check(flat if flat.size == self.member.size else None)
         except OSError as error:
             raise InputError(f"{self.file}: {error.strerror or error}") from error
         if flat.size != count * self.dtype.itemsize:

@@ -24,6 +24,7 @@ RUN, STATES = "run.json", "checkpoints"
 WEIGHTS = {"average": "ema", "latest": "params"}
 # In version 1 the state had the arrays of its only network beside the others, by other names.
 FLAT_NETWORK = "model"
+_SCHEMA = {"settings": {str: object}, "checkpoint": (str, None), "network?": (str, None)}
 
 
 class Run(NamedTuple):
@@ -38,7 +39,7 @@ class Run(NamedTuple):
 
 def is_run(directory: str | os.PathLike) -> bool:
     """Whether this is, or was, the folder of a training run."""
-    return (pathlib.Path(directory) / RUN).is_file()
+    return os.path.isfile(pathlib.Path(directory) / RUN)
 
 
 def read(directory: str | os.PathLike) -> Run:
@@ -48,12 +49,11 @@ def read(directory: str | os.PathLike) -> Run:
       InputError: it is damaged, or of another version.
     """
     file = pathlib.Path(directory) / RUN
-    run = versioned.read(file, FORMAT, VERSION, "give another --workdir", older=(1,))
+    run = versioned.read(
+        file, FORMAT, VERSION, "give another --workdir", older=(1,), schema=_SCHEMA
+    )
     network = FLAT_NETWORK if run["version"] == 1 else run.get("network")
-    try:
-        return Run(dict(run["settings"]), run["checkpoint"], network)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); give another --workdir") from error
+    return Run(run["settings"], run["checkpoint"], network)
 
 
 def write(directory: str | os.PathLike, run: Run) -> None:
@@ -112,9 +112,9 @@ class State:
                 self._keys = {tree: ("networks", self._network, tree) for tree in self._keys}
             self._keys = {k: v for k, v in self._keys.items() if state.get(v[-1])}
             leaves = params_lib.flatten(next(state[v[-1]] for v in self._keys.values()))
-        except (
-            ValueError, KeyError, TypeError, AttributeError, OSError, StopIteration
-        ) as error:  # fmt: skip
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # the library raises bare Exception
             raise damaged(self._path, error) from error
         self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
@@ -164,7 +164,9 @@ class State:
             with context:
                 wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), tree)
                 return functools.reduce(operator.getitem, keys, ocp.load(str(self._path), wanted))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # the library raises bare Exception
             raise damaged(self._path, error) from error
 
 

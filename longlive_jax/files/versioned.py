@@ -8,29 +8,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.atomic import atomic_path
+
+MAX_JSON = 256 << 20  # bytes; the index of a model of a million tensors is a tenth of it
 
 
 def read(
-    file: pathlib.Path, form: str, version: int, way_out: str, *, older: Sequence[int] = ()
+    file: pathlib.Path,
+    form: str,
+    version: int,
+    way_out: str,
+    *,
+    older: Sequence[int] = (),
+    schema: Any = object,
 ) -> dict[str, Any]:
     """The content of a file with these "format" and "version".
 
     Args:
       older: earlier versions that are also read.
+      schema: of the content, in the notation of `files.schema`.
       way_out: what to do about a file that is damaged, or of another version; ends the message.
 
     Raises:
-      InputError: it cannot be read, is no JSON object, or is of another format or version.
+      InputError: it cannot be read, is no JSON object of this schema, or is of another format or
+        version.
     """
     try:
-        content = json.loads(file.read_text())
+        content = parse(_read(file))
+        wrong = schema_lib.mismatch(content, {"format": (str, None), "version": (int, None)})
+        if wrong:
+            raise ValueError(wrong)
         found = content["format"], content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); {way_out}") from error
-    if found[0] != form or found[1] not in (version, *older):
+        known = found[0] == form and found[1] in (version, *older)
+        if known and (wrong := schema_lib.mismatch(content, schema)):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: is damaged ({_reason(error)}); {way_out}") from error
+    if not known:
         raise InputError(
-            f"{file}: has format {found[0]!r} version {found[1]}, this program reads {form!r} "
+            f"{file}: has format {found[0]!r:.80} version {found[1]}, this program reads {form!r} "
             f"version {version}; {way_out}"
         )
     return content
@@ -54,16 +71,51 @@ def write_json(file: str | os.PathLike, value: Any) -> None:
         os.fsync(f.fileno())
 
 
-def read_json(file: str | os.PathLike) -> Any:
-    """The content of a JSON file of any format.
+def read_json(file: str | os.PathLike, schema: Any = object) -> Any:
+    """The content of a JSON file of any format; `schema`: in the notation of `files.schema`.
 
     Raises:
-      InputError: it cannot be read, or is not JSON.
+      InputError: it cannot be read, is not JSON, or does not fit the schema.
     """
     try:
-        with open(file, encoding="utf-8") as f:
-            return json.load(f)
+        content = parse(_read(file))
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}") from error
+        raise InputError(f"{file}: {_reason(error)}") from error
     except ValueError as error:
         raise InputError(f"{file}: is not JSON ({error}); copy or download it again") from error
+    if wrong := schema_lib.mismatch(content, schema):
+        raise InputError(f"{file}: {wrong}; copy or download it again")
+    return content
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: it is no JSON, has a name twice in one object, or is nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name[:80]!r} is in it twice")
+        result[name] = value
+    return result
+
+
+def _read(file: str | os.PathLike) -> bytes:
+    with open(file, "rb") as f:
+        content = f.read(MAX_JSON + 1)
+    if len(content) > MAX_JSON:
+        raise ValueError(f"it has more than {MAX_JSON} bytes")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

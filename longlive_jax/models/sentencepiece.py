@@ -70,6 +70,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             if byte < 128:
                 return value
             shift += 7
+            if shift > 63:
+                raise ValueError(f"a number of more than 64 bits at byte {at}")
 
     try:
         while at < len(message):

@@ -1,8 +1,9 @@
 """Prompts to token ids, as the UMT5 text encoder was trained: cleaning, EOS, padding."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -15,6 +16,8 @@ from longlive_jax.models import sentencepiece
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 MAX_TOKENS = 512  # of UMT5 as Wan2.2 uses it, EOS included
+_MAX_BYTES = 256 << 20  # of a tokenizer's file; UMT5's has 17 MB
+_RARE = "\ue000\U0010fffd"  # of private use
 NAME, FILE, SENTENCEPIECE = "tokenizer", "tokenizer.json", "spiece.model"
 
 
@@ -35,9 +38,9 @@ class Tokenizer:
           InputError: no such file, not a tokenizer, or one of another model.
         """
         path = pathlib.Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             path = path / (FILE if (path / FILE).is_file() else SENTENCEPIECE)
-        if not path.is_file():
+        if not os.path.isfile(path):  # pathlib raises for names that no file can have
             raise InputError(
                 f"tokenizer: {path} is not a file; give UMT5's {FILE} or {SENTENCEPIECE}, which "
                 "the released model keeps in google/umt5-xxl/"
@@ -51,7 +54,11 @@ class Tokenizer:
                     f"tokenizer: {path} has {has} for {token!r}, UMT5 has id {expected}: this is "
                     f"the tokenizer of another model; give the {FILE} of google/umt5-xxl"
                 )
-        return cls(backend)
+        result = cls(backend)
+        with _refused(path):
+            # What no vocabulary has: a tokenizer may name an unknown token that it lacks.
+            backend.encode(_RARE, add_special_tokens=False)
+        return result
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +102,8 @@ class Tokenizer:
     def _encode(self, prompt: str, name: str, text_len: int, allow_empty: bool) -> list[int]:
         text = clean(prompt)
         # Without special tokens, because not every tokenizer.json adds EOS itself.
-        tokens = self._backend.encode(text, add_special_tokens=False).ids if text else []
+        with _refused(f"its file, for {name},"):
+            tokens = self._backend.encode(text, add_special_tokens=False).ids if text else []
         if not tokens and not allow_empty:
             raise InputError(
                 f"{name} is empty (the first is prompt 1): {prompt[:60]!r} has nothing left after "
@@ -115,14 +123,31 @@ def as_json(path: str | os.PathLike) -> bytes:
     Raises:
       InputError: it is neither of them.
     """
-    content = pathlib.Path(path).read_bytes()
     try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"tokenizer: {path}: {error.strerror or error}") from error
+    with _refused(path):
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         # A spiece.model begins with the tag of its first piece, a line feed.
         if content[:1] == b"\n" and content.lstrip()[:1] != b"{":
-            return sentencepiece.read(content).to_str().encode()
-        tokenizers.Tokenizer.from_buffer(content)
-        return content
-    except Exception as error:  # the library raises bare Exception
+            content = sentencepiece.read(content).to_str().encode()
+        else:
+            tokenizers.Tokenizer.from_buffer(content)
+    return content
+
+
+@contextlib.contextmanager
+def _refused(path: object) -> Iterator[None]:
+    """Makes an InputError of whatever the library makes of a damaged file."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exception, and BaseException where its Rust code panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
             f"tokenizer: {path} cannot be read as a {FILE} of the tokenizers library, or as a "
             f"{SENTENCEPIECE}: {str(error)[:200]}"

@@ -177,3 +177,50 @@ def test_train_tiny(tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     with pytest.raises(InputError, match="vocab_size=3"):
         lib.train_tiny(TEXTS, 3, tmp_path / "c.json")
+
+
+def _changed(path, tmp_path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # The library panics over it, which is no Exception.
+        lambda x: x.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        lambda x: x["model"].update(unk_token="<nope>"),
+        lambda x: x["model"].update(vocab={}),
+        lambda x: x["model"].update(merges=[["a", "no such piece"]]),
+        lambda x: x.update(model=None),
+        lambda x: x.update(pre_tokenizer={"type": "?"}),
+    ],
+)
+def test_files_that_the_library_fails_over(path, tmp_path, change):
+    with pytest.raises(InputError, match=r"changed\.json") as error:
+        lib.Tokenizer.from_file(_changed(path, tmp_path, change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a/" * 3000])
+def test_names_that_no_file_has(tmp_path, name):
+    with pytest.raises(InputError, match="is not a file"):
+        lib.Tokenizer.from_file(f"{tmp_path}/{name}")
+
+
+def test_files_past_a_limit(path, monkeypatch):
+    monkeypatch.setattr(lib, "_MAX_BYTES", 100)
+    with pytest.raises(InputError, match="more than 100 bytes"):
+        lib.Tokenizer.from_file(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\n" + b"\x80" * 100_000, b"\n\xff" + b"\xff" * 20, b"\n\x00"]
+)
+def test_numbers_without_end(tmp_path, content):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        lib.Tokenizer.from_file(tmp_path)

@@ -8,14 +8,25 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from longlive_jax.checkpoints.store import checksums
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
+from longlive_jax.files import schema as schema_lib
 from longlive_jax.models import tokenizer as tokenizer_lib
 
 _FORMAT, _VERSION, _FILE = "longlive_jax weights", 1, "metadata.json"
 _AGAIN = "convert again to a new directory"
 
 Parts = dict[str, dict[str, Any]]  # by name: each network's entry in metadata.json
+
+_SCHEMA = {"parts": {str: {"sources": [str]}}}
+_NETWORK = {
+    "directory": str,
+    "config": {str: {str: object}},
+    "network?": str,
+    "recipe?": str,
+    "index_checksum?": str,  # checkpoints of before it was written have none
+}
 
 
 @contextlib.contextmanager
@@ -55,16 +66,27 @@ def read(root: pathlib.Path) -> Parts:
       InputError: there is no metadata.json, or it is damaged, or of another format.
     """
     file = root / _FILE
-    if not file.is_file():
+    if not os.path.isfile(file):  # also of a name that no file can have
         raise InputError(
             f"{root}: is no checkpoint (it has no metadata.json); make one with "
             "`python -m launch.convert --dit=FILE --vae=FILE --umt5=FILE --tokenizer=FILE "
             f"--output={root}`"
         )
-    parts = versioned.read(file, _FORMAT, _VERSION, _AGAIN).get("parts")
-    if not isinstance(parts, dict):
-        raise InputError(f"{file}: is damaged (no parts in it); {_AGAIN}")
-    return parts
+    return versioned.read(file, _FORMAT, _VERSION, _AGAIN, schema=_SCHEMA)["parts"]
+
+
+def network(root: pathlib.Path, name: str, info: dict[str, Any]) -> dict[str, Any]:
+    """`info`, if it is the entry of a network with a folder in the checkpoint.
+
+    Raises:
+      InputError: it is another, or names a folder elsewhere.
+    """
+    wrong = schema_lib.mismatch(info, _NETWORK)
+    if not wrong and not checksums.is_plain(info["directory"]):
+        wrong = f"directory {info['directory'][:80]!r} is not the name of a folder in it"
+    if wrong:
+        raise InputError(f"{root / _FILE}: is damaged (of {name}: {wrong}); {_AGAIN}")
+    return info
 
 
 def write(root: pathlib.Path, parts: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Reads our checkpoints onto devices, one group of arrays after another; see the package."""
 
+import contextlib
 import functools
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.layout import Piece
+from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
+from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.errors import InputError
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.recipes import Recipe
@@ -66,22 +69,23 @@ def load(
     wanted = params_lib.flatten(quantized.spec(spec, recipe))
     dtypes = {p: jnp.dtype(s.dtype or dtype or stored.dtypes()[p]) for p, s in wanted.items()}
     result: dict[params_lib.Path, jax.Array] = {}
-    for group, rows in stored.groups.items():
-        abstract = {
-            p: jax.ShapeDtypeStruct((n, *wanted[p].shape[1:]), dtypes[p], sharding=placement[p])
-            for p, (_, n) in rows.items()
-            if p in wanted
-        }
-        if not abstract:
-            continue
-        for path, array in stored.read(group, abstract).items():
-            shape = wanted[path].shape
-            if array.shape == shape:
-                result[path] = array
-                continue
-            if path not in result:
-                result[path] = jnp.zeros(shape, dtypes[path], device=placement[path])
-            result[path] = _place(result[path], array, np.int32(rows[path][0]))
+    needed = {g: rows for g, rows in stored.groups.items() if any(p in wanted for p in rows)}
+    with stored.checking(needed) as check:
+        for group, rows in needed.items():
+            abstract = {
+                p: jax.ShapeDtypeStruct((n, *wanted[p].shape[1:]), dtypes[p], sharding=placement[p])
+                for p, (_, n) in rows.items()
+                if p in wanted
+            }
+            check(group)
+            for path, array in stored.read(group, abstract).items():
+                shape = wanted[path].shape
+                if array.shape == shape:
+                    result[path] = array
+                    continue
+                if path not in result:
+                    result[path] = jnp.zeros(shape, dtypes[path], device=placement[path])
+                result[path] = _place(result[path], array, np.int32(rows[path][0]))
     return quantized.from_stored(params_lib.unflatten(result), specs, place)
 
 
@@ -165,36 +169,28 @@ class Stored:
                 )
             names = ", ".join(sorted(has)) or "nothing"
             raise InputError(f"{root}: holds no {name} (it holds {names}); {way_out}")
-        self.name, self.info = name, has[name]
+        self.name, self.info = name, directory_lib.network(root, name, has[name])
         self.network = parts_lib.PARTS.get(self.info.get("network", name))
         self.recipe = recipe_lib.get(self.info.get("recipe", "bf16"))
         self.path = root / self.info["directory"]
-        try:
-            index = json.loads((self.path / "index.json").read_text())
-            self._leaves = {_path(k): v for k, v in index["leaves"].items()}
-            self.groups: dict[str, dict[params_lib.Path, tuple[int, int]]] = {
-                g: {_path(k): tuple(v) for k, v in rows.items()}
-                for g, rows in index["groups"].items()
-            }
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{self.path}: index.json is damaged; convert the {name} again"
-            ) from error
+        self._way_out = f"copy the checkpoint or convert the {name} again"
+        self._index = index_lib.read(self.path, self.info.get("index_checksum"), self._way_out)
+        self.groups = self._index.groups
 
     def spec(self) -> params_lib.Tree:
         """Specs of the arrays on disk; only the layer axes of stacked ones have names."""
         return params_lib.unflatten(
             {
                 p: params_lib.ParamSpec(
-                    tuple(v["shape"]),
-                    ("layer" if v["stacked"] else None,) + (None,) * (len(v["shape"]) - 1),
+                    leaf.shape,
+                    ("layer" if leaf.stacked else None,) + (None,) * (len(leaf.shape) - 1),
                 )
-                for p, v in self._leaves.items()
+                for p, leaf in self._index.leaves.items()
             }
         )
 
     def dtypes(self) -> dict[params_lib.Path, np.dtype]:
-        return {p: jnp.dtype(v["dtype"]) for p, v in self._leaves.items()}
+        return {p: leaf.dtype for p, leaf in self._index.leaves.items()}
 
     def check(
         self,
@@ -212,7 +208,7 @@ class Stored:
         if recipe != self.recipe:
             raise self._other_recipe(recipe)
         wanted = params_lib.flatten(quantized.spec(spec, recipe))
-        stored = {p: tuple(v["shape"]) for p, v in self._leaves.items()}
+        stored = {p: leaf.shape for p, leaf in self._index.leaves.items()}
         absent = sorted({p[0] for p in wanted} - {p[0] for p in stored})
         if absent and not grown:
             made_from = ", ".join(self.info["sources"]) or "a file"
@@ -229,6 +225,12 @@ class Stored:
             f"{'/'.join(p)} {shape} is not in the config"
             for p, shape in stored.items()
             if p[0] in spec and p not in wanted
+        ]
+        own = self.dtypes()
+        wrong += [
+            f"{'/'.join(p)} is {np.dtype(s.dtype)} by the recipe, {own[p]} in the checkpoint"
+            for p, s in wanted.items()
+            if s.dtype is not None and p in own and own[p] != s.dtype
         ]
         # Settings that no shape shows.
         section = self.network.section if self.network else ""
@@ -264,21 +266,66 @@ class Stored:
             "that is not quantised"
         )
 
+    def checking(
+        self, groups: Iterable[str]
+    ) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+        """`checksums.checking` of these groups, in the order in which they will be read."""
+        if sums := self._index.checksums:
+            return checksums.checking(self.path, {g: sums[g] for g in groups}, self._way_out)
+        return contextlib.nullcontext(self._check_dtypes)
+
+    def _check_dtypes(self, group: str) -> None:
+        """Refuses a group without checksums that has other arrays than the index says.
+
+        The reader would cast them, or take some rows of them, without a word.
+        """
+        checksums.check_links(self.path / group)
+        with self._damage(group):
+            found = params_lib.flatten(ocp.metadata(str(self.path / group)).metadata)
+            for path, (_, n) in self.groups[group].items():
+                leaf, has = self._index.leaves[path], found[path]
+                wanted = (n, *leaf.shape[1:]), leaf.dtype
+                if wanted != (tuple(has.shape), has.dtype):
+                    raise ValueError(
+                        f"{'/'.join(path)} is {tuple(has.shape)} {has.dtype}, by its index "
+                        f"{wanted[0]} {wanted[1]}"
+                    )
+
+    @contextlib.contextmanager
+    def _damage(self, group: str) -> Iterator[None]:
+        """Makes an InputError of whatever the library finds wrong with a group's files."""
+        try:
+            yield
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of a file cut short it raises bare Exception
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise InputError(
+                f"{self.path / group}: is damaged ({reason}); {self._way_out}"
+            ) from error
+
     def read(
         self, group: str, abstract: Mapping[params_lib.Path, Any]
     ) -> dict[params_lib.Path, Any]:
         """A group's arrays of these paths, in the dtypes and shardings of `abstract`."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        try:
-            with context:
-                tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise InputError(
-                f"{self.path / group}: is damaged ({reason}); convert the {self.name} again"
-            ) from error
+        with self._damage(group), context:
+            tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
         return params_lib.flatten(tree)
+
+    def copy(self, folder: pathlib.Path) -> None:
+        """Copies the network's files, and no others, to an empty folder.
+
+        Raises:
+          InputError: they are damaged, or links that lead out of the network.
+        """
+        with self.checking(self.groups) as check:
+            for group in self.groups:
+                check(group)
+                with self._damage(group):
+                    shutil.copytree(self.path / group, folder / group)
+            shutil.copyfile(self.path / index_lib.FILE, folder / index_lib.FILE)
 
     def extents(self) -> Iterator[tuple[params_lib.Path, int, int]]:
         """Path, first row and number of rows of each of `pieces`."""
@@ -288,18 +335,16 @@ class Stored:
     def pieces(self) -> Iterator[Piece]:
         """All arrays on the host, group by group, in the order in which they were saved."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        dtypes = self.dtypes()
-        for group, rows in self.groups.items():
-            abstract = {
-                p: jax.ShapeDtypeStruct(
-                    (n, *self._leaves[p]["shape"][1:]), dtypes[p], sharding=here
-                )
-                for p, (_, n) in rows.items()
-            }
-            arrays = self.read(group, abstract)
-            for path, (start, _) in rows.items():
-                yield Piece(path, start, np.asarray(arrays.pop(path)))
-
-
-def _path(key: str) -> params_lib.Path:
-    return tuple(key.split("/"))
+        with self.checking(self.groups) as check:
+            for group, rows in self.groups.items():
+                leaves = {p: self._index.leaves[p] for p in rows}
+                abstract = {
+                    p: jax.ShapeDtypeStruct(
+                        (n, *leaves[p].shape[1:]), leaves[p].dtype, sharding=here
+                    )
+                    for p, (_, n) in rows.items()
+                }
+                check(group)
+                arrays = self.read(group, abstract)
+                for path, (start, _) in rows.items():
+                    yield Piece(path, start, np.asarray(arrays.pop(path)))

@@ -19,7 +19,9 @@ from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.layout import Piece
+from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
+from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.checkpoints.store.reader import Stored
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
@@ -29,6 +31,7 @@ from longlive_jax.recipes import Recipe
 
 _GROUP_BYTES = 256 << 20  # a group is in memory about three times while it is written
 _NAME = re.compile(r"[A-Za-z]\w*")
+_MAX_NAME = 200  # bytes of a network's name: its folder's may have 255, and is longer
 
 
 class Summary(NamedTuple):
@@ -75,12 +78,13 @@ def save(
 
     def write(folder: pathlib.Path) -> dict:
         index = _write_groups(folder, pieces, quantized.spec(spec, recipe))
-        versioned.write_json(folder / "index.json", index)
+        versioned.write_json(folder / index_lib.FILE, index)
         kind = parts_lib.PARTS.get(network or name)
         info = {
             "sources": [os.path.basename(s) for s in sources],
             **_summary(index, params_lib.count(spec))._asdict(),
             "config": {kind.section: dataclasses.asdict(section)} if kind and section else {},
+            "index_checksum": checksums.of_file(folder / index_lib.FILE),
         }
         info |= {"network": network} if network not in (None, name) else {}
         return info if recipe is None else info | {"recipe": recipe.name}
@@ -104,7 +108,7 @@ def copy(stored: Stored, directory: str | os.PathLike) -> None:
     """
 
     def write(folder: pathlib.Path) -> dict:
-        shutil.copytree(stored.path, folder, dirs_exist_ok=True)
+        stored.copy(folder)
         return stored.info
 
     _add(directory, stored.name, write)
@@ -114,9 +118,11 @@ def _add(
     directory: str | os.PathLike, name: str, write: Callable[[pathlib.Path], dict]
 ) -> dict[str, Any]:
     """Adds a network that `write` writes to an empty folder; returns what `write` returns."""
-    if not _NAME.fullmatch(name) or name == tokenizer_lib.NAME:
+    too_long = len(name.encode(errors="replace")) > _MAX_NAME
+    if not _NAME.fullmatch(name) or too_long or name == tokenizer_lib.NAME:
         raise InputError(
-            f"{directory}: {name!r} cannot be the name of a network; take letters, digits and _"
+            f"{directory}: {name[:_MAX_NAME]!r} cannot be the name of a network; take letters, "
+            f"digits and _, at most {_MAX_NAME} bytes"
         )
     with directory_lib.writing(directory) as (root, parts):
         # Left by a process that was killed.
@@ -169,6 +175,7 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
     leaves = params_lib.flatten(spec)
     dtypes: dict[params_lib.Path, np.dtype] = {}
     groups: dict[str, dict[str, list[int]]] = {}
+    sums: dict[str, dict[str, str]] = {}
     rows_left = {p: s.shape[0] for p, s in leaves.items()}
     group: list[Piece] = []
     group_name = ""
@@ -183,6 +190,7 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
         context.array.saving.use_compression = False  # weights hardly compress
         with context:
             ocp.save(str(directory / name), params_lib.unflatten({p.path: p.array for p in group}))
+        sums[name] = checksums.of_folder(directory / name)
         groups[name] = {"/".join(p.path): [p.start, len(p.array)] for p in group}
         group.clear()
 
@@ -211,6 +219,7 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
             for p, s in leaves.items()
         },
         "groups": groups,
+        "checksums": sums,
     }
 
 
