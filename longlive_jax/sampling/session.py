@@ -404,7 +404,8 @@ class Session:
 
 _ARRAYS = ("noise", "first_frame", "past")
 # What a stream does not depend on once its prompts are embedded.
-_FREE = ("chunks", "height", "image_to_video", "negative_prompt", "vae_latents_per_call", "width")
+_FREE = ("chunks", "height", "image_fit", "image_to_video", "negative_prompt",
+         "vae_latents_per_call", "width")  # fmt: skip
 
 
 def _settings(cfg: config_lib.Config) -> dict[str, Any]:
