@@ -1,6 +1,7 @@
 """Tests run on 8 fake CPU devices, with JAX's strictest promotion rules."""
 
 import os
+import pathlib
 import signal
 
 # A shell starts what runs in its background with SIGINT ignored, and commands that tests start and
@@ -27,14 +28,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+TESTS = pathlib.Path(__file__).parent
 # Folders whose files take longest. A worker takes a file at a time, in order: a long one taken last
 # would be all that runs.
-LONGEST = ("multiprocess", "training", "launch", "sampling", "checkpoints", "models", "quant")
+LONGEST = (
+    "multiprocess", "training", "launch", "sampling", "kernels", "examples", "checkpoints", "models",
+    "quant", "ops", "formats",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     def place(item):
-        folder = item.path.parent.name
+        folder = item.path.relative_to(TESTS).parts[0]
         return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
     items.sort(key=place)

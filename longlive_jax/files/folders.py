@@ -79,19 +79,20 @@ def open_locked(file: pathlib.Path, taken: str, mode: str = "w") -> IO:
 
 
 def check_settings(where: str, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
-    """Refuses settings that differ from those a folder was begun with.
+    """Refuses settings that differ from those that a folder or a file was begun with.
 
     Args:
-      where: flag and folder, "--output=DIR".
-      had: the folder's settings, as read from a JSON file.
+      where: flag and folder, "--output=DIR", or a file.
+      had: its settings, as read from JSON, or as `has`.
 
     Raises:
       InputError: names the first setting that differs, with both values.
     """
-    has = json.loads(json.dumps(has))  # tuples are lists there
+    had, has = (json.loads(json.dumps(x)) for x in (had, has))  # tuples are lists there
+    other = where.partition("=")[0] if where.startswith("--") else "file"
     for name in sorted({*had, *has}):
         if had.get(name) != has.get(name):
             raise InputError(
                 f"{where}: was begun with {name}={had.get(name)!r}, now it is {has.get(name)!r}; "
-                f"give the same again, or another {where.partition('=')[0]}"
+                f"give the same again, or another {other}"
             )

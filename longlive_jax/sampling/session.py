@@ -7,7 +7,6 @@ are denoised together.
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
 from longlive_jax.sampling import saved, stream
 from longlive_jax.sampling.decode import Decoder
@@ -281,7 +281,7 @@ class Session:
           InputError: no such file, a damaged one, or one of other settings than the engine's.
         """
         facts, arrays = saved.read(path)
-        _check_settings(path, facts["settings"], _settings(engine.cfg))
+        folders.check_settings(os.fspath(path), facts["settings"], _settings(engine.cfg))
         given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
         samples = tuple(facts["start"]["samples"])
         start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
@@ -389,16 +389,7 @@ def _settings(cfg: config_lib.Config) -> dict[str, Any]:
     sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
     made = {f"{s}.{k}": v for s, section in sections.items() for k, v in vars(section).items()}
     made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
-    return json.loads(json.dumps(made | {"dtype": cfg.dtype}))
-
-
-def _check_settings(path, had, has):
-    for name in sorted({*had, *has}):
-        if had.get(name) != has.get(name):
-            raise InputError(
-                f"{path}: its stream was made with {name}={had.get(name)}, the pipeline has "
-                f"{has.get(name)}; give the same settings, or begin another stream"
-            )
+    return made | {"dtype": cfg.dtype}
 
 
 def _direction(fields):

@@ -5,7 +5,6 @@ never hides an older one; and it is read onto any mesh, by any number of process
 """
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -42,20 +41,11 @@ def acquire(
       InputError: it holds a run with other settings, or something else, or another process trains
         in it, or it cannot be written.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        others = [] if workdir.is_run(root) else [
-            p.name for p in root.iterdir() if not p.name.startswith(".")
-        ]  # fmt: skip
-    except OSError as error:
-        raise InputError(f"--workdir={root}: {error.strerror}; give a folder to write") from error
-    if others and jax.process_index() == 0:
-        raise InputError(
-            f"--workdir={root}: holds {others[0]!r} and no training run; give a new folder"
-        )
-    settings = json.loads(json.dumps(settings))  # tuples as lists, as they are read
+    if jax.process_index() == 0:
+        folders.make(root, "--workdir", "training run", lambda _: workdir.is_run(root))
     old = workdir.read(root) if workdir.is_run(root) else workdir.Run(settings, None, None)
-    _compare(root, old.settings, settings)
+    had = {config_lib.renamed(name): value for name, value in old.settings.items()}
+    folders.check_settings(f"--workdir={root}", had, settings)
     if jax.process_index() != 0:
         yield
         return
@@ -63,16 +53,6 @@ def acquire(
         where = os.path.abspath(checkpoint) if checkpoint else old.checkpoint
         workdir.write(root, workdir.Run(settings, where, network))
         yield
-
-
-def _compare(root, old, new):
-    old = {config_lib.renamed(name): value for name, value in old.items()}
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            raise InputError(
-                f"--workdir={root}: holds a run with {name}={old.get(name)!r}, this one has "
-                f"{new.get(name)!r}; give the same again, or a new --workdir"
-            )
 
 
 class Checkpoints:

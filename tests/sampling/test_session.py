@@ -218,4 +218,4 @@ def test_bad_files(tmp_path):
     )
     refused("other.npz", "has format 'x' version 2, this program reads 'longlive_jax session' vers")
     steps = engine_of(test_stream.make_config(steps=1), False)
-    refused("s", r"was made with sample\.steps=2, the pipeline has 1", steps)
+    refused("s", r"was begun with sample\.steps=2, now it is 1", steps)

@@ -153,7 +153,7 @@ def test_a_folder_is_one_runs(tmp_path):
         ("model.num_layers", 3), ("dtype", "bfloat16"),
     ):  # fmt: skip
         overrides = {name.replace(".", "__"): value}
-        words = rf"holds a run with {name}=.* this one has {value!r}"
+        words = rf"was begun with {name}=.* now it is {value!r}"
         with pytest.raises(InputError, match=words), claim(root, **overrides):
             pass
     with pytest.raises(InputError, match=r"train.beta1 == 0=True"), claim(root, train__beta1=0.9):

@@ -111,7 +111,7 @@ def test_pictures_are_encoded_as_whole_videos_are(encode, encoders, tmp_path):
         whole = vae.encode_video(encoders.vae, cfg.vae, frames[None], 1)[0]
         ours = batch.latents[0, row].reshape(whole.shape)
         np.testing.assert_allclose(ours, whole, atol=1e-5 * float(jnp.abs(whole).max()))
-        assert batch.real[0, row].tolist() == [True] * 29 + [False]
+        assert batch.valid[0, row].tolist() == [True] * 29 + [False]
         for chunk in range(30):
             np.testing.assert_array_equal(batch.text[0, row, chunk], texts[(index + chunk) % 2])
 

@@ -125,7 +125,7 @@ def test_a_bad_step_is_left_out_and_many_stop_the_run(tmp_path):
 
 def test_other_settings_are_refused_by_name(whole, data, tmp_path):
     for name, value in (("train.seed", 1), ("train.batch_size", 2), ("model.ffn_dim", 64)):
-        with pytest.raises(InputError, match=rf"holds a run with {name}="):
+        with pytest.raises(InputError, match=rf"was begun with {name}="):
             train(whole, data, **{name.replace(".", "__"): value})
     other = tiny_run.write_cached(tmp_path / "other", names=tiny_run.NAMES[1:])
     with pytest.raises(InputError, match="the training data="):
@@ -141,7 +141,7 @@ def test_goes_on_from_a_run_made_before_there_were_several_networks(data, tmp_pa
     run = json.loads((root / "run.json").read_text())
     run["settings"]["the training data"] = source[1]  # written anew, with names of today
     (root / "run.json").write_text(json.dumps(run))
-    with pytest.raises(InputError, match=r"holds a run with train\.seed=0"):
+    with pytest.raises(InputError, match=r"was begun with train\.seed=0"):
         train(root, data, (1, 1, 1), **tiny_run.BEFORE, train__seed=1)
     done, shown = train(root, data, (1, 1, 1), **tiny_run.BEFORE | dict(train__steps=6))
     assert done.step == 6 and f"on from step 3 of {root}" in shown

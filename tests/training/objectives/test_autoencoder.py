@@ -142,7 +142,7 @@ def test_another_runs_folder_is_refused(tmp_path):
         pass
     with acquire(videos(7), log_every=7):  # changes nothing that is trained
         pass
-    with pytest.raises(InputError, match=r"train_vae\.seed=0, this one has 1"):
+    with pytest.raises(InputError, match=r"train_vae\.seed=0, now it is 1"):
         acquire(videos(7), seed=1).__enter__()
     with pytest.raises(InputError, match=r"videos\.shape"):
         acquire(videos(8)).__enter__()
