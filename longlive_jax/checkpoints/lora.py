@@ -95,7 +95,7 @@ def merge(
             factors = _factors(base, module, adapter, file)
             rank = factors[0].shape[0]
             if alpha is not None:
-                scale = lora_scale.check(alpha, rank, f"--lora_alpha: {module}")
+                scale = lora_scale.check(alpha, rank, f"--lora_alpha: {module}", zero=True)
             else:
                 own = names.lora_module(adapter.module)
                 scale = scales.of((module, own), rank, own=adapter.alpha)

@@ -45,13 +45,16 @@ class Scales:
         return check(alpha, rank, f"{self.file}: {modules[0]}")
 
 
-def check(alpha: float, rank: int, where: str) -> float:
+def check(alpha: float, rank: int, where: str, *, zero: bool = False) -> float:
     """alpha / rank, if it is one that an adapter can have.
+
+    zero: it may be 0, by the user's own word; in files 0 also stands for the rank.
 
     Raises:
       InputError: it is not.
     """
-    if not (math.isfinite(alpha) and 0 < alpha <= _MAX_SCALE * rank):
+    good = math.isfinite(alpha) and 0 <= alpha <= _MAX_SCALE * rank and (alpha > 0 or zero)
+    if not good:
         raise InputError(
             f"{where} has alpha {alpha:g} at rank {rank}; it must be above 0 and at most "
             f"{_MAX_SCALE:g} times the rank: give --lora_alpha, if you know the right one"

@@ -279,10 +279,14 @@ def test_refusals(saved, message):
     assert "lora.file" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("alpha", [-1.0, 0.0, float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf"), 1e9])
 def test_the_users_alpha(alpha):
     with pytest.raises(InputError, match="--lora_alpha: blocks"):
         merge(one(), alpha)
+
+
+def test_the_user_may_add_nothing():
+    assert scales(adapters(), alpha=0.0) == [0] * 4
 
 
 def test_nothing_large_is_read():
