@@ -50,7 +50,7 @@ def main() -> None:
 
 def _json_files(folder: pathlib.Path) -> list[pathlib.Path]:
     found = []
-    for path in entries(folder):
+    for path in entries(folder) if folder.is_dir() else ():
         if path.is_dir():
             found += _json_files(path)
         elif path.suffix.lower() == ".json":

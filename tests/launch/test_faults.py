@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from longlive_jax.checkpoints import store
-from longlive_jax.data.video import VideoWriter, probe
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.data.video_reader import probe
 from longlive_jax.models import dit, vae
 from tests.launch.commands import PROMPTS, ROOT, TINY, run, save_tiny, tiny_config, write
 
