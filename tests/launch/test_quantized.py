@@ -170,5 +170,7 @@ def test_a_run_that_diverged(a_run, tmp_path):
     bias["weight"] = bias["weight"].at[1, 2, 3].set(jnp.nan)
     write_run(tmp_path, bad)
     cfg = config("fp8")
-    with pytest.raises(InputError, match="dit/blocks/ffn/0/weight of its average weights are not finite"):
+    with pytest.raises(
+        InputError, match="dit/blocks/ffn/0/weight of its average weights are not finite"
+    ):
         _ = Pipeline(tmp_path, cfg, decodes=False).engine
