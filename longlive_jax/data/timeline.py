@@ -48,19 +48,19 @@ class Timeline:
 
 
 def describe(
-    ticks: np.ndarray, tick: Fraction, claimed: Fraction | None
+    ticks: np.ndarray, tick: Fraction, declared: Fraction | None
 ) -> tuple[Fraction | None, Timeline | None]:
     """(frames a second, Timeline if that is not all there is to say).
 
     Args:
       ticks: as of a Timeline.
-      claimed: the rate that the file's header claims; it counts only if the times agree.
+      declared: the rate in the file's header; it counts only if the times agree.
     """
     times, count = ticks[:-1], len(ticks) - 1
     measured = None
     if count > 1:
         measured = Fraction(count - 1, int(times[-1])) / tick
-    for fps in (claimed, measured):
+    for fps in (declared, measured):
         if not fps:
             continue
         interval = 1 / (fps * tick)

@@ -246,8 +246,8 @@ def _survey(absolute: str, path: str, size: int, changed: int) -> _Survey:
         end = _index_end(container, stream)
         if end > size:
             raise InputError(f"{path}: truncated: {size} bytes of at least {end}")
-        claimed = stream.average_rate or stream.guessed_rate
-        claimed = Fraction(claimed.numerator, claimed.denominator) if claimed else None
+        declared = stream.average_rate or stream.guessed_rate
+        declared = Fraction(declared.numerator, declared.denominator) if declared else None
         tick = stream.time_base
         tick = Fraction(tick.numerator, tick.denominator) if tick else Fraction(1, 90000)
         named, says = container.format.name, _seconds(container)
@@ -268,11 +268,11 @@ def _survey(absolute: str, path: str, size: int, changed: int) -> _Survey:
             "convert it to BT.709 first",
             path, _HDR[trc],
         )  # fmt: skip
-    info, pts = _timed(path, packets, start, tick, claimed, "mov" in named or named == "gif")
+    info, pts = _timed(path, packets, start, tick, declared, "mov" in named or named == "gif")
     return _Survey(dataclasses.replace(info, height=height, width=width), pts)
 
 
-def _timed(path, packets, start, tick, claimed, explicit) -> tuple[VideoInfo, np.ndarray | None]:
+def _timed(path, packets, start, tick, declared, explicit) -> tuple[VideoInfo, np.ndarray | None]:
     """Number, rate and times of the pictures.
 
     start: timestamp of the first picture that is shown. explicit: each packet has a duration of its
@@ -280,11 +280,11 @@ def _timed(path, packets, start, tick, claimed, explicit) -> tuple[VideoInfo, np
     """
     times, pts = _times(packets, start)
     if times is None:
-        fps, line, count = claimed, None, len(packets.pts)
+        fps, line, count = declared, None, len(packets.pts)
     else:
         count = len(times)
-        last = _last(packets, times, explicit, tick, claimed)
-        fps, line = timeline.describe(np.append(times, times[-1] + last) - times[0], tick, claimed)
+        last = _last(packets, times, explicit, tick, declared)
+        fps, line = timeline.describe(np.append(times, times[-1] + last) - times[0], tick, declared)
     if not fps:
         raise InputError(f"{path}: holds a video stream without frames")
     seconds = line.seconds if line else count / fps
@@ -322,7 +322,7 @@ def _times(packets: _Packets, start: int | None) -> tuple[np.ndarray | None, np.
     return (times, times if by_pts else None) if len(times) else (None, None)
 
 
-def _last(packets: _Packets, times, explicit: bool, tick: Fraction, claimed) -> int:
+def _last(packets: _Packets, times, explicit: bool, tick: Fraction, declared) -> int:
     """For how many ticks the last picture is shown."""
     durations = packets.durations
     if packets.end is not None and packets.end > times[-1]:
@@ -333,7 +333,7 @@ def _last(packets: _Packets, times, explicit: bool, tick: Fraction, claimed) -> 
         return said
     if len(times) > 1:
         return int(times[-1] - times[-2])
-    return said if said > 0 else max(1, round(1 / (claimed * tick))) if claimed else 1
+    return said if said > 0 else max(1, round(1 / (declared * tick))) if declared else 1
 
 
 def _demux(container, stream) -> tuple[_Packets, float]:

@@ -113,8 +113,6 @@ def test_without_a_decoder():
 
 
 def test_a_decoder_on_a_device_of_its_own():
-    if jax.device_count() < 2:
-        pytest.skip("one device")
     engine = test_session.engine_of(CFG)
     mesh = mesh_lib.make_mesh(CFG.mesh, jax.devices()[1:2])
     decoder = decode.Decoder(CFG, jax.device_get(engine.decoder.params), mesh)

@@ -11,10 +11,13 @@ import numbers
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.models import dit
 from longlive_jax.sampling import cost, programs, stream
 
 # No two matrices of different uses have one shape, but for the square ones.
@@ -177,3 +180,22 @@ def test_no_copy_of_the_cache():
     free = {"parameter", "get-tuple-element", "bitcast", "dynamic-update-slice", "fusion"}
     assert "dynamic-update-slice" in large
     assert large <= free
+
+
+def test_full_size_chunk_step_traces_and_fits():
+    cfg = config_lib.Config()
+    state = jax.eval_shape(lambda: stream.init_state(cfg, 1, 44, 80))
+    cache = sum(x.size * x.dtype.itemsize for x in (state.cache.k, state.cache.v))
+    assert cache == 2 * 30 * 3 * 7040 * 3072 * 2  # 7.8 GB: three chunks, not the original's 10.4
+    params = params_lib.abstract(dit.sampling_spec(cfg.model, None, None), dtype=jnp.bfloat16)
+    inputs = stream.ChunkInput(
+        noise=jax.ShapeDtypeStruct((1, 8, 44, 80, 48), jnp.float32),
+        text=jax.ShapeDtypeStruct((1, 512, 4096), jnp.bfloat16),
+        cut=jax.ShapeDtypeStruct((1,), bool),
+    )
+    step = functools.partial(stream.chunk_step, cfg=cfg)
+    new, latents = jax.eval_shape(step, params, state, inputs)
+    assert latents.shape == (1, 8, 44, 80, 48) and latents.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
