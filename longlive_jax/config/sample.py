@@ -42,6 +42,7 @@ class Sample(Section):
     NAME = "sample"
 
     steps: Annotated[int, Range(1, 1000)] = 4
+    solver: Annotated[str, OneOf(("unipc", "x0_renoise"))] = "unipc"  # see diffusion/solvers.py
     # 1.0: no classifier-free guidance, one forward a step.
     guidance_scale: Annotated[float, Range(hint="1.0 turns it off")] = 1.0
     negative_prompt: str = ""

@@ -47,3 +47,27 @@ def training_schedule(shift: float) -> TrainingSchedule:
     y = np.exp(-2 * ((timesteps - 500) / 1000) ** 2)
     weights = (y - y.min()) * TIMESTEPS / np.sum(y - y.min())
     return TrainingSchedule(*(x.astype(np.float32) for x in (sigmas, timesteps, weights)))
+
+
+def sigma_at(timesteps: np.ndarray, shift: float) -> np.ndarray:
+    """float32, shape of timesteps: sigma of the training table's entry nearest to each timestep.
+
+    What the published models were distilled with, where a timestep is no entry of the table.
+    """
+    table = training_schedule(shift)
+    nearest = np.abs(table.timesteps - np.asarray(timesteps, np.float32)[..., None]).argmin(-1)
+    return table.sigmas[nearest]
+
+
+class ScoreLaw(NamedTuple):
+    """Noise levels at which two scores are compared, by a number drawn from 0 to TIMESTEPS - 1."""
+
+    timesteps: np.ndarray  # float32 [TIMESTEPS], the model's input
+    sigmas: np.ndarray  # float32 [TIMESTEPS], share of noise
+
+
+def score_law(shift: float, least: float, most: float) -> ScoreLaw:
+    """t = 1000 s u / (1 + (s - 1) u), u = number / 1000, kept between `least` and `most`."""
+    u = np.arange(TIMESTEPS) / TIMESTEPS
+    t = np.clip(TIMESTEPS * shift * u / (1 + (shift - 1) * u), least, most).astype(np.float32)
+    return ScoreLaw(t, sigma_at(t, shift))

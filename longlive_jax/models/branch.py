@@ -58,12 +58,15 @@ class Attention(NamedTuple):
     self-attention's are [batch, chunk, (copy,) token, head, head_dim].
 
     teacher_forcing, block_causal: (q, k, v, sharding) -> out, in training.
+    windowed: (q, k, v, sharding, visible) -> out: teacher forcing of videos longer than the
+      window, `visible` as `ops.windowed` takes it.
     streaming: (q, k, v, sharding, past) -> out, of one chunk; `past(q, k, v)` is the `attend` of
       the branch's cache, and in the clean pass its `write` too.
     """
 
     teacher_forcing: Callable[..., jax.Array]
     block_causal: Callable[..., jax.Array]
+    windowed: Callable[..., jax.Array]
     streaming: Callable[..., jax.Array]
 
 

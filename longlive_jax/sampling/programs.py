@@ -89,9 +89,17 @@ def step_arguments(
         cut=array(dtype=jnp.bool_),
         negative=text if cfg.sample.guided else None,
         first_frame=array(1, *picture) if cfg.video.image_to_video else None,
+        renoise=_each_step(cfg, batch, picture),
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))
+
+
+def _each_step(cfg, batch, picture) -> Any:
+    if cfg.sample.solver == "unipc":
+        return None
+    shape = (cfg.sample.steps, batch, cfg.model.chunk_frames, *picture)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _decoding(cfg, mesh, batch, size):

@@ -363,6 +363,7 @@ class Session:
                 cut=jnp.asarray(now.cut),
                 negative=placed[2],
                 first_frame=None if first is None else jnp.asarray(first, jnp.float32),
+                renoise=self._renoise(),
             )
         )
         self._placed = now.prompts, inputs.text, inputs.negative
@@ -384,15 +385,27 @@ class Session:
     def _noise(self):
         start, model = self.start, self.engine.cfg.model
         if start.noise is None:
-            chunks = np.full(self.rows, self.index, np.int32)
-            shape = (model.chunk_frames, start.height, start.width, model.in_dim)
-            samples = np.asarray(start.samples, np.int32)
-            return stream.noise(jax.random.key(start.seed), chunks, samples, shape)
+            key, samples, chunks, shape = self._draw()
+            return stream.noise(key, chunks, samples, shape)
         before = 0 if start.past is None else start.past.shape[1] // model.chunk_frames
         noise = self._piece(start.noise, self.index - before)
         if noise is None:
             raise InputError(f"session: the noise given is for {self.index - before} chunks only")
         return jnp.asarray(noise, jnp.float32)
+
+    def _draw(self):
+        """What the noise of this chunk is a function of: key, samples, chunks and shape."""
+        start, model = self.start, self.engine.cfg.model
+        shape = (model.chunk_frames, start.height, start.width, model.in_dim)
+        chunks = np.full(self.rows, self.index, np.int32)
+        return jax.random.key(start.seed), np.asarray(start.samples, np.int32), chunks, shape
+
+    def _renoise(self):
+        """New noise of each step, if the solver takes any; the seed's, whatever noise is given."""
+        if self.engine.cfg.sample.solver == "unipc":
+            return None
+        key, samples, chunks, shape = self._draw()
+        return stream.renoise(key, chunks, samples, shape, self.engine.cfg.sample.steps)
 
     def _piece(self, latents, chunk):
         """Those of a chunk, or None if there are no more."""

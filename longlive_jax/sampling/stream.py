@@ -9,7 +9,6 @@
 be directed, saved and replayed.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,13 +20,14 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.diffusion import schedule, unipc
+from longlive_jax.diffusion import solvers, unipc
 from longlive_jax.models import dit
 from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling import window as window_lib
 from longlive_jax.sampling.kv_cache import KVCache, Past
+from longlive_jax.sampling.transformer import ChunkTransformer, GivenFrame, positions_of
 from longlive_jax.sampling.window import Window
 
 
@@ -41,6 +41,8 @@ class ChunkInput:
     negative: [batch, text_len, text_dim] with classifier-free guidance, else None.
     first_frame: float32 [batch, 1, h, w, channel] for image-to-video, else None: the latent that
       the video's first frame is kept at. Read in chunk 0 only.
+    renoise: float32 [step, batch, frame, h, w, channel], each step's new noise, if the solver
+      takes any, else None; the last one is not used.
     """
 
     noise: jax.Array
@@ -48,6 +50,7 @@ class ChunkInput:
     cut: jax.Array
     negative: jax.Array | None = None
     first_frame: jax.Array | None = None
+    renoise: jax.Array | None = None
 
 
 @struct.dataclass
@@ -77,10 +80,10 @@ def chunk_step(
     Returns:
       The state and the chunk's latents, float32 [batch, frame, h, w, channel].
     """
-    state = _enter_shot(state, inputs, cfg)
-    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
+    state = enter_shot(state, inputs, cfg)
+    transformer = ChunkTransformer.of(params, state, inputs, cfg, sharding, precision)
     latents = _denoise(transformer, state, inputs)
-    return _commit(transformer, state, latents), latents
+    return commit_latents(transformer, state, latents), latents
 
 
 def denoise_chunk(
@@ -93,8 +96,10 @@ def denoise_chunk(
     precision: dit.Precision = dit.Precision(),
 ) -> jax.Array:
     """Latents of the next chunk, float32 [batch, frame, h, w, channel]."""
-    state = _enter_shot(state, inputs, cfg)
-    return _denoise(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, inputs)
+    state = enter_shot(state, inputs, cfg)
+    return _denoise(
+        ChunkTransformer.of(params, state, inputs, cfg, sharding, precision), state, inputs
+    )
 
 
 def commit_chunk(
@@ -108,8 +113,10 @@ def commit_chunk(
     precision: dit.Precision = dit.Precision(),
 ) -> StreamState:
     """The state after the next chunk, whose clean latents are given; `inputs.noise` is not read."""
-    state = _enter_shot(state, inputs, cfg)
-    return _commit(_Transformer.of(params, state, inputs, cfg, sharding, precision), state, latents)
+    state = enter_shot(state, inputs, cfg)
+    return commit_latents(
+        ChunkTransformer.of(params, state, inputs, cfg, sharding, precision), state, latents
+    )
 
 
 def recache(
@@ -126,13 +133,13 @@ def recache(
     For a prompt change inside a shot: otherwise cached keys and values keep the old prompt's
     influence until they leave the window. Each chunk sees the visible ones before it.
     """
-    transformer = _Transformer.of(params, state, inputs, cfg, sharding, precision)
+    transformer = ChunkTransformer.of(params, state, inputs, cfg, sharding, precision)
     window = state.window.in_order()
     slots = jnp.arange(window.chunk.shape[1])
 
     def again(slot, cache):
         latents = window.latents[:, slot]
-        positions = _positions(window.position[:, slot], latents.shape[1], sharding)
+        positions = positions_of(window.position[:, slot], latents.shape[1], sharding)
         past = Past(cache, window.valid & (slots < slot)[None, :])
         here = jnp.full(window.chunk.shape[:1], slot, jnp.int32)
         return transformer.commit(latents, positions, past, here)
@@ -145,117 +152,41 @@ def recache(
 # Steps of a chunk.
 
 
-def _enter_shot(state, inputs, cfg):
+def enter_shot(state: StreamState, inputs: ChunkInput, cfg: config_lib.Config) -> StreamState:
+    """The state in which the next chunk is denoised: in rows that cut, of a new shot."""
     return state.replace(window=state.window.enter_shot(inputs.cut, cfg))
 
 
 def _denoise(transformer, state, inputs):
     cfg, sharding = transformer.cfg, transformer.sharding
-    sigmas, timesteps = schedule.sampling_schedule(cfg.sample.steps, cfg.video.shift)
-    positions = _positions(state.window.next_position(cfg), inputs.noise.shape[1], sharding)
-    given = _GivenFrame(state, inputs, sharding)
+    solver = solvers.solver(cfg.sample, cfg.video)
+    positions = positions_of(state.window.next_position(cfg), inputs.noise.shape[1], sharding)
+    given = GivenFrame(state, inputs, sharding)
 
     def denoise(carry, step):
         sample, history = carry
-        timestep, weights = step
+        timestep, row, fresh = step
         timesteps = given.timesteps(jnp.broadcast_to(timestep, positions.shape))
         velocity = transformer.velocity(given(sample), timesteps, positions, state.past)
-        sample, history = unipc.step(weights, given(sample), velocity, history)
+        sample, history = solver.step(row, given(sample), velocity, history, fresh)
         return (sample, history), None
 
     start = (inputs.noise, unipc.History.start(given(inputs.noise)))
-    steps = (jnp.asarray(timesteps), jnp.asarray(unipc.weights(sigmas)))
+    steps = jnp.asarray(solver.timesteps), jnp.asarray(solver.rows), inputs.renoise
     (sample, _), _ = jax.lax.scan(denoise, start, steps)
     return given(sample)
 
 
-def _commit(transformer, state, latents):
+def commit_latents(
+    transformer: ChunkTransformer, state: StreamState, latents: jax.Array
+) -> StreamState:
+    """The clean pass: the state after the chunk of these latents, whose shot is entered."""
     cfg, window = transformer.cfg, state.window
     slot = window.next_slot(cfg.sample.window(cfg.model))
     first = window.next_position(cfg)
-    positions = _positions(first, latents.shape[1], transformer.sharding)
+    positions = positions_of(first, latents.shape[1], transformer.sharding)
     cache = transformer.commit(latents, positions, state.past, slot)
     return StreamState(cache, window.commit(slot, latents, cfg))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Transformer:
-    """The transformer under the prompts of one chunk, with and without guidance.
-
-    text: `dit.text_keys_values` of branch * batch rows.
-    """
-
-    params: params_lib.Tree
-    text: tuple
-    branches: int
-    cfg: config_lib.Config
-    sharding: dit.Sharding
-    precision: dit.Precision
-
-    @classmethod
-    def of(cls, params, state, inputs, cfg, sharding, precision):
-        text = inputs.text
-        if inputs.negative is not None:
-            text = jnp.concatenate([text, inputs.negative])
-        text = dit.text_keys_values(
-            params, cfg.model, text.astype(cfg.compute_dtype),
-            sharding=sharding, precision=precision,
-        )  # fmt: skip
-        return cls(params, text, state.cache.k.shape[1], cfg, sharding, precision)
-
-    def velocity(self, sample, timesteps, positions, past):
-        """float32 [batch, frame, h, w, channel], of `sample` at `timesteps` [batch, frame]."""
-        x, timesteps, positions = map(self._branches, (sample, timesteps, positions))
-        velocity = dit.denoise(
-            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), timesteps, positions,
-            text=self.text, cache=past, sharding=self.sharding, precision=self.precision,
-        ).astype(jnp.float32)  # fmt: skip
-        if self.branches == 1:
-            return velocity
-        prompt, negative = jnp.split(velocity, 2)
-        return negative + self.cfg.sample.guidance_scale * (prompt - negative)
-
-    def commit(self, latents, positions, past, slot) -> KVCache:
-        """The cache, with keys and values of clean `latents` in `slot` int32 [batch]."""
-        x, positions = self._branches(latents), self._branches(positions)
-        past = dit.commit(
-            self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), positions,
-            text=self.text, cache=past, slot=slot, sharding=self.sharding, precision=self.precision,
-        )  # fmt: skip
-        assert isinstance(past, Past)
-        return past.cache
-
-    def _branches(self, x):
-        return x if self.branches == 1 else jnp.concatenate([x] * self.branches)
-
-
-def _positions(first, local_frames, sharding):
-    """Temporal positions of this device's frames of a chunk that begins at `first` [batch]."""
-    return first[:, None] + _local(local_frames, sharding)[None, :]
-
-
-def _local(local_frames, sharding):
-    """Indices, within the chunk, of the frames that this device has."""
-    rank = 0 if sharding.seq is None else jax.lax.axis_index(sharding.seq)
-    return rank * local_frames + jnp.arange(local_frames, dtype=jnp.int32)
-
-
-class _GivenFrame:
-    """Image-to-video: keeps a video's first frame at the given latent, at timestep 0."""
-
-    def __init__(self, state, inputs, sharding):
-        self.latent = inputs.first_frame
-        if self.latent is not None:
-            first = _local(inputs.noise.shape[1], sharding) == 0
-            self.mask = first[None, :] & (state.window.next_chunk == 0)[:, None]
-
-    def __call__(self, sample):
-        if self.latent is None:
-            return sample
-        return jnp.where(self.mask[..., None, None, None], self.latent, sample)
-
-    def timesteps(self, timesteps):
-        return timesteps if self.latent is None else jnp.where(self.mask, 0.0, timesteps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -426,6 +357,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         cut=_spec("batch"),
         negative=text if cfg.sample.guided else None,
         first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
+        renoise=jax.P(None, *_FRAMES) if cfg.sample.solver == "x0_renoise" else None,
     )
 
 
@@ -438,6 +370,25 @@ def noise(
     A function of key, sample and chunk alone: neither batching nor the mesh changes it.
     """
 
+    return _noise(key, chunks, samples, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "steps"))
+def renoise(
+    key: jax.Array, chunks: jax.Array, samples: jax.Array, shape: tuple[int, ...], steps: int
+) -> jax.Array:
+    """As `noise`, of each of a chunk's steps: float32 [step, batch, *shape]."""
+
+    def one(step):
+        return _noise(jax.random.fold_in(key, _RENOISE + step), chunks, samples, shape)
+
+    return jax.vmap(one)(jnp.arange(steps))
+
+
+_RENOISE = 2**16  # keys from here on are of steps
+
+
+def _noise(key, chunks, samples, shape):
     def one(chunk, sample):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), chunk), shape)
 

@@ -94,10 +94,15 @@ class Window(struct.PyTreeNode):
         return self.replace(**{name: sort(getattr(self, name)) for name in names})
 
 
-def init(cfg: config_lib.Config, batch: int, height: int, width: int) -> Window:
-    """The window of streams that have not begun. `height`, `width`: of the latents."""
+def init(
+    cfg: config_lib.Config, batch: int, height: int, width: int, frames: int | None = None
+) -> Window:
+    """The window of streams that have not begun. `height`, `width`: of the latents.
+
+    frames: of a chunk that this device has; None: all.
+    """
     slots = cfg.sample.window(cfg.model).slots
-    latents = (batch, slots, cfg.model.chunk_frames, height, width, cfg.model.in_dim)
+    latents = (batch, slots, frames or cfg.model.chunk_frames, height, width, cfg.model.in_dim)
     return Window(
         chunk=jnp.full((batch, slots), EMPTY, jnp.int32),
         position=jnp.zeros((batch, slots), jnp.int32),

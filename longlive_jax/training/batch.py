@@ -46,6 +46,37 @@ def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
     )
 
 
+class Scripts(struct.PyTreeNode):
+    """What videos are to show, chunk by chunk. A step's arrays have a leading axis of such batches.
+
+    text: [batch, chunk, text_len, text_dim], embeddings of each chunk's prompt.
+    cut: bool [batch, chunk], whether a chunk begins a new shot.
+    first_frame: float32 [batch, 1, h, w, channel], the latent that a video begins with; None for
+      text-to-video.
+    """
+
+    text: jax.Array
+    cut: jax.Array
+    first_frame: jax.Array | None = None
+
+
+def abstract_scripts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Scripts:
+    """Shapes, dtypes and shardings of a distillation step's batches."""
+    d, model = cfg.distill, cfg.model
+    lead = (d.accumulation, d.batch_size, d.latent_frames // model.chunk_frames)
+
+    def array(shape, dtype, *axes) -> Any:
+        spec = jax.P(None, *mesh_lib.spec(axes), *(None,) * (len(shape) - 1 - len(axes)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    frame = (*lead[:2], 1, *cfg.video.latent_size, model.in_dim)
+    return Scripts(
+        text=array((*lead, model.text_len, model.text_dim), cfg.compute_dtype, "batch", "chunk"),
+        cut=array(lead, jnp.bool_, "batch", "chunk"),
+        first_frame=array(frame, jnp.float32, "batch") if cfg.video.image_to_video else None,
+    )
+
+
 def chunks(cfg: config_lib.Config) -> int:
     """Chunks of a training sample."""
     return cfg.train.latent_frames // cfg.model.chunk_frames

@@ -74,6 +74,7 @@ class Objective:
       frozen: the same of what is read and never changed: networks that are not trained, data.
       carried: the same of what one batch leaves to the next and checkpoints keep; None: nothing.
       outputs: PartitionSpecs of those results of `loss`, by name, that `after` is given.
+      maxima: the metrics of which a step has the largest of its batches' values, not their sum.
       shown: the fields that the line on the screen shows beside loss and gradient norm.
     """
 
@@ -86,6 +87,7 @@ class Objective:
     frozen: Tree = ()
     carried: Tree = None
     outputs: Mapping[str, jax.P] = {}
+    maxima: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
 
     def loss(

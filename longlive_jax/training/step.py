@@ -137,7 +137,9 @@ class Step:
         start = moment.carried, jax.tree.map(jnp.zeros_like, moment.params[name])
         numbers = jnp.arange(count, dtype=jnp.int32)
         (carried, gradient), sums = jax.lax.scan(add, start, (numbers, batches))
-        return carried, gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
+        loss, values = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
+        most = {k: jnp.max(sums[1][k], axis=0) for k in self.objective.maxima if k in values}
+        return carried, gradient, (loss, values | most)
 
     def _batch(self, name, moment):
         """What `_accumulate` sums, of one batch."""

@@ -24,6 +24,7 @@ from longlive_jax.ops import teacher_forcing
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.norm import rms_norm, rms_norm_of
 from longlive_jax.ops.rotated import norm_rotate
+from longlive_jax.ops.windowed import windowed_teacher_forcing
 from longlive_jax.params import ParamSpec
 
 
@@ -112,8 +113,9 @@ def _tokens(x):
 def over_chunks(attend):
     """`attend` on all chunks of this device's heads, from chunks sharded over seq."""
 
-    def around(q, k, v, sharding):  # [batch, chunk / n, (copy,) token, head, head_dim]
-        return sharding.to_tokens(attend(*(sharding.to_heads(y) for y in (q, k, v))))
+    # q, k, v: [batch, chunk / n, (copy,) token, head, head_dim]; `more` is whole on each device.
+    def around(q, k, v, sharding, *more):
+        return sharding.to_tokens(attend(*(sharding.to_heads(y) for y in (q, k, v)), *more))
 
     return around
 
@@ -167,6 +169,7 @@ SELF_ATTENTION = Branch(
     attention=Attention(
         teacher_forcing=over_chunks(teacher_forcing.teacher_forcing),
         block_causal=over_chunks(teacher_forcing.block_causal),
+        windowed=over_chunks(windowed_teacher_forcing),
         streaming=_over_frames,
     ),
 )

@@ -75,7 +75,7 @@ def sampling_spec(
     """`spec` of the parameters of `denoise` and `commit`: layers apart, quantised by the recipe."""
     specs = quantized_weights.quantize_specs(spec(cfg, branches), recipe, dtype)
     one = params_lib.layer_of(specs["blocks"])
-    names = [_at_layer(specs["blocks"], i) for i in range(cfg.num_layers)]
+    names = [names_at_layer(specs["blocks"], i) for i in range(cfg.num_layers)]
     return {**specs, "blocks": tuple({name: one[name] for name in own} for own in names)}
 
 
@@ -87,7 +87,7 @@ def layers(params: params_lib.Tree) -> params_lib.Tree:
     blocks = params["blocks"]
 
     def layer(i):
-        own = {name: blocks[name] for name in _at_layer(blocks, i)}
+        own = {name: blocks[name] for name in names_at_layer(blocks, i)}
         return jax.tree.map(lambda w: jax.lax.index_in_dim(w, i, keepdims=False), own)
 
     number = max(_rows(tree) for tree in blocks.values())
@@ -100,10 +100,10 @@ def rows(blocks: params_lib.Tree, start: int, stop: int) -> params_lib.Tree:
     def cut(w):
         return w if (start, stop) == (0, len(w)) else jax.lax.slice_in_dim(w, start, stop)
 
-    return jax.tree.map(cut, {name: blocks[name] for name in _at_layer(blocks, start)})
+    return jax.tree.map(cut, {name: blocks[name] for name in names_at_layer(blocks, start)})
 
 
-def _at_layer(blocks, i):
+def names_at_layer(blocks: params_lib.Tree, i: int) -> list[str]:
     """Names of the parameters that layer i has, of stacked parameters or specs."""
     return [name for name, tree in blocks.items() if i < _rows(tree)]
 

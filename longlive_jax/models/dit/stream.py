@@ -17,12 +17,13 @@ from longlive_jax import params as params_lib
 from longlive_jax.models.dit import block as block_lib
 from longlive_jax.models.dit import patches
 from longlive_jax.models.dit.conditioning import embed_text
-from longlive_jax.models.dit.spec import Branches, Network, branches_of
+from longlive_jax.models.dit.spec import Branches, Network, branches_of, names_at_layer
 from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 
 _SELF = block_lib.SELF_ATTENTION.name
-Text = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer
+# Keys and values of the layers: a pair for each, or one pair stacked as the parameters are.
+Text = tuple[tuple[jax.Array, jax.Array], ...] | tuple[jax.Array, jax.Array]
 
 
 class Cache(Protocol):
@@ -50,6 +51,7 @@ def denoise(
     """Velocity of one chunk, given the cached past. Reads the cache, writes nothing.
 
     Args:
+      params: of `sampling_spec`; or of `spec`, whose stacked layers are then a loop.
       latents: [batch, frame, h, w, channel], compute dtype.
       timesteps: float32 [batch, frame], in [0, 1000].
       positions: int32 [batch, frame], temporal indices.
@@ -64,7 +66,13 @@ def denoise(
     net = Network(cfg, sharding, precision, branches or branches_of(cfg))
     params = net.gather_globals(params)
     x, e, given = _embed(params, cfg, latents, timesteps, positions, inserted)
-    *_, x = _each_layer(net, params, x, given, text, cache)
+    caches = _by_branch(cache)
+
+    def layer(p, text, i, branches, x):
+        own = given.replace(text=text)
+        return _denoising_layer(p, x, own, caches, i, net=net, branches=branches)
+
+    x = _through_layers(net, params["blocks"], text, layer, x, cfg.num_layers)
     return patches.head(params["head"], cfg, x, e, patches.grid(latents))[:, 0]
 
 
@@ -101,13 +109,15 @@ def commit(
     # Nothing reads the last layer's output: unless a later branch has a cache too, only the keys
     # and values of self-attention are left to compute there.
     whole = last + any(b.attention and b.name != _SELF for b in net.branches_at(last))
-    for i in range(whole):
-        p, given = params["blocks"][i], given.replace(text=text[i])
-        x, caches = _committing_layer(
-            p, x, given, caches, np.int32(i), slot, net=net, branches=net.branches_at(i)
-        )
+
+    def layer(p, text, i, branches, carry):
+        own = given.replace(text=text)
+        return _committing_layer(p, carry[0], own, carry[1], i, slot, net=net, branches=branches)
+
+    carry = (x, dict(caches))
+    x, caches = _through_layers(net, params["blocks"], text, layer, carry, whole)
     if whole == last:
-        p = net.gather_block(params["blocks"][last])
+        p = net.gather_block(_layer_of(params["blocks"], np.int32(last)))
         k, v = block_lib.keys_values(p, x, net.layer(given))
         k, v = (sharding.to_heads(y[:, 0]) for y in (k, v))
         written = caches[_SELF].write(last, slot, k, v, sharding.seq_axis)
@@ -125,12 +135,16 @@ def text_keys_values(
       text: [batch, text_len, text_dim], compute dtype.
 
     Returns:
-      For each layer k, v: [batch, 1, text_len, head, head_dim].
+      For each layer k, v: [batch, 1, text_len, head, head_dim]; of stacked parameters one pair,
+      stacked.
     """
     net = Network(cfg, sharding, precision, branches_of(cfg))
     params = net.gather_globals(params)
-    text = embed_text(params, text[:, None])
-    return tuple(_text_layer(p, text, net) for p in params["blocks"])
+    text, blocks = embed_text(params, text[:, None]), params["blocks"]
+    if isinstance(blocks, tuple):
+        return tuple(_text_layer(p, text, net) for p in blocks)
+    cross = {"cross_attn": blocks["cross_attn"]}
+    return jax.lax.map(lambda i: _text_layer(_layer_of(cross, i), text, net), _all_layers(net))
 
 
 def _embed(params, cfg, latents, timesteps, positions, inserted):
@@ -139,8 +153,41 @@ def _embed(params, cfg, latents, timesteps, positions, inserted):
     return patches.embed(params, cfg, latents, timesteps, positions, inserted)
 
 
+def _through_layers(net, blocks, text, layer, carry, stop):
+    """`layer(p, text, i, branches, carry)` of layers 0 to `stop`, one after the other.
+
+    Layers that are apart are unrolled: a GPU's library wants each weight as an array of its own,
+    and of a stack every pass copies them. A rollout in training has the stack that it trains: there
+    a loop, which copies one layer at a time, keeps a second copy of the weights out of memory.
+    """
+    if isinstance(blocks, tuple):
+        for i in range(stop):
+            carry = layer(blocks[i], text[i], np.int32(i), net.branches_at(i), carry)
+        return carry
+    for first, end in net.groups():
+        own = {name: blocks[name] for name in names_at_layer(blocks, first)}
+        each = functools.partial(_one_of_stack, layer, own, text, net.branches_at(first))
+        carry = jax.lax.fori_loop(first, min(end, stop), each, carry)
+    return carry
+
+
+def _one_of_stack(layer, blocks, text, branches, i, carry):
+    return layer(_layer_of(blocks, i), _layer_of(text, i), i, branches, carry)
+
+
+def _layer_of(stacked, i):
+    """Layer i of a stack; what is apart already is indexed."""
+    if isinstance(stacked, tuple) and not isinstance(stacked[0], jax.Array):
+        return stacked[int(i)]
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), stacked)
+
+
+def _all_layers(net):
+    return jnp.arange(net.cfg.num_layers, dtype=jnp.int32)
+
+
 def _each_layer(net, params, x, given, text, cache):
-    """Tokens after each layer of the denoising forward."""
+    """Tokens after each layer of the denoising forward, whose layers are apart."""
     caches = _by_branch(cache)
     for i in range(net.cfg.num_layers):
         p, given = params["blocks"][i], given.replace(text=text[i])

@@ -6,6 +6,7 @@ device's share of the chunks.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ KEPT = ((OUT, LSE, AMAX), ("output",), ("ffn",), ("qkv",))
 def teacher_forcing(
     params: params_lib.Tree, cfg: config_lib.Model, clean: jax.Array, noisy: jax.Array,
     timesteps: jax.Array, positions: jax.Array, *, text: jax.Array,
-    clean_timesteps: jax.Array | None = None, **settings,
+    clean_timesteps: jax.Array | None = None, past: "PastView | None" = None, **settings,
 ) -> jax.Array:  # fmt: skip
     """Velocity of every noisy chunk, which sees the clean chunks before it (paper section 3).
 
@@ -37,6 +38,7 @@ def teacher_forcing(
       timesteps: float32 [batch, chunk, frame], of the noisy copy.
       positions, text, settings: as `block_causal`; both copies share them.
       clean_timesteps: float32 [batch, chunk, frame]; None: t = 0, exactly clean.
+      past: None: all earlier chunks are visible, with gradient.
 
     Returns:
       [batch, chunk, frame, h, w, channel] in noisy's dtype.
@@ -47,9 +49,27 @@ def teacher_forcing(
     timesteps = jnp.stack([clean_timesteps, timesteps], axis=2)
     positions = positions[:, :, None]
     x, e, p = _forward(
-        params, cfg, latents, timesteps, positions, text, mode="teacher_forcing", **settings
-    )
+        params, cfg, latents, timesteps, positions, text, mode="teacher_forcing", past=past,
+        **settings,
+    )  # fmt: skip
     return patches.head(p, cfg, x[:, :, 1], e[:, :, 1], patches.grid(noisy))
+
+
+class PastView(NamedTuple):
+    """How noisy chunks see the clean past in teacher forcing.
+
+    visible: int32 [batch, chunk, slot], as `ops.windowed` takes it, of all the video's chunks;
+      None: all earlier chunks.
+    detached: no gradient flows through clean keys and values, as through a sampler's cache.
+    """
+
+    visible: jax.Array | None = None
+    detached: bool = False
+
+
+def _detach_clean(x):
+    """Keys or values [batch, chunk, (clean, noisy), ...] with no gradient to the clean ones."""
+    return jnp.concatenate([jax.lax.stop_gradient(x[:, :, :1]), x[:, :, 1:]], axis=2)
 
 
 def block_causal(
@@ -80,8 +100,8 @@ def block_causal(
 
 
 def _forward(
-    params, cfg, latents, timesteps, positions, text, *, mode, inserted=None, branches=None,
-    sharding=Sharding(), precision=Precision(), remat="qkv", key=None,
+    params, cfg, latents, timesteps, positions, text, *, mode, past=None, inserted=None,
+    branches=None, sharding=Sharding(), precision=Precision(), remat="qkv", key=None,
 ):  # fmt: skip
     """Tokens after the last block and time vectors, both of all copies; the head's parameters."""
     net = Network(cfg, sharding, precision, branches or branches_of(cfg))
@@ -92,7 +112,12 @@ def _forward(
     names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
 
     def attend(name, q, k, v):
-        return getattr(net.branch(name).attention, mode)(q, k, v, net.sharding)
+        attention = net.branch(name).attention
+        if past is not None and past.detached:
+            k, v = _detach_clean(k), _detach_clean(v)
+        if past is not None and past.visible is not None:
+            return attention.windowed(q, k, v, net.sharding, past.visible)
+        return getattr(attention, mode)(q, k, v, net.sharding)
 
     def layer(branches, x, numbered):
         number, p = numbered
