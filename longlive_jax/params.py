@@ -41,7 +41,12 @@ def normal(std: float) -> Callable:
 @functools.cache
 def xavier(fan_in: int, fan_out: int) -> Callable:
     """Glorot and Bengio (2010), equation 16: uniform within sqrt(6 / (fan_in + fan_out))."""
-    bound = math.sqrt(6 / (fan_in + fan_out))
+    return uniform(math.sqrt(6 / (fan_in + fan_out)))
+
+
+@functools.cache
+def uniform(bound: float) -> Callable:
+    """Uniform from -bound to bound."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 

@@ -14,6 +14,7 @@ from longlive_jax.config.io import (
     to_config_dict,
     with_overrides,
 )
+from longlive_jax.config.lora import LoRA
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
 from longlive_jax.config.quant import Quant
@@ -28,7 +29,7 @@ from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 __all__ = [
     "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
     "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
-    "ErrorRecycling", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
+    "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
     "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",
     "validate_training", "validate_vae_training", "with_overrides",
 ]  # fmt: skip

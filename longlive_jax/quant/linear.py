@@ -23,6 +23,7 @@ from longlive_jax.formats import PendingMatmul, Quantized, exact
 from longlive_jax.kernels.chip import is_hopper
 from longlive_jax.ops import linear as plain
 from longlive_jax.quant import operands
+from longlive_jax.quant.adapted import Adapted
 from longlive_jax.quant.matmul import is_native, matmul, scaled, scales_of_rows, unscaled
 from longlive_jax.recipes import Recipe
 
@@ -43,7 +44,8 @@ def linear(
     A weight that is already quantised has none.
 
     Args:
-      params: weight: [in, out], or `quantize_weight` of one; bias: [out].
+      params: weight: [in, out], or `quantize_weight` of one, or one of both with adapters, `Adapted`;
+        bias: [out].
       x: activations, or `quantize_activation` of them, which several layers may share.
       recipe: of this layer, see `Recipe.at`; None: `ops.linear`.
       key: for recipes that round gradients stochastically: one key, or an array of keys for
@@ -55,6 +57,8 @@ def linear(
       InputError: sides that are no multiple of 16 (NVFP4); a weight quantised in another format; a
         gradient by a recipe for inference, without its key, or through a weight quantised by rows.
     """
+    if isinstance(params["weight"], Adapted):
+        return _adapted(params, x, recipe, key, axes)
     if recipe is None:
         assert not isinstance(x, Quantized)
         return plain.linear(params, x)
@@ -87,7 +91,8 @@ def product(
 
     Args and raises: as `linear`.
     """
-    if recipe is None or recipe.gradients is not None or not is_hopper():
+    alone = isinstance(params["weight"], Adapted) or not is_hopper()
+    if recipe is None or recipe.gradients is not None or alone:
         return linear(params, x, recipe, key, axes)
     if not isinstance(x, Quantized):
         x = quantize_activation(x, recipe, axes)
@@ -99,6 +104,22 @@ def product(
         column=scales_of_rows(weight).reshape(-1),
         bias=params["bias"].astype(x.dtype),
     )
+
+
+def _adapted(params, x, recipe, key, axes):
+    """`linear` of an Adapted weight. Its base and the bias are frozen; adapters are in x's dtype.
+
+    If x is quantised already, the adapters read it dequantised.
+    """
+    weight: Adapted = params["weight"]
+    base, bias = jax.lax.stop_gradient((weight.base, params["bias"]))
+    if recipe is not None and not isinstance(base, Quantized):
+        # A weight that is quantised has no wgrad, and no activation is kept for one.
+        base = quantize_weight(base.astype(x.dtype), recipe)
+    y = linear({"weight": base, "bias": bias}, x, recipe, key, axes)
+    if isinstance(x, Quantized):
+        x = operands.dequantize(x, y.dtype)
+    return y + weight.product(x)
 
 
 def quantize_activation(x: jax.Array, recipe: Recipe, axes: Sequence[str] = ()) -> Quantized:

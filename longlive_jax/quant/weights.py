@@ -14,8 +14,11 @@ import jax.numpy as jnp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.errors import InputError
 from longlive_jax.formats import Quantized
 from longlive_jax.params import ParamSpec
+from longlive_jax.quant import adapted
+from longlive_jax.quant.adapted import Adapted
 from longlive_jax.quant.linear import quantize_weight
 from longlive_jax.recipes import LINEARS, Recipe
 
@@ -33,19 +36,20 @@ def quantize_specs(
       InputError: sides that the format's blocks do not divide.
     """
 
-    def one(weight: ParamSpec, own: Recipe) -> Quantized:
-        layer, inputs, outputs = weight.axes
-        shapes = _quantized_shape(weight.shape[1:], jnp.dtype(dtype), own)
+    return _map(functools.partial(_quantized_spec, dtype=dtype), recipe, specs)
 
-        def leaf(x):
-            axes = (None, outputs, inputs)[: x.ndim]
-            # Each device has the values that a whole row shares.
-            axes = tuple(None if n == 1 else name for n, name in zip(x.shape, axes))
-            return ParamSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
 
-        return jax.tree.map(leaf, shapes)
+def _quantized_spec(weight: ParamSpec, own: Recipe, dtype: Any) -> Any:
+    layer, inputs, outputs = weight.axes
+    shapes = _quantized_shape(weight.shape[1:], jnp.dtype(dtype), own)
 
-    return _map(one, recipe, specs)
+    def leaf(x):
+        axes = (None, outputs, inputs)[: x.ndim]
+        # Each device has the values that a whole row shares.
+        axes = tuple(None if n == 1 else name for n, name in zip(x.shape, axes))
+        return ParamSpec((weight.shape[0], *x.shape), (layer, *axes), dtype=x.dtype)
+
+    return jax.tree.map(leaf, shapes)
 
 
 @functools.cache
@@ -95,6 +99,39 @@ def _program(recipe, dtype, place):
         return jax.tree.map(jax.sharding.reshard, q, parts)
 
     return jax.jit(lambda stacked: jax.lax.map(one, stacked), out_shardings=place)
+
+
+def specs_like(
+    specs: params_lib.Tree, block: params_lib.Tree, recipe: Recipe | None, dtype=jnp.bfloat16
+) -> params_lib.Tree:
+    """The specs of a block's parameters, or of some, by their structure.
+
+    Args:
+      specs: of "blocks", of a transformer whose weights are plain.
+      block: each linear layer's weight is plain, quantised by the recipe, or either with adapters.
+
+    Raises:
+      InputError: weights are quantised, and there is no recipe to multiply them by.
+    """
+    leaves = params_lib.flatten({name: specs[name] for name in block})
+    found = params_lib.flatten(block)
+    for path, parts in LINEARS.items():
+        where = (*path.split("."), "weight")
+        weight = found.get(where)
+        spec = plain = leaves.get(where)
+        base = weight.base if isinstance(weight, Adapted) else weight
+        if isinstance(base, Quantized):
+            if recipe is None:
+                raise InputError(
+                    f"quant: the weight of {path} is an {type(base).__name__}, and no recipe is "
+                    "given; give the recipe that quantised it"
+                )
+            spec = _quantized_spec(plain, recipe.at(path), dtype)
+        if isinstance(weight, Adapted):
+            spec = adapted.like(weight, spec, plain, parts)
+        if weight is not None:
+            leaves[where] = spec
+    return params_lib.unflatten(leaves)
 
 
 def is_quantized(tree: params_lib.Tree) -> bool:

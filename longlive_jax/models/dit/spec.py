@@ -146,10 +146,10 @@ class Network:
 
     def gather_block(self, p: params_lib.Tree) -> params_lib.Tree:
         """A layer's parameters, or some of them, whole on this device."""
-        specs = quantized_weights.quantize_specs(
-            spec(self.cfg, self.branches), self.precision.recipe, self.precision.dtype
+        specs = quantized_weights.specs_like(
+            spec(self.cfg, self.branches)["blocks"], p, self.precision.recipe, self.precision.dtype
         )
-        return self._gather(p, specs["blocks"], p)
+        return self._gather(p, specs, p)
 
     def _gather(self, tree, specs, names):
         tree, specs = ({name: x[name] for name in names} for x in (tree, specs))

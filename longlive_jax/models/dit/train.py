@@ -16,7 +16,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.models.dit import patches
 from longlive_jax.models.dit.block import block, text_keys_values
 from longlive_jax.models.dit.conditioning import embed_text
-from longlive_jax.models.dit.spec import Network, branches_of, rows, spec
+from longlive_jax.models.dit.spec import Network, branches_of, rows
 from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 from longlive_jax.ops.teacher_forcing import LSE, OUT
@@ -108,7 +108,6 @@ def _forward(
     params = net.gather_globals(params)
     x, e, given = patches.embed(params, cfg, latents, timesteps, positions, inserted)
     text = embed_text(params, text)
-    specs = spec(cfg, net.branches)["blocks"]
     names = [name for kept in KEPT[: config_lib.REMAT.index(remat)] for name in kept]
 
     def attend(name, q, k, v):
@@ -121,7 +120,7 @@ def _forward(
 
     def layer(branches, x, numbered):
         number, p = numbered
-        p = net.sharding.gather(p, {name: specs[name] for name in p}, net.precision.dtype)
+        p = net.gather_block(p)
         own = net.layer(given, attend, None if key is None else _fold_in(key, number))
         with_text = given.replace(text=text_keys_values(p, text, own))
         return block(p, x, dataclasses.replace(own, given=with_text), branches), None
