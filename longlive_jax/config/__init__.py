@@ -6,6 +6,7 @@ hashable and can be static arguments of `jax.jit`.
 
 from longlive_jax.config.config import Config
 from longlive_jax.config.data import Data
+from longlive_jax.config.distill import Distill
 from longlive_jax.config.io import (
     MOVED,
     from_config_dict,
@@ -22,14 +23,18 @@ from longlive_jax.config.sample import Sample, WindowSize
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import REMAT, TIMESTEPS, ErrorRecycling, Train
 from longlive_jax.config.train_vae import TrainVAE
-from longlive_jax.config.training import validate_training, validate_vae_training
+from longlive_jax.config.training import (
+    validate_distillation,
+    validate_training,
+    validate_vae_training,
+)
 from longlive_jax.config.vae import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAE
 from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 
 __all__ = [
     "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
     "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
-    "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video",
-    "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",
-    "validate_training", "validate_vae_training", "with_overrides",
+    "Distill", "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE",
+    "Video", "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",
+    "validate_distillation", "validate_training", "validate_vae_training", "with_overrides",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from longlive_jax.config.data import Data
+from longlive_jax.config.distill import Distill
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import Model
 from longlive_jax.config.quant import Quant
@@ -34,6 +35,8 @@ class Config(Section):
     data: Data = Data()
     train: Train = Train()
     train_vae: TrainVAE = TrainVAE()
+    distill: Distill = Distill()
+    objective: Annotated[str, OneOf(("teacher_forcing", "dmd"))] = "teacher_forcing"
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "bfloat16"
 
     @property

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from longlive_jax.config.lora import LoRA
 from longlive_jax.config.section import (
     Count,
     Decay,
@@ -35,6 +36,7 @@ class Distill(Section):
     latent_frames: Count = 32  # of a rollout
     # Rollouts of a step have a random length from this to latent_frames; 0: all have that.
     least_frames: Index = 0
+    lora: LoRA = LoRA()  # of student and critic
     student_every: Count = 5  # the critic is trained every step, the student every so many
     # The step whose result is graded: one for all chunks of a rollout, or one a chunk.
     exit: Annotated[str, OneOf(("shared", "chunk"))] = "shared"
@@ -42,8 +44,8 @@ class Distill(Section):
     context: Annotated[str, OneOf(("exit", "final"))] = "exit"
     # Whether a chunk's gradient goes into the clean keys and values of the chunks before it.
     gradient: Annotated[str, OneOf(("stop", "through"))] = "stop"
-    # "ar": all networks begin as the checkpoint, whose student is the result. "base_then_transplant"
-    # (the original's): LoRA is trained from the base, and then put on the autoregressive model.
+    # "ar": all networks begin as the autoregressive model. "base_then_transplant" (the original's):
+    # as the base, and the student's adapters are put on the autoregressive model afterwards.
     init: Annotated[str, OneOf(("ar", "base_then_transplant"))] = "ar"
     # The teacher is r_c + guidance (r_c - r_u): with the field's formula a scale of 1 + guidance.
     guidance: Annotated[float, Range(0, 1000)] = 3.0

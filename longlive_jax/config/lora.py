@@ -18,6 +18,7 @@ class LoRA(Section):
 
     NAME = "distill.lora"
 
+    enabled: bool = True  # False: whole networks are trained
     rank: Count = 128
     alpha: Positive = 128.0
     # "all", or names of `recipes.LINEARS` with commas between: "self_attn.qkv,self_attn.o".

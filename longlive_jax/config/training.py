@@ -12,13 +12,7 @@ def validate_training(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, t, d, mesh = config.model, config.train, config.data, config.mesh
-    recipe = RECIPES[config.quant.recipe]
-    if recipe is not None and recipe.gradients is None:
-        refuse(
-            f"quant.recipe={config.quant.recipe!r}",
-            "is for sampling; train in one of "
-            + ", ".join(name for name, r in RECIPES.items() if r is None or r.gradients),
-        )
+    _trains("quant.recipe", config.quant.recipe)
     divides("train.latent_frames", t.latent_frames, "model.chunk_frames", m.chunk_frames)
     chunks = t.latent_frames // m.chunk_frames
     divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
@@ -31,6 +25,52 @@ def validate_training(config: Config) -> None:
             f"video.width={config.video.width}, {width} latents,",
             f"must be a multiple of mesh.seq={mesh.seq} latents for data.encode='width'; "
             "set data.encode='halo'",
+        )
+
+
+def _trains(name: str, value: str) -> None:
+    recipe = RECIPES[value]
+    if recipe is not None and recipe.gradients is None:
+        refuse(
+            f"{name}={value!r}",
+            "is for sampling; train in one of "
+            + ", ".join(name for name, r in RECIPES.items() if r is None or r.gradients),
+        )
+
+
+def validate_distillation(config: Config) -> None:
+    """Refuses a config that the distillation's trainer cannot run.
+
+    Raises:
+      InputError: the setting, its value, the limit and the way out.
+    """
+    m, d, mesh = config.model, config.distill, config.mesh
+    _trains("quant.recipe", config.quant.recipe)
+    _trains("distill.critic_recipe", d.critic_recipe)
+    divides("distill.latent_frames", d.latent_frames, "model.chunk_frames", m.chunk_frames)
+    divides("distill.least_frames", d.least_frames, "model.chunk_frames", m.chunk_frames)
+    chunks = d.latent_frames // m.chunk_frames
+    divides("distill.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
+    divides("distill.batch_size", d.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if config.sample.guided:
+        refuse(
+            f"sample.guidance_scale={config.sample.guidance_scale}",
+            "must be 1.0: the student learns the guided teacher, and is sampled without guidance; "
+            f"the teacher's is distill.guidance={d.guidance}",
+        )
+    if config.quant.kv != "bf16" and config.distill.gradient == "through":
+        refuse(
+            "distill.gradient='through'",
+            f"with quant.kv={config.quant.kv!r}: keys and values of a quantised cache have no "
+            "gradient; set distill.gradient='stop' or quant.kv='bf16'",
+        )
+    if d.lora.enabled:
+        d.lora.check(m)
+    elif d.init == "base_then_transplant":
+        refuse(
+            "distill.init='base_then_transplant'",
+            "with distill.lora.enabled=False: only adapters are put on another model; set "
+            "distill.init='ar', or train adapters",
         )
 
 

@@ -24,19 +24,25 @@ def video_tokens(cfg: config_lib.Config) -> int:
 
 
 def forward_flops(cfg: config_lib.Config) -> int:
-    """Of the transformer's blocks on one training sample.
+    """Of the transformer's blocks on one training sample; see `video_flops`."""
+    copies = 2 if cfg.train.teacher_forcing else 1
+    return video_flops(cfg, batch_lib.chunks(cfg), copies)
+
+
+def video_flops(cfg: config_lib.Config, chunks: int, copies: int) -> int:
+    """Of one forward of the transformer's blocks on a video of so many chunks.
 
     Matrix products of the linears, of self-attention over the chunk pairs that attend (N^2 + N of
     them with a clean and a noisy copy of N chunks, (N^2 + N) / 2 with one) and of cross-attention;
     a multiply and an add count as two.
     """
-    m, tokens, n = cfg.model, video_tokens(cfg), batch_lib.chunks(cfg)
-    copies = 2 if cfg.train.teacher_forcing else 1
-    d = m.dim
-    linears = 2 * copies * tokens * (6 * d * d + 2 * d * m.ffn_dim)
+    m, n, d = cfg.model, chunks, cfg.model.dim
+    chunk = m.chunk_frames * cfg.video.patches
+    tokens = copies * n * chunk
+    linears = 2 * tokens * (6 * d * d + 2 * d * m.ffn_dim)
     text = 2 * n * m.text_len * 2 * d * d  # keys and values, once a chunk
-    pairs = copies * (n * n + n) // 2 * (tokens // n) ** 2
-    attention = 4 * d * (pairs + copies * tokens * m.text_len)
+    pairs = copies * (n * n + n) // 2 * chunk**2
+    attention = 4 * d * (pairs + tokens * m.text_len)
     return m.num_layers * (linears + text + attention)
 
 

@@ -1,15 +1,9 @@
-"""From a source's samples to a step's batches on the mesh, one step ahead of the trainer.
+"""From videos to a step's batches on the mesh."""
 
-A thread reads, tokenises and moves pictures or latents to the devices. What runs on several devices
-at once, the VAE, is dispatched by the trainer's own thread: in every process in the same order.
-"""
-
-import concurrent.futures
 import functools
 import hashlib
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,19 +16,17 @@ from longlive_jax import params as params_lib
 from longlive_jax.data import records
 from longlive_jax.data.clips import VideoFolder, sample_folders
 from longlive_jax.data.images import to_float
-from longlive_jax.data.source import Health, Sample, Source, batches
+from longlive_jax.data.source import Health, Sample, Source
 from longlive_jax.errors import InputError
-from longlive_jax.files.names import as_bytes, as_text
+from longlive_jax.files.names import as_bytes
 from longlive_jax.models import vae
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import batch as batch_lib
+from longlive_jax.training import prefetch
 from longlive_jax.training.batch import Batch
 
 HALO = 28  # latents before its own that an encoder sees: all that the first of its own depends on
-_NAME_BYTES = 128  # of a sample's name, on its way to the first process
-
-Like = jax.Array | jax.ShapeDtypeStruct  # an array to be made: its shape, dtype and sharding
 
 
 def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
@@ -65,16 +57,11 @@ class Encoders(NamedTuple):
     tokenizer: Tokenizer | None = None
 
 
-class Prefetcher:
-    """Yields (Batch, names) of each of `steps`, as `batch.abstract` says; reads one step ahead.
+class Prefetcher(prefetch.Prefetcher):
+    """Yields (Batch, names) of each of `steps`, as `batch.abstract` says.
 
-    failures: the file that lists what could not be read.
-
-    names: uint8 [accumulation, batch, byte], the samples' names in UTF-8, whole on every device;
-      `decode_names` reads them.
-
-    Raises:
-      InputError: from the source; too many samples are bad.
+    Args:
+      failures: the file that lists what could not be read.
     """
 
     def __init__(
@@ -87,66 +74,36 @@ class Prefetcher:
         steps: range,
     ):
         self._cfg, self._encoders = cfg, encoders
-        self._health = Health(cfg.data.max_bad_share, failures)
-        self._left = len(steps)
         self._like = like = batch_lib.abstract(cfg, mesh)
-        self._names = jax.ShapeDtypeStruct(
-            (*like.latents.shape[:2], _NAME_BYTES), jnp.uint8,
-            sharding=jax.NamedSharding(mesh, jax.P(None, *mesh_lib.spec(("batch", None)))),
-        )  # fmt: skip
-        self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
         self._pictures = picture_abstract(cfg, like) if encoders.vae is not None else None
         self._encode = make_encode(cfg, mesh) if encoders.vae is not None else None
-        self._rows = _local_rows(like.latents)
-        total = cfg.train.batch_size * cfg.train.accumulation
-        self._samples = batches(
-            source, self._rows, total, steps.start, cfg.train.seed, cfg.data.workers
-        )
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "prefetcher")
-        self._next = self._pool.submit(self._load) if self._left else None
+        health = Health(cfg.data.max_bad_share, failures)
+        super().__init__(like.valid, source, cfg.train.seed, cfg.data.workers, health, steps)
 
-    def __iter__(self) -> Iterator[tuple[Batch, jax.Array]]:
-        return self
+    def finish(self, batch: Batch) -> Batch:
+        if self._encode is None:
+            return batch
+        return batch.replace(latents=self._encode(self._encoders.vae, batch.latents))
 
-    def __next__(self) -> tuple[Batch, jax.Array]:
-        if not self._left or self._next is None:
-            raise StopIteration
-        batch, names = self._next.result()
-        self._left -= 1
-        self._next = self._pool.submit(self._load) if self._left else None
-        if self._encode is not None:
-            batch = batch.replace(latents=self._encode(self._encoders.vae, batch.latents))
-        return batch, self._collect(names)
-
-    def close(self) -> None:
-        """Ends the thread and the processes that decode."""
-        self._left = 0
-        self._pool.shutdown(cancel_futures=True)
-        self._samples.close()
-
-    def _load(self) -> tuple[Batch, jax.Array]:
-        samples = dict(zip(self._rows, next(self._samples)))
-        for sample in samples.values():
-            self._health.add(sample)
-        like, place = self._like, functools.partial(_global, samples)
+    def build(self, samples: Mapping[int, Sample]) -> Batch:
+        like, place = self._like, functools.partial(prefetch.place, samples)
         latents = (
             place(like.latents, functools.partial(_latents, like.latents))
             if self._pictures is None
             else place(self._pictures, functools.partial(_window, self._cfg, self._pictures))
         )
         chunks = like.valid.shape[2]
-        batch = Batch(
+        return Batch(
             latents=latents,
             valid=place(like.valid, lambda sample: np.arange(chunks) < sample.chunks),
             **self._text(samples, place),
         )
-        return batch, place(self._names, _name)
 
     def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, jax.Array]:
         """Embeddings of the batch's prompts, or their tokens: ids and mask."""
         like, cfg = self._like, self._cfg
-        prompts = {id(s): s.prompts for s in samples.values()}
         if cfg.train.text_encoder:
+            prompts = {id(s): s.prompts for s in samples.values()}
             assert self._encoders.tokenizer is not None
             read = functools.partial(self._encoders.tokenizer, text_len=cfg.model.text_len)
             pairs = {key: read(texts) for key, texts in prompts.items()}
@@ -154,58 +111,10 @@ class Prefetcher:
                 "ids": place(like.ids, lambda sample: pairs[id(sample)][0]),
                 "mask": place(like.mask, lambda sample: pairs[id(sample)][1]),
             }
-        if cfg.data.cached:
-            return {"text": place(like.text, lambda sample: sample.text)}
-        assert self._encoders.texts is not None
-        rows = {key: self._encoders.texts(texts) for key, texts in prompts.items()}
-        return {"text": place(like.text, lambda sample: rows[id(sample)])}
+        return {"text": place(like.text, prefetch.texts(samples, self._encoders.texts))}
 
 
-def decode_names(names: np.ndarray) -> list[str]:
-    """The names of a step's samples in their order: what `Prefetcher` yields, on the host."""
-    rows = names.reshape(-1, names.shape[-1])
-    return [as_text(os.fsdecode(bytes(row).rstrip(b"\0"))) for row in rows]
-
-
-def _name(sample: Sample) -> np.ndarray:
-    text, end = as_bytes(sample.name), _NAME_BYTES
-    while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return np.frombuffer(text[:end].ljust(_NAME_BYTES, b"\0"), np.uint8)
-
-
-def _local_rows(like: Like) -> tuple[int, ...]:
-    """The rows of a step's samples that lie on this process's devices."""
-    accumulation, batch = like.shape[:2]
-    own = set()
-    places = like.sharding.addressable_devices_indices_map(like.shape).values()
-    for _, rows, *_ in filter(None, places):
-        own.update(range(*rows.indices(batch)))
-    return tuple(sorted(a * batch + row for a in range(accumulation) for row in own))
-
-
-def _global(
-    samples: Mapping[int, Sample],
-    like: Like,
-    pick: Callable[[Sample], "np.ndarray | _Windows"],
-) -> jax.Array:
-    """The array [accumulation, batch, ...] of what `pick` makes of each sample."""
-    picked = functools.cache(lambda row: pick(samples[row]))
-    batch = like.shape[1]
-
-    def local(index):
-        accumulated, rows, *rest = index
-        shape = [len(range(*s.indices(n))) for s, n in zip(index, like.shape)]
-        out = np.empty(shape, like.dtype)
-        for i, a in enumerate(range(*accumulated.indices(like.shape[0]))):
-            for j, row in enumerate(range(*rows.indices(batch))):
-                out[i, j] = picked(a * batch + row)[tuple(rest)]
-        return out
-
-    return jax.make_array_from_callback(like.shape, like.sharding, local)
-
-
-def _latents(like: Like, sample: Sample) -> np.ndarray:
+def _latents(like: prefetch.Like, sample: Sample) -> np.ndarray:
     assert sample.latents is not None
     shape = like.shape[2:]
     wanted = (shape[0] * shape[1], *shape[2:])

@@ -28,7 +28,7 @@ class DivergedError(Exception):
 
 class Batches(Protocol):
     """Iterates over (batches, names) of steps: a step's batches as the objective says, and its
-    samples' names as `feed.decode_names` reads them, or None.
+    samples' names as `prefetch.decode_names` reads them, or None.
     """
 
     def __next__(self) -> tuple[Any, jax.Array | None]: ...

@@ -5,7 +5,7 @@ import pytest
 
 from longlive_jax.data.source import Health, Sample
 from longlive_jax.files.names import as_bytes, as_text, entries, is_stray, spelled
-from longlive_jax.training.feed import _name, decode_names
+from longlive_jax.training.prefetch import _name, decode_names
 
 STRAYS = ("._a.json", ".DS_Store", "__MACOSX", "Thumbs.db", "THUMBS.DB", "desktop.ini", ".nfs0001")
 

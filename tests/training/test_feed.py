@@ -15,7 +15,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.models import tokenizer, umt5, vae
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import batch as batch_lib
-from longlive_jax.training import feed
+from longlive_jax.training import feed, prefetch
 from tests.launch.commands import PROMPTS
 from tests.training import tiny_run
 
@@ -57,7 +57,7 @@ def step_batches(cfg, source, encoders, tmp_path, start=0, stop=2):
             assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
                 lambda x: (x.shape, x.dtype), like
             )
-            yield jax.device_get(batch), feed.decode_names(np.asarray(names))
+            yield jax.device_get(batch), prefetch.decode_names(np.asarray(names))
 
 
 def cached(data, tmp_path, **overrides):

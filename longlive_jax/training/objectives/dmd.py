@@ -280,9 +280,7 @@ class DMD(Objective):
         clip, dtype = inputs.clip, self.cfg.compute_dtype
         slots = clip.visible.shape[-1]
         longer = slots + 1 < self.cfg.distill.latent_frames // self.cfg.model.chunk_frames
-        past = dit.PastView(
-            clip.visible if longer else None, self.cfg.distill.gradient == "stop"
-        )
+        past = dit.PastView(clip.visible if longer else None, self.cfg.distill.gradient == "stop")
         velocity = dit.teacher_forcing(
             tree, self.cfg.model, clip.final.astype(dtype), clip.x.astype(dtype), clip.timestep,
             self._positions(clip), text=inputs.text, past=past, **self._settings(STUDENT, inputs),

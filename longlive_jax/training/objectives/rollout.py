@@ -72,9 +72,7 @@ class Clip(struct.PyTreeNode):
     visible: jax.Array
 
 
-def draw(
-    cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array
-) -> Draws:
+def draw(cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array) -> Draws:
     """Of the samples `rows`, int32 [batch], their numbers in the step.
 
     Args:
@@ -117,7 +115,8 @@ def draw(
     )
     noise, eps, level, rounding, fresh = made
     # Of a batch as a whole: all devices leave together. Its first sample's number tells it.
-    batch = jax.random.fold_in(key, jax.reshard(rows, jax.P(None))[0])
+    whole = jax.NamedSharding(mesh, jax.P(None))
+    batch = jax.random.fold_in(key, jax.reshard(rows, whole)[0])
     each = chunks if d.exit == "chunk" else 1
     steps = jax.random.randint(jax.random.fold_in(batch, _EXIT), (each,), 0, cfg.sample.steps)
     least = (d.least_frames or d.latent_frames) // cfg.model.chunk_frames
@@ -178,13 +177,11 @@ def roll_out(
     renoise = None
     if draws.renoise is not None:  # [step, batch, chunk, ...] -> [chunk, step, batch, ...]
         by_step = jax.P(None, *_FRAMES)
-        renoise = jax.reshard(
-            jnp.moveaxis(draws.renoise, 2, 0), jax.NamedSharding(mesh, by_step)
-        )
+        renoise = jax.reshard(jnp.moveaxis(draws.renoise, 2, 0), jax.NamedSharding(mesh, by_step))
     arguments = (
         params, first(draws.noise, _FRAMES), first(scripts.text, jax.P(*rows, None, None)),
         first(scripts.cut, rows), scripts.first_frame, renoise,
-        jax.reshard(draws.exit_step, jax.P(None)), draws.length,
+        jax.reshard(draws.exit_step, jax.NamedSharding(mesh, jax.P(None))), draws.length,
     )  # fmt: skip
     frames = jax.P(*rows, "seq")
     left = jax.shard_map(
@@ -200,7 +197,8 @@ def roll_out(
     def back(x, spec):
         return jax.reshard(jnp.moveaxis(x, 0, 1), jax.NamedSharding(mesh, spec))
 
-    sigma = jnp.broadcast_to(left.sigma[:, None], left.position.shape, out_sharding=rows)
+    place = jax.NamedSharding(mesh, rows)
+    sigma = jnp.broadcast_to(left.sigma[:, None], left.position.shape, out_sharding=place)
     return Clip(
         *(back(x, LATENTS) for x in (left.x, left.x0, left.final)),
         timestep=back(left.timestep, jax.P(*CHUNKS, None)),
