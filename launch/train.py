@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from launch import command
+from launch import command, distill
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
@@ -73,7 +73,8 @@ def main() -> None:
 
 def _train() -> None:
     cfg = command.config()
-    config_lib.validate_training(cfg)
+    distils = cfg.objective == "dmd"
+    (config_lib.validate_distillation if distils else config_lib.validate_training)(cfg)
     mesh_lib.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     if not mesh.local_devices:
@@ -82,20 +83,30 @@ def _train() -> None:
             f"{jax.process_index()} of {jax.process_count()}; {jax.device_count()} are there: "
             "raise mesh.data, mesh.fsdp or mesh.seq, or start fewer processes"
         )
-    objective = TeacherForcing(cfg, mesh)
+    objective = distill.objective(cfg, mesh) if distils else TeacherForcing(cfg, mesh)
     if FLAGS.dry_run:
         _show(dry_run.report(objective))
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
     root = pathlib.Path(os.path.abspath(FLAGS.workdir))
+    if recipe := recipe_lib.get(cfg.quant.recipe):
+        _show(f"linear layers by {matmul.backend(recipe)}")
+    if isinstance(objective, TeacherForcing):
+        steps, done = cfg.train.steps, _teacher_forcing(cfg, objective, root)
+    else:
+        steps, done = cfg.distill.steps, distill.run(objective, FLAGS.checkpoint, root, _show)
+    how = "stopped by a signal; the same command goes on" if done.stopped else "done"
+    _show(f"step {done.step} of {steps}: {how}: {root}")
+
+
+def _teacher_forcing(cfg, objective, root) -> loop.Done:
+    mesh = objective.mesh
     source, identity = feed.open_source(cfg)
     prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None
     _check_parts(cfg, prompts)
     # Weights may come from another run; the other parts then come from that run's --checkpoint.
     others = networks.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
-    if recipe := recipe_lib.get(cfg.quant.recipe):
-        _show(f"linear layers by {matmul.backend(recipe)}")
     settings = teacher_forcing.settings(cfg, identity)
     with checkpoint.acquire(root, settings, MODEL, others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
@@ -105,9 +116,7 @@ def _train() -> None:
             params=lambda: {MODEL: _initial(cfg, mesh)},
             evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
         )
-        _, done = loop.run(objective, Plan.of(cfg.train), root, inputs, _show)
-    how = "stopped by a signal; the same command goes on" if done.stopped else "done"
-    _show(f"step {done.step} of {cfg.train.steps}: {how}: {root}")
+        return loop.run(objective, Plan.of(cfg.train), root, inputs, _show)[1]
 
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:

@@ -41,8 +41,12 @@ class PromptEncoder:
     def negative(self) -> np.ndarray | None:
         """[text_len, text_dim] of the config's negative prompt; None without guidance."""
         if self._negative is None and self._cfg.sample.guided:
-            self._negative = self._encode(*self._read_negative())[0]
+            self._negative = self.embed_negative()
         return self._negative
+
+    def embed_negative(self) -> np.ndarray:
+        """[text_len, text_dim] of the config's negative prompt, whether the sampler is guided."""
+        return self._encode(*self._read_negative())[0]
 
     def all(self, prompts: Sequence[str], guided: bool) -> Embeddings:
         """Embeddings of a run's prompts and, if `guided`, of the config's negative prompt."""

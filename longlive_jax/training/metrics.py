@@ -17,9 +17,9 @@ import tensorboardX
 
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import cost
-from longlive_jax.training.prefetch import decode_names
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
+from longlive_jax.training.prefetch import decode_names
 from longlive_jax.training.step import StepMetrics
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"

@@ -88,7 +88,7 @@ class Prefetcher:
 
 def texts(
     samples: Mapping[int, Sample], encoder: PromptEncoder | None
-) -> Callable[[Sample], np.ndarray]:
+) -> Callable[[Sample], np.ndarray | None]:
     """Gives a sample's embeddings [chunk, text_len, text_dim]: its own, or the encoder's."""
     if encoder is None:
         return lambda sample: sample.text

@@ -31,6 +31,7 @@ from longlive_jax.training.objectives.rollout import CHUNKS, LATENTS, Clip, Draw
 from longlive_jax.training.optimizer import adamw
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
+DIT = "dit"  # the only part of each network, named as in a checkpoint
 BASE, NEGATIVE = "base", "negative"
 _FRAMES = jax.P(*CHUNKS, None)
 
@@ -67,9 +68,9 @@ class Scores(struct.PyTreeNode):
 class DMD(Objective):
     """The student is trained every `distill.student_every` steps, the critic every step.
 
-    With `lora` both are adapters over weights that are held once; without, whole networks. Frozen
-    are {BASE: {recipe: weights}}, with adapters, or {TEACHER: {recipe: weights}}, and NEGATIVE, the
-    negative prompt's embedding [1, text_len, text_dim].
+    With `distill.lora` both are adapters over weights that are held once, else whole networks.
+    Frozen are NEGATIVE, the negative prompt's embedding [1, text_len, text_dim], and weights by
+    recipe: of BASE where there are adapters, of TEACHER where it has weights of its own.
 
     Args:
       teacher: the teacher's weights are other than the base's.
@@ -86,7 +87,7 @@ class DMD(Objective):
             STUDENT: cfg.quant.recipe, TEACHER: d.teacher_recipe, CRITIC: d.critic_recipe
         }  # fmt: skip
         self.specs = dit.spec(cfg.model)
-        trained = lora.specs(self.specs, d.lora) if d.lora.enabled else self.specs
+        trained = {DIT: lora.specs(self.specs, d.lora) if d.lora.enabled else self.specs}
         self.networks = {
             STUDENT: Network(
                 trained, _optimizer(d, d.learning_rate), self._ema_decay, d.student_every
@@ -142,11 +143,11 @@ class DMD(Objective):
     def transformer(self, name: str, params: Mapping, frozen: Any) -> params_lib.Tree:
         """A network's parameters as `models.dit` takes them, from global or local arrays."""
         if name != TEACHER and not self.cfg.distill.lora.enabled:
-            return params[name]
+            return params[name][DIT]
         weights = frozen[self.holds[name]][self.recipes[name]]
         if name == TEACHER:
             return weights
-        return lora.attach(weights, params[name], self.cfg.distill.lora.scale)
+        return lora.attach(weights, params[name][DIT], self.cfg.distill.lora.scale)
 
     # ---------------------------------------------------------------------------------------------
     # Before the loss, on global arrays and without gradient.
@@ -287,6 +288,35 @@ class DMD(Objective):
         )  # fmt: skip
         sigma = jnp.broadcast_to(clip.sigma[..., None], clip.timestep.shape)
         return losses.clean_of(clip.x, velocity.astype(jnp.float32), sigma)
+
+
+def settings(cfg: config_lib.Config, data: str, teacher: str | None) -> dict[str, Any]:
+    """What a run cannot be continued with another value of, by the names of the flags.
+
+    Args:
+      data: what tells these scripts from others. teacher: its checkpoint, if it has one of its own.
+    """
+    d = cfg.distill
+    names = ("seed", "batch_size", "accumulation", "latent_frames", "least_frames",
+             "student_every", "exit", "context", "gradient", "init", "guidance",
+             "least_timestep", "most_timestep", "teacher_recipe", "critic_recipe")  # fmt: skip
+    values = {f"distill.{name}": getattr(d, name) for name in names}
+    values |= {f"distill.lora.{k}": v for k, v in vars(d.lora).items()}
+    values |= {f"model.{k}": v for k, v in vars(cfg.model).items()}
+    sample = ("steps", "solver", "window_frames", "sink_frames", "multi_shot_sink", "rope_offset")
+    values |= {f"sample.{name}": getattr(cfg.sample, name) for name in sample}
+    values |= {f"video.{k}": v for k, v in vars(cfg.video).items()}
+    return values | {
+        "sample.negative_prompt": cfg.sample.negative_prompt,
+        "quant.recipe": cfg.quant.recipe,
+        "quant.kv": cfg.quant.kv,
+        "dtype": cfg.dtype,
+        "--teacher": teacher,
+        "the training data": data,
+        # These decide which arrays the optimisers have.
+        "distill.beta1 == 0": d.beta1 == 0,
+        "distill.weight_decay == 0": d.weight_decay == 0,
+    }
 
 
 def _optimizer(cfg: config_lib.Distill, rate: float) -> optax.GradientTransformation:

@@ -123,7 +123,7 @@ def draw(cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: 
     length = jax.random.randint(jax.random.fold_in(batch, _LENGTH), (), least, chunks + 1)
     return Draws(
         noise, eps, level, jnp.broadcast_to(steps, (chunks,)), length, rounding,
-        jnp.moveaxis(fresh, 2, 0) if renoised else None,
+        None if fresh is None else jnp.moveaxis(fresh, 2, 0),
     )  # fmt: skip
 
 
@@ -183,14 +183,13 @@ def roll_out(
         first(scripts.cut, rows), scripts.first_frame, renoise,
         jax.reshard(draws.exit_step, jax.NamedSharding(mesh, jax.P(None))), draws.length,
     )  # fmt: skip
-    frames = jax.P(*rows, "seq")
+    frames, whole = jax.P(*rows, mesh_lib.SEQ), _spec(None)
+    specs: tuple[Any, ...] = (_FRAMES, _FRAMES, _FRAMES, frames, whole, rows, jax.P(*rows, None))
     left = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arguments),
-        out_specs=exits.Exit(
-            _FRAMES, _FRAMES, _FRAMES, frames, jax.P(None), rows, jax.P(*rows, None)
-        ),
+        out_specs=exits.Exit(*specs),
         check_vma=False,
     )(*arguments)
 

@@ -1,0 +1,121 @@
+"""What `launch.train` does when the config's objective is "dmd": distillation to few steps."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from longlive_jax import config as config_lib
+from longlive_jax import mesh as mesh_lib
+from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import networks
+from longlive_jax.errors import InputError
+from longlive_jax.models import lora
+from longlive_jax.pipeline import Pipeline
+from longlive_jax.prompts.encoder import PromptEncoder
+from longlive_jax.training import checkpoint, evaluate, loop, scripts
+from longlive_jax.training.objectives import dmd
+from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, STUDENT, TEACHER
+from longlive_jax.training.plan import Plan
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "teacher", None, "Distillation: the teacher's checkpoint; default --checkpoint."
+)
+
+
+def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> DMD:
+    """The objective, from the config and the flags alone."""
+    return DMD(cfg, mesh, teacher=bool(FLAGS.teacher))
+
+
+def run(
+    goal: DMD, checkpoint_path: str | None, root: pathlib.Path, show: Callable[[str], None]
+) -> loop.Done:
+    """Trains to the last step, in the folder `root`.
+
+    Raises:
+      InputError: bad data, a checkpoint that does not fit, a folder of another run.
+    """
+    cfg, mesh = goal.cfg, goal.mesh
+    source, identity = scripts.open_source(cfg)
+    evaluating = _evaluating(cfg)
+    prompts = evaluate.read_prompts(evaluating, mesh) if cfg.distill.eval_every else None
+    for path in filter(None, (checkpoint_path, FLAGS.teacher)):
+        networks.check(path, DIT, cfg)
+    if prompts:
+        networks.check(checkpoint_path, "vae", cfg, networks.DECODER)
+    tokenizer = networks.read_tokenizer(checkpoint_path, cfg)
+    teacher = FLAGS.teacher and os.path.abspath(FLAGS.teacher)
+    settings = dmd.settings(cfg, identity, teacher)
+    network = None if cfg.distill.lora.enabled else STUDENT
+    others = networks.directory(checkpoint_path)
+    with checkpoint.acquire(root, settings, network, others):
+        # Each process has prompts of its own.
+        here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
+        encoder = PromptEncoder(cfg, networks.load(checkpoint_path, "umt5", cfg, here), tokenizer)
+        negative = jnp.asarray(encoder.embed_negative()[None])
+        frozen = goal.freeze(_frozen(goal, checkpoint_path), negative)
+        if cfg.data.cached:
+            encoder = None
+        inputs = loop.Inputs(
+            batches=functools.partial(
+                scripts.Prefetcher, cfg, mesh, source, encoder, root / "failures.jsonl"
+            ),
+            params=functools.partial(_initial, goal, checkpoint_path),
+            frozen=frozen,
+            evaluate=prompts and _evaluator(goal, evaluating, root, prompts, frozen),
+        )
+        return loop.run(goal, Plan.of(cfg.distill), root, inputs, show)[1]
+
+
+def _frozen(goal, path) -> dict[str, params_lib.Tree]:
+    load = functools.partial(
+        networks.load, part=DIT, cfg=goal.cfg, mesh=goal.mesh, rules=mesh_lib.RULES
+    )
+    places = {BASE: path, TEACHER: FLAGS.teacher or path}
+    return {name: load(place) for name, place in places.items() if name in goal.frozen}
+
+
+def _initial(goal, path) -> Mapping[str, params_lib.Tree]:
+    """Of student and critic: new adapters, or the checkpoint's weights."""
+    if goal.cfg.distill.lora.enabled:
+        return goal.init_params()
+    load = functools.partial(
+        networks.load, path, DIT, goal.cfg, goal.mesh, dtype=jnp.float32, rules=mesh_lib.RULES
+    )
+    return {name: {DIT: load()} for name in (STUDENT, CRITIC)}
+
+
+def _evaluating(cfg: config_lib.Config) -> config_lib.Config:
+    """The config as evaluations of teacher forcing read it, of the student's steps."""
+    d = cfg.distill
+    train = dataclasses.replace(
+        cfg.train, eval_steps=cfg.sample.steps, eval_chunks=d.eval_chunks, eval_every=d.eval_every
+    )
+    return dataclasses.replace(cfg, train=train)
+
+
+def _evaluator(goal, cfg, root, prompts, frozen):
+    """Makes videos by the student's EMA, whose adapters are merged into a copy of the base."""
+    vae = networks.load(FLAGS.checkpoint, "vae", cfg, goal.mesh, networks.DECODER)
+    texts = Pipeline(FLAGS.checkpoint, cfg, goal.mesh).embed(prompts.texts)
+    make = evaluate.Evaluator(cfg, goal.mesh, root, prompts, vae, lambda ema: texts)
+    settings = goal.cfg.distill.lora
+    if not settings.enabled:
+        return lambda step, state: make(step, state[STUDENT].ema)
+    if "bf16" not in frozen[BASE]:
+        raise InputError(
+            f"config: distill.eval_every={goal.cfg.distill.eval_every} merges adapters into plain "
+            "weights, and all networks are held quantised; set it to 0, or one of quant.recipe, "
+            "distill.teacher_recipe and distill.critic_recipe to 'bf16'"
+        )
+    merge = jax.jit(functools.partial(lora.merge, scale=settings.scale))
+    return lambda step, state: make(
+        step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema[DIT])}
+    )
