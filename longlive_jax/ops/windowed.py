@@ -29,7 +29,7 @@ def windowed_teacher_forcing(
     """
     chunks, slots = q.shape[1], visible.shape[-1]
     plain = min(chunks, slots + 1)
-    first = teacher_forcing(*(x[:, :plain] for x in (q, k, v)))
+    first = teacher_forcing(q[:, :plain], k[:, :plain], v[:, :plain])
     if plain == chunks:
         return first
     visible = visible[:, plain:]

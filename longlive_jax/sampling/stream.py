@@ -53,8 +53,7 @@ class ChunkInput:
     renoise: jax.Array | None = None
 
 
-@struct.dataclass
-class StreamState:
+class StreamState(struct.PyTreeNode):
     """What one chunk leaves to the next. Its size does not depend on the video's length."""
 
     cache: KVCache
@@ -323,6 +322,7 @@ def _spec(*axes: str | None) -> Any:  # a PartitionSpec, in an array's place
 
 
 _FRAMES = _spec("batch", "frame", None, None, None)
+_STEPS = _spec(None, "batch", "frame", None, None, None)
 
 
 def state_specs(cfg: config_lib.Config) -> StreamState:
@@ -357,7 +357,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         cut=_spec("batch"),
         negative=text if cfg.sample.guided else None,
         first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
-        renoise=jax.P(None, *_FRAMES) if cfg.sample.solver == "x0_renoise" else None,
+        renoise=_STEPS if cfg.sample.solver == "x0_renoise" else None,
     )
 
 

@@ -63,12 +63,12 @@ class ChunkTransformer:
     ) -> KVCache:
         """The cache, with keys and values of clean `latents` in `slot` int32 [batch]."""
         x, positions = self._branches(latents), self._branches(positions)
-        past = dit.commit(
+        after = dit.commit(
             self.params, self.cfg.model, x.astype(self.cfg.compute_dtype), positions,
             text=self.text, cache=past, slot=slot, sharding=self.sharding, precision=self.precision,
         )  # fmt: skip
-        assert isinstance(past, Past)
-        return past.cache
+        assert isinstance(after, Past)
+        return after.cache
 
     def _branches(self, x):
         return x if self.branches == 1 else jnp.concatenate([x] * self.branches)

@@ -112,6 +112,7 @@ def _forward(
 
     def attend(name, q, k, v):
         attention = net.branch(name).attention
+        assert attention is not None
         if past is not None and past.detached:
             k, v = _detach_clean(k), _detach_clean(v)
         if past is not None and past.visible is not None:

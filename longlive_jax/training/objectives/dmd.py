@@ -264,6 +264,7 @@ class DMD(Objective):
             velocity = self._block_causal(CRITIC, tree, x_t, timestep, inputs.text, inputs)
             error = velocity.astype(jnp.float32) - (inputs.draws.eps - inputs.clip.x0)
             return jnp.sum(mask * error**2) / inputs.count, {}
+        assert inputs.g is not None
         x0 = self.student_x0(tree, inputs)
         target = jax.lax.stop_gradient(x0 - inputs.g)
         loss = 0.5 * jnp.sum(mask * (x0 - target) ** 2) / inputs.count
