@@ -119,6 +119,10 @@ class State:
         self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
 
+    def shapes(self, part: str) -> dict[params_lib.Path, tuple[int, ...]]:
+        """Of a part's arrays, by their paths within it."""
+        return {path[1:]: shape for path, shape in self._shapes.items() if path[0] == part}
+
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
         """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
         wanted = {path: s.shape for path, s in params_lib.flatten({part: spec}).items()}
