@@ -12,7 +12,8 @@
 Sources are files, folders or hf://owner/name[/file]. Parts may be given one at a time, to the same
 --output. Weights keep their dtype, and are streamed: memory does not grow with the model. With
 --recipe the transformer's linear layers are quantised, to the bit as launch.sample would with
---config.quant.recipe. --lora may be the folder of a training run: its student's adapters. The original's model_4o6.pt is already quantised, and needs no --recipe.
+--config.quant.recipe. --lora may also be the folder of a training run, whose student's adapters are
+merged. The original's model_4o6.pt is already quantised, and needs no --recipe.
 """
 
 import os

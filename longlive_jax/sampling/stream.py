@@ -361,10 +361,9 @@ class Sampler:
             params = weights_lib.quantize_params(params, specs, recipe, self.mesh, rules, dtype)
         if self.adapters is not None:
             assert adapters is not None
-            adapters = jax.tree.map(lambda x: x.astype(dtype), adapters)
             places = params_lib.shardings(lora.specs(specs, self.adapters), self.mesh, rules)
-            adapters = jax.device_put(adapters, places)
-            params = lora.attach(params, adapters, self.adapters.scale)
+            placed = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), adapters), places)
+            params = lora.attach(params, placed, self.adapters.scale)
         return jax.jit(dit.layers, out_shardings=self.param_shardings)(params)
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
