@@ -185,7 +185,7 @@ def read(source: str, weights: str = "average") -> tuple[Any, str]:
     specs = params_lib.unflatten({p: ParamSpec(s, (None,) * len(s)) for p, s in shapes.items()})
     mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
     tree = state.load(PART, specs, mesh, np.float32, {}, weights)
-    return _tensors(to_peft(tree)) | {"lora_alpha": float(alpha)}, source
+    return _tensors(to_peft(tree)) | {"lora_alpha": float(alpha)}, os.path.normpath(source)
 
 
 class _Place:

@@ -53,9 +53,9 @@ def test_a_file_and_a_run_are_merged(checkpoint, run_folder, tmp_path):
     file = tmp_path / "lora.safetensors"
     peft.save(file, drawn(0), SETTINGS)
     cases = {
-        "file": ([f"--lora={file}"], drawn(0), str(file)),
-        "run": ([f"--lora={run_folder}"], drawn(2), str(run_folder)),
-        "latest": ([f"--lora={run_folder}", "--weights=latest"], drawn(1), str(run_folder)),
+        "file": ([f"--lora={file}"], drawn(0), file.name),
+        "run": ([f"--lora={run_folder}/"], drawn(2), run_folder.name),
+        "latest": ([f"--lora={run_folder}", "--weights=latest"], drawn(1), run_folder.name),
     }
     for name, (flags, adapters, source) in cases.items():
         output = tmp_path / name
@@ -72,7 +72,7 @@ def test_what_cannot_be_merged_is_refused_by_name(checkpoint, run_folder, tmp_pa
     cases = {
         f"--lora={critic}": "holds the adapters of the critic, not those of the generator",
         "--lora_alpha=3": "--lora_alpha needs --lora",
-        f"--lora={critic} --config.model.dim=64": "has other sizes than the config",
+        f"--lora={critic} --config.model.num_layers=1": "has other sizes than the config",
         f"--lora={checkpoint}": "the folder has none of adapter_model.safetensors",
     }
     for flags, words in cases.items():
