@@ -6,11 +6,14 @@
     python -m launch.convert --checkpoint=CKPT --to_safetensors=DIR
     python -m launch.convert --config=configs/sample_5b.py --checkpoint=CKPT \\
         --recipe=nvfp4_w4a4 --output=SMALL_CKPT
+    python -m launch.convert --config=configs/sample_5b.py --checkpoint=CKPT \\
+        --lora=FILE_OR_RUN --output=STUDENT_CKPT
 
 Sources are files, folders or hf://owner/name[/file]. Parts may be given one at a time, to the same
 --output. Weights keep their dtype, and are streamed: memory does not grow with the model. With
 --recipe the transformer's linear layers are quantised, to the bit as launch.sample would with
---config.quant.recipe. The original's model_4o6.pt is already quantised, and needs no --recipe.
+--config.quant.recipe. --lora may also be the folder of a training run, whose student's adapters are
+merged. The original's model_4o6.pt is already quantised, and needs no --recipe.
 """
 
 import os
@@ -24,6 +27,8 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import (
     from_torch,
     layout,
+    lora,
+    peft,
     quantized,
     sources,
     store,
@@ -40,13 +45,19 @@ flags.DEFINE_string("dit", None, "The transformer: .pt, .safetensors, a folder o
 flags.DEFINE_string("vae", None, "The VAE (Wan2.2, or a LightVAE).")
 flags.DEFINE_string("umt5", None, "The text encoder.")
 flags.DEFINE_string("tokenizer", None, "Its tokenizer.json, or spiece.model.")
-flags.DEFINE_string("lora", None, "A LoRA to merge into --dit.")
+flags.DEFINE_string("lora", None, "A LoRA, or a run that trains one, to merge in.")
 flags.DEFINE_float("lora_alpha", None, "Its alpha; default the file's, else its rank (scale 1).")
+flags.DEFINE_enum(
+    "weights",
+    "average",
+    list(workdir.WEIGHTS),
+    "Of --lora, a run: the average, or the last step's.",
+)
 flags.DEFINE_bool("use_ema", False, "Of a training checkpoint, take the moving average.")
 flags.DEFINE_string("output", None, "The checkpoint to make, or to add these parts to.")
 flags.DEFINE_string("to_safetensors", None, "Folder for --checkpoint's weights as safetensors.")
 flags.DEFINE_string("recipe", None, "Quantise the transformer by this, of config.quant.recipe.")
-flags.DEFINE_string("checkpoint", None, "The checkpoint to export, or to quantise.")
+flags.DEFINE_string("checkpoint", None, "The checkpoint to export, merge into or quantise.")
 
 
 def main() -> None:
@@ -56,9 +67,9 @@ def main() -> None:
             raise InputError("--to_safetensors takes --checkpoint only; run conversions one by one")
         _export()
     elif FLAGS.checkpoint:
-        if given or FLAGS.tokenizer or FLAGS.lora:
+        if given or FLAGS.tokenizer:
             raise InputError("--checkpoint is another source; run conversions one by one")
-        _quantize()
+        _remake()
     else:
         _import(given)
 
@@ -79,6 +90,7 @@ def _import(given: dict[str, str]) -> None:
         use_ema=FLAGS.use_ema,
         lora_source=FLAGS.lora,
         lora_alpha=FLAGS.lora_alpha,
+        weights=FLAGS.weights,
         recipe=FLAGS.recipe,
     )
     # All are validated before the first is written.
@@ -105,18 +117,20 @@ def _import(given: dict[str, str]) -> None:
         print(f"tokenizer: {os.path.getsize(tokenizer) / 2**20:,.1f} MiB", flush=True)
 
 
-def _quantize() -> None:
-    """A checkpoint like --checkpoint, with the transformer quantised."""
+def _remake() -> None:
+    """A checkpoint like --checkpoint, with a LoRA merged into the transformer, or quantised."""
     directory, output = FLAGS.checkpoint, FLAGS.output
     if not output:
         raise InputError(
-            "--checkpoint needs --to_safetensors=DIR to export it, or --recipe=NAME and --output="
-            "DIR to quantise it"
+            "--checkpoint needs --to_safetensors=DIR to export it, or --output=DIR with "
+            "--recipe=NAME to quantise it, with --lora=FILE to merge that into it"
         )
+    if FLAGS.lora_alpha is not None and not FLAGS.lora:
+        raise InputError("--lora_alpha needs --lora")
     recipe = recipe_lib.get(FLAGS.recipe or "bf16")
-    if recipe is None:
+    if recipe is None and not FLAGS.lora:
         names = ", ".join(name for name, r in recipe_lib.RECIPES.items() if r)
-        raise InputError(f"--checkpoint with --output needs --recipe, one of {names}")
+        raise InputError(f"--checkpoint with --output needs --recipe, one of {names}, or --lora")
     if workdir.is_run(directory):
         raise InputError(
             f"--checkpoint={directory}: is a training run's folder; make a checkpoint of it with "
@@ -132,13 +146,20 @@ def _quantize() -> None:
     quantized.spec(spec, recipe)  # refuses sides that its blocks do not divide
     start = time.monotonic()
     pieces = tqdm.tqdm(stored.pieces(), desc="dit", unit=" arrays", disable=None)
+    files = list(stored.info["sources"])
+    if FLAGS.lora:
+        command.check_apart([output], [], [FLAGS.lora])
+        adapters, file = peft.read(FLAGS.lora, FLAGS.weights, FLAGS.lora_alpha)
+        merged = lora.merge(lora.placeholders(spec), adapters, FLAGS.lora_alpha, file)
+        pieces = lora.merged_pieces(pieces, spec, merged)
+        files.append(file)
     summary = store.save(
         output,
         "dit",
         quantized.pieces(pieces, recipe, config.compute_dtype, directory),
         spec,
         section=config.model,
-        sources=stored.info["sources"],
+        sources=files,
         recipe=recipe,
     )
     _show("dit", spec, summary, recipe, start)

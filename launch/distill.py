@@ -13,17 +13,18 @@ from absl import flags
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import networks
+from longlive_jax.checkpoints import networks, peft, workdir
 from longlive_jax.errors import InputError
 from longlive_jax.models import lora
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import checkpoint, evaluate, loop, scripts
 from longlive_jax.training.objectives import dmd
-from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, STUDENT, TEACHER
+from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, LORA, STUDENT, TEACHER
 from longlive_jax.training.plan import Plan
 
 FLAGS = flags.FLAGS
+flags.DEFINE_string("start", None, "Distillation: adapters to begin with, a run's or of a file.")
 flags.DEFINE_string(
     "teacher", None, "Distillation: the teacher's checkpoint; default --checkpoint."
 )
@@ -53,9 +54,8 @@ def run(
     tokenizer = networks.read_tokenizer(checkpoint_path, cfg)
     teacher = FLAGS.teacher and os.path.abspath(FLAGS.teacher)
     settings = dmd.settings(cfg, identity, teacher)
-    network = None if cfg.distill.lora.enabled else STUDENT
     others = networks.directory(checkpoint_path)
-    with checkpoint.acquire(root, settings, network, others):
+    with checkpoint.acquire(root, settings, STUDENT, others):
         # Each process has prompts of its own.
         here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
         encoder = PromptEncoder(cfg, networks.load(checkpoint_path, "umt5", cfg, here), tokenizer)
@@ -83,13 +83,27 @@ def _frozen(goal, path) -> dict[str, params_lib.Tree]:
 
 
 def _initial(goal, path) -> Mapping[str, params_lib.Tree]:
-    """Of student and critic: new adapters, or the checkpoint's weights."""
+    """Of student and critic: the checkpoint's weights; or adapters, new ones or of --start."""
     if goal.cfg.distill.lora.enabled:
-        return goal.init_params()
+        return _started(goal, FLAGS.start) if FLAGS.start else goal.init_params()
     load = functools.partial(
         networks.load, path, DIT, goal.cfg, goal.mesh, dtype=jnp.float32, rules=mesh_lib.RULES
     )
     return {name: {DIT: load()} for name in (STUDENT, CRITIC)}
+
+
+def _started(goal, source) -> Mapping[str, params_lib.Tree]:
+    """Adapters of a run, its critic's too, or of a file; from a file the critic's are new."""
+    settings, params = goal.cfg.distill.lora, goal.init_params()
+    for name in (STUDENT, CRITIC) if workdir.is_run(source) else (STUDENT,):
+        network = goal.networks[name]
+        if workdir.is_run(source):
+            tree = peft.of_run(source, network.specs[LORA], settings, name)
+        else:
+            tree = peft.from_file(source, network.specs[LORA], settings)
+        where = params_lib.shardings(network.specs, goal.mesh)
+        params[name] = jax.device_put({LORA: tree}, where)
+    return params
 
 
 def _evaluating(cfg: config_lib.Config) -> config_lib.Config:
@@ -117,5 +131,5 @@ def _evaluator(goal, cfg, root, prompts, frozen):
         )
     merge = jax.jit(functools.partial(lora.merge, scale=settings.scale))
     return lambda step, state: make(
-        step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema[DIT])}
+        step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema[LORA])}
     )

@@ -11,7 +11,7 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import four_over_six, layout, lora, names, quantized, sources
+from longlive_jax.checkpoints import four_over_six, layout, lora, names, peft, quantized, sources
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
@@ -93,6 +93,7 @@ def open_part(
     use_ema: bool = False,
     lora_source: str | None = None,
     lora_alpha: float | None = None,
+    weights: str = "average",
     recipe: str | None = None,
 ) -> Source:
     """Opens and validates the weights of one part; reads no values but a LoRA's, and sizes.
@@ -101,8 +102,10 @@ def open_part(
       part: "dit", "vae" or "umt5".
       source: file, folder or hf:// address; see `sources.locate`.
       use_ema: take the moving average of the weights from a training checkpoint.
-      lora_source: a LoRA to merge; a file, folder or hf:// address too.
+      lora_source: a LoRA to merge; a file, folder or hf:// address too, or the folder of a run
+        that trains one.
       lora_alpha: numerator of the LoRA's scale; default the file's, else its rank.
+      weights: of such a run, a key of `workdir.WEIGHTS`.
       recipe: quantises the transformer's linear layers, from the config's dtype. If the file is
         already quantised, the recipe that did it; default the one for inference.
 
@@ -134,8 +137,8 @@ def open_part(
     quantized.spec(spec, own)  # refuses sides that the blocks do not divide
     used = (path,)
     if lora_source is not None:
-        lora_path = sources.locate(lora_source, "lora")
-        tensors = lora.merge(tensors, sources.read(lora_path), lora_alpha, lora_path)
+        adapters, lora_path = peft.read(lora_source, weights)
+        tensors = lora.merge(tensors, adapters, lora_alpha, lora_path)
         used += (lora_path,)
     return Source(network, spec, section, tensors, used, own, config.compute_dtype)
 

@@ -6,14 +6,15 @@ lora_B, which have the adapter's scale.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.checkpoints import lora_scale, names
-from longlive_jax.checkpoints.tensor import Tensor, check_finite
+from longlive_jax import params as params_lib
+from longlive_jax.checkpoints import layout, lora_scale, names
+from longlive_jax.checkpoints.tensor import ArrayTensor, Tensor, check_finite
 from longlive_jax.errors import InputError
 
 _FACTOR = re.compile(
@@ -58,7 +59,7 @@ class Merged:
 
 
 @dataclasses.dataclass
-class _Adapter:
+class Adapter:
     """What a file has for one module, by its name there."""
 
     module: str
@@ -85,7 +86,7 @@ def merge(
     """
     merged: dict[str, Tensor] = dict(base)
     scales = lora_scale.read({} if alpha is not None else saved, file)
-    for module, adapter in _adapters(base, saved, file).items():
+    for module, adapter in adapters(base, saved, file).items():
         scale = 1.0
         extra: dict[str, list[tuple[float, Tensor]]] = {}
         for leaf, t in adapter.differences.items():
@@ -109,14 +110,60 @@ def merge(
     return merged
 
 
-def _adapters(base: Mapping[str, Tensor], saved: Any, file: str) -> dict[str, _Adapter]:
-    """What a file holds, by the original's names of modules."""
-    found: dict[str, _Adapter] = {}
+def merged_pieces(
+    pieces: Iterable[layout.Piece], spec: params_lib.Tree, merged: Mapping[str, Any]
+) -> Iterator[layout.Piece]:
+    """A stored transformer's pieces, with the adapters merged into them row by row.
+
+    Args:
+      merged: of `merge`, whose `base` was `placeholders(spec)`.
+
+    Raises:
+      InputError: a merged array is not finite.
+    """
+    shapes = params_lib.flatten(spec)
+    for piece in pieces:
+        stacked = layout.is_stacked(shapes[piece.path])
+        rows = list(enumerate(piece.array, piece.start)) if stacked else [(None, piece.array)]
+        for layer, array in rows:
+            w = layout.Weight(piece.path, layer, array.shape)
+            own = [merged[key] for key in w.keys]
+            if any(isinstance(t, Merged) for t in own):
+                arrays = [
+                    dataclasses.replace(t, base=ArrayTensor(base)).read()
+                    if isinstance(t, Merged)
+                    else base
+                    for t, base in zip(own, w.to_torch(array), strict=True)
+                ]
+                array = w.from_torch(arrays)
+                check_finite(array, f"{'/'.join(piece.path)} of layer {layer}, merged")
+            start = piece.start if layer is None else layer
+            yield layout.Piece(piece.path, start, array if layer is None else array[None])
+
+
+def placeholders(spec: params_lib.Tree) -> dict[str, Tensor]:
+    """Tensors of a transformer's names and shapes, without values: a `base` for `merge`."""
+    zero = np.zeros((), np.float32)
+    return {
+        key: ArrayTensor(np.broadcast_to(zero, shape))
+        for key, shape in layout.torch_shapes(spec).items()
+    }
+
+
+def adapters(base: Mapping[str, Any], saved: Any, file: str) -> dict[str, Adapter]:
+    """What a file holds, by the original's names of modules.
+
+    base: the transformer's keys, by which modules written with underscores are told apart.
+
+    Raises:
+      InputError: a tensor is no part of a LoRA, no float, or there twice.
+    """
+    found: dict[str, Adapter] = {}
     written = {key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in base}
 
-    def of(module: str) -> _Adapter:
+    def of(module: str) -> Adapter:
         target = names.lora_target(module, written)
-        return found.setdefault(target, _Adapter(module))
+        return found.setdefault(target, Adapter(module))
 
     def once(holder: dict[str, Tensor], name: str, t: Tensor, key: str) -> None:
         if name in holder:
@@ -154,7 +201,7 @@ def _is_float(t: Tensor) -> bool:
 
 
 def _factors(
-    base: Mapping[str, Tensor], module: str, adapter: _Adapter, file: str
+    base: Mapping[str, Tensor], module: str, adapter: Adapter, file: str
 ) -> tuple[Tensor, Tensor]:
     """A and B of an adapter, which fit the weight and are finite."""
     key = f"{module}.weight"

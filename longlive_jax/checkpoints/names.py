@@ -18,6 +18,8 @@ Tensors = dict[str, Tensor]
 
 _WRAPPERS = ("model", "state_dict", "gen_model", "generator", "module", "model_state_dict")
 _MAX_WRAPPERS = 16  # of each other; more is a dict that contains itself
+# The networks of a distillation that have adapters, and the field of a header that names one.
+GENERATOR, CRITIC, NETWORK = "generator", "critic", "longlive_network"
 _TOKENIZERS = ("spiece_model", "tokenizer_json")  # files as tensors of bytes, beside weights
 _INNER = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _LORA = re.compile(r"\.lora[_.](?:A|B|down|up)\.|\.diff(?:_b|_m)?$")
@@ -55,11 +57,22 @@ def state_dict(saved: Any, part: str, use_ema: bool, file: str) -> Tensors:
     return _renamed(tensors, lambda key: rename(strip(key)), file)
 
 
-def lora_state_dict(saved: Any, file: str) -> Tensors:
-    """The tensors of a LoRA: a dict with `generator_lora`, or a bare one as PEFT saves it."""
+def lora_state_dict(saved: Any, file: str, network: str = GENERATOR) -> Tensors:
+    """The tensors of a LoRA: a dict with `generator_lora`, or a bare one as PEFT saves it.
+
+    network: the one to take from a dict of two; a bare one whose header names the other is refused.
+    """
     inner = saved
     if isinstance(saved, Mapping):
-        inner = saved.get("generator_lora", saved)
+        inner = saved.get(f"{network}_lora", saved)
+        others = {n for n in (GENERATOR, CRITIC) if f"{n}_lora" in saved}
+        named = saved.get(NETWORK)
+        others |= {named} if isinstance(named, str) else set()
+        if inner is saved and others and network not in others:
+            raise InputError(
+                f"{file}: holds the adapters of the {', '.join(sorted(others))[:80]}, not those "
+                f"of the {network}; give the {network}'s file"
+            )
     tensors = _tensors(inner) if isinstance(inner, Mapping) else {}
     if not any(map(_LORA.search, tensors)):
         raise InputError(

@@ -118,6 +118,25 @@ class FileTensor:
         return np.ascontiguousarray(array).reshape(shape)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayTensor:
+    """A tensor whose values are in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `Tensor`."""
+        return np.ascontiguousarray(self.array[start:stop] if self.shape else self.array)
+
+
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Number of elements from the first to the last that a strided tensor touches."""
     if 0 in shape:

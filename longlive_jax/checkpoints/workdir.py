@@ -77,7 +77,7 @@ def parts(directory: str | os.PathLike) -> str:
 
 
 class State:
-    """The network to sample from, in the newest complete state of a run on disk.
+    """A network in the newest complete state of a run on disk; by default the one to sample from.
 
     Attributes:
       step: number of the state's last step.
@@ -87,9 +87,9 @@ class State:
       InputError: there is no state, or it is damaged.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, network: str | None = None):
         self._root = pathlib.Path(os.path.abspath(directory))
-        self._network = read(directory).network
+        self._network = network or read(directory).network
         if self._network is None:
             raise InputError(
                 f"{self._root}: its run trains nothing that is sampled from; give the checkpoint "
@@ -118,6 +118,10 @@ class State:
             raise damaged(self._path, error) from error
         self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
+
+    def shapes(self, part: str) -> dict[params_lib.Path, tuple[int, ...]]:
+        """Of a part's arrays, by their paths within it."""
+        return {path[1:]: shape for path, shape in self._shapes.items() if path[0] == part}
 
     def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
         """Refuses a spec, or a section of the config, that the stored arrays do not fit."""

@@ -44,7 +44,7 @@ def linear(
     A weight that is already quantised has none.
 
     Args:
-      params: weight: [in, out], or `quantize_weight` of one, or either with adapters, `Adapted`;
+      params: weight: [in, out], or `quantize_weight` of one, or `Adapted`, either with adapters;
         bias: [out].
       x: activations, or `quantize_activation` of them, which several layers may share.
       recipe: of this layer, see `Recipe.at`; None: `ops.linear`.

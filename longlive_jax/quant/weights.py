@@ -118,7 +118,9 @@ def specs_like(
     for path, parts in LINEARS.items():
         where = (*path.split("."), "weight")
         weight = found.get(where)
-        spec = plain = leaves.get(where)
+        if weight is None:
+            continue
+        spec = plain = leaves[where]
         base = weight.base if isinstance(weight, Adapted) else weight
         if isinstance(base, Quantized):
             if recipe is None:
@@ -129,8 +131,7 @@ def specs_like(
             spec = _quantized_spec(plain, recipe.at(path), dtype)
         if isinstance(weight, Adapted):
             spec = adapted.like(weight, spec, plain, parts)
-        if weight is not None:
-            leaves[where] = spec
+        leaves[where] = spec
     return params_lib.unflatten(leaves)
 
 

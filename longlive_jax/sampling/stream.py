@@ -21,7 +21,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import solvers, unipc
-from longlive_jax.models import dit
+from longlive_jax.models import dit, lora
 from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.sampling import kv_cache
@@ -230,12 +230,19 @@ class Sampler:
     Parameters are what `prepare` makes of those of `dit.spec`. Frames of the chunk and heads of the
     cache are sharded over `seq`, batch over `data` and `fsdp`. A state is donated to the functions
     that return another: use what comes back. `rollout` scans `chunk_step` over stacked inputs.
+
+    adapters: of those that parameters have beside them; None: there are none.
     """
 
-    def __init__(self, cfg: config_lib.Config, mesh: jax.sharding.Mesh):
-        self.cfg, self.mesh = cfg, mesh
+    def __init__(
+        self,
+        cfg: config_lib.Config,
+        mesh: jax.sharding.Mesh,
+        adapters: config_lib.LoRA | None = None,
+    ):
+        self.cfg, self.mesh, self.adapters = cfg, mesh, adapters
         recipe = recipe_lib.get(cfg.quant.recipe)
-        specs = dit.sampling_spec(cfg.model, recipe, cfg.compute_dtype)
+        specs = dit.sampling_spec(cfg.model, recipe, cfg.compute_dtype, adapters=adapters)
         self.param_shardings = params_lib.shardings(specs, mesh, mesh_lib.SAMPLING_RULES)
         param_specs = params_lib.partition_specs(specs, mesh_lib.SAMPLING_RULES)
         state, inputs, latents = state_specs(cfg), input_specs(cfg), _FRAMES
@@ -269,16 +276,24 @@ class Sampler:
         self.insert = compile(insert, (state, state, jax.P()), state, 0)
         self.take = compile(take, (state, jax.P()), state)
 
-    def prepare(self, params: params_lib.Tree) -> params_lib.Tree:
+    def prepare(
+        self, params: params_lib.Tree, adapters: params_lib.Tree | None = None
+    ) -> params_lib.Tree:
         """Parameters of `dit.spec`, in compute dtype, as the programs take them.
 
         Placed on the mesh, weights quantised by the config's recipe (or already so), layers apart.
+        With adapters, of `models.lora.specs`, if the sampler is for such.
         """
         specs, rules = dit.spec(self.cfg.model), mesh_lib.SAMPLING_RULES
         recipe, dtype = recipe_lib.get(self.cfg.quant.recipe), self.cfg.compute_dtype
         if not weights_lib.is_quantized(params):
             params = jax.device_put(params, params_lib.shardings(specs, self.mesh, rules))
             params = weights_lib.quantize_params(params, specs, recipe, self.mesh, rules, dtype)
+        if self.adapters is not None:
+            assert adapters is not None
+            places = params_lib.shardings(lora.specs(specs, self.adapters), self.mesh, rules)
+            placed = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), adapters), places)
+            params = lora.attach(params, placed, self.adapters.scale)
         return jax.jit(dit.layers, out_shardings=self.param_shardings)(params)
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:

@@ -10,6 +10,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import PATCH
 from longlive_jax.errors import InputError
+from longlive_jax.models import lora
 from longlive_jax.models.branch import Branch, Layer
 from longlive_jax.models.dit.block import BRANCHES
 from longlive_jax.models.dit.conditioning import BlockModulation
@@ -71,9 +72,16 @@ def sampling_spec(
     recipe: Recipe | None,
     dtype: jnp.dtype | None,
     branches: Branches | None = None,
+    adapters: config_lib.LoRA | None = None,
 ) -> params_lib.Tree:
-    """`spec` of the parameters of `denoise` and `commit`: layers apart, quantised by the recipe."""
-    specs = quantized_weights.quantize_specs(spec(cfg, branches), recipe, dtype)
+    """`spec` of the parameters of `denoise` and `commit`: layers apart, quantised by the recipe.
+
+    adapters: of those that are attached; None: there are none.
+    """
+    plain = spec(cfg, branches)
+    specs = quantized_weights.quantize_specs(plain, recipe, dtype)
+    if adapters is not None:
+        specs = lora.attach(specs, lora.specs(plain, adapters), adapters.scale)
     one = params_lib.layer_of(specs["blocks"])
     names = [names_at_layer(specs["blocks"], i) for i in range(cfg.num_layers)]
     return {**specs, "blocks": tuple({name: one[name] for name in own} for own in names)}

@@ -20,6 +20,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import peft
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import dit, lora
 from longlive_jax.quant import weights as weights_lib
@@ -31,7 +32,8 @@ from longlive_jax.training.objectives.rollout import CHUNKS, LATENTS, Clip, Draw
 from longlive_jax.training.optimizer import adamw
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
-DIT = "dit"  # the only part of each network, named as in a checkpoint
+# The only part of each network: whole, as in a checkpoint, or adapters.
+DIT, LORA = "dit", peft.PART
 BASE, NEGATIVE = "base", "negative"
 _FRAMES = jax.P(*CHUNKS, None)
 
@@ -87,7 +89,8 @@ class DMD(Objective):
             STUDENT: cfg.quant.recipe, TEACHER: d.teacher_recipe, CRITIC: d.critic_recipe
         }  # fmt: skip
         self.specs = dit.spec(cfg.model)
-        trained = {DIT: lora.specs(self.specs, d.lora) if d.lora.enabled else self.specs}
+        adapters = {LORA: lora.specs(self.specs, d.lora)} if d.lora.enabled else None
+        trained = adapters or {DIT: self.specs}
         self.networks = {
             STUDENT: Network(
                 trained, _optimizer(d, d.learning_rate), self._ema_decay, d.student_every
@@ -147,7 +150,7 @@ class DMD(Objective):
         weights = frozen[self.holds[name]][self.recipes[name]]
         if name == TEACHER:
             return weights
-        return lora.attach(weights, params[name][DIT], self.cfg.distill.lora.scale)
+        return lora.attach(weights, params[name][LORA], self.cfg.distill.lora.scale)
 
     # ---------------------------------------------------------------------------------------------
     # Before the loss, on global arrays and without gradient.
