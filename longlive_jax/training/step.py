@@ -144,7 +144,7 @@ class Step:
     def _batch(self, name, moment):
         """What `_accumulate` sums, of one batch."""
         inputs = self.objective.before(name, moment)
-        gradient, (loss, values), outputs = self._gradient(name, moment, inputs)
+        gradient, (loss, values), outputs = self.gradient(name, moment, inputs)
         carried, more = self.objective.after(name, moment, inputs, outputs)
         return carried, gradient, (loss, values | more)
 
@@ -166,8 +166,10 @@ class Step:
     # ---------------------------------------------------------------------------------------------
     # The loss and its gradient, on each device.
 
-    def _gradient(self, name, moment, inputs):
-        """Gradient, and (loss, metrics), summed over devices; the outputs as they lie."""
+    def gradient(self, name: str, moment: Moment, inputs: Any) -> tuple[Any, Any, Any]:
+        """Of a network's loss on the inputs of `Objective.before`: the gradient, and (loss,
+        metrics), summed over devices; the outputs as they lie.
+        """
         objective, specs = self.objective, self.objective.networks[name].specs
 
         def local(params, frozen, inputs, key):
