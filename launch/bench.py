@@ -15,7 +15,8 @@ from launch import command
 from longlive_jax.errors import InputError
 
 BENCHMARKS = (
-    "stream", "vae", "convolution", "attention", "train", "balance", "kernels", "quality",
+    "stream", "vae", "convolution", "attention", "train", "distill", "balance", "kernels",
+    "quality",
 )  # fmt: skip
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)

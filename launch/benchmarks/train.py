@@ -28,7 +28,7 @@ def run(cfg: config_lib.Config) -> dict:
 
     params = measure.random_params(objective.specs, mesh, jnp.float32, rules=mesh_lib.RULES)
     state = state_lib.init(objective, {MODEL: params})
-    batches = jax.tree.map(_random, objective.batch)
+    batches = jax.tree.map(random_batch, objective.batch)
     state, metrics = compiled(state, (), batches)
     first = float(metrics.networks[MODEL].loss)
     times = []
@@ -82,7 +82,8 @@ def _videos(cfg):
     return cfg.train.batch_size * cfg.train.accumulation
 
 
-def _random(x):
+def random_batch(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of a batch: noise, or True."""
     if x.dtype == jnp.bool_:
         return jax.device_put(np.ones(x.shape, bool), x.sharding)
     make = functools.partial(jax.random.normal, jax.random.key(0), x.shape, x.dtype)

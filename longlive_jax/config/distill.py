@@ -62,7 +62,7 @@ class Distill(Section):
     max_grad_norm: Positive = 10.0
     ema_decay: Decay = 0.99
     ema_start: Index = 200  # steps before the student's EMA begins
-    remat: Annotated[str, OneOf(REMAT)] = "output"  # what a block keeps for its gradient
+    remat: Annotated[str, OneOf(REMAT)] = "attention"  # what a block keeps for its gradient
     save_every: Count = 100
     keep_last: Count = 2
     keep_every: Index = 0
