@@ -1,6 +1,5 @@
 """The parts of a distillation step, each a program of its own, with draws that a test chooses."""
 
-import functools
 from typing import Any
 
 import jax
@@ -107,19 +106,6 @@ def scripts(goal: DMD, text: Any, cut: Any = None, first_frame: Any = None) -> S
 def place(goal: DMD, tree: params_lib.Tree) -> params_lib.Tree:
     """A whole transformer on the objective's mesh."""
     return jax.device_put(tree, params_lib.shardings(goal.specs, goal.mesh))
-
-
-def adapters(goal: DMD, seed: int, scale: float = 0.1) -> params_lib.Tree:
-    """Random adapters of a network, none of them zero."""
-    specs = goal.networks[CRITIC].specs
-    draw = np.random.default_rng(seed)
-    one = functools.partial(_drawn, draw, scale)
-    tree = jax.tree.map(one, specs, is_leaf=params_lib.is_spec)
-    return jax.device_put(tree, params_lib.shardings(specs, goal.mesh))
-
-
-def _drawn(draw, scale, spec):
-    return (scale * draw.standard_normal(spec.shape)).astype(np.float32)
 
 
 def error(a: Any, b: Any) -> float:
