@@ -8,6 +8,7 @@ That is the loss of the unrolled rollout with the memory of one training step, a
 quantises and recomputes is the autoregressive trainer's.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -166,7 +167,7 @@ class DMD(Objective):
         clip = rollout.roll_out(self.cfg, self.mesh, student, moment.batch, draws)
         frames = draws.length * self.cfg.model.chunk_frames
         frames -= int(self.cfg.video.image_to_video)
-        latents = clip.x[0, 0, 0].size * self.batch_size * self.accumulation
+        latents = math.prod(clip.x.shape[3:]) * self.batch_size * self.accumulation
         count = frames.astype(jnp.float32) * latents
         inputs = Inputs(clip, moment.batch.text, draws, count)
         return inputs if network == CRITIC else inputs.replace(g=self.scores(moment, inputs).g)
