@@ -27,12 +27,12 @@ def arrays(name: str) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files}
 
 
-def transformer_params(name: str = "dit_tiny") -> params_lib.Tree:
+def transformer_params(name: str = "dit_tiny", prefix: str = "weights/") -> params_lib.Tree:
     """The original's weights, through the importer's layout rules."""
     spec, file = dit.spec(MODEL), arrays(name)
     rows: dict = {}
     for w in layout.weights(spec):
-        rows.setdefault(w.path, []).append(w.from_torch([file[f"weights/{k}"] for k in w.keys]))
+        rows.setdefault(w.path, []).append(w.from_torch([file[prefix + k] for k in w.keys]))
     stacked = params_lib.flatten(spec)
     return params_lib.unflatten(
         {

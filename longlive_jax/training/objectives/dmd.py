@@ -8,6 +8,7 @@ That is the loss of the unrolled rollout with the memory of one training step, a
 quantises and recomputes is the autoregressive trainer's.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,8 +166,8 @@ class DMD(Objective):
         student = self.transformer(STUDENT, moment.params, moment.frozen)
         clip = rollout.roll_out(self.cfg, self.mesh, student, moment.batch, draws)
         frames = draws.length * self.cfg.model.chunk_frames
-        frames -= self.cfg.video.image_to_video
-        latents = clip.x[0, 0, 0].size * self.batch_size * self.accumulation
+        frames -= int(self.cfg.video.image_to_video)
+        latents = math.prod(clip.x.shape[3:]) * self.batch_size * self.accumulation
         count = frames.astype(jnp.float32) * latents
         inputs = Inputs(clip, moment.batch.text, draws, count)
         return inputs if network == CRITIC else inputs.replace(g=self.scores(moment, inputs).g)
@@ -223,12 +224,12 @@ class DMD(Objective):
         """bool [batch, chunk, frame], the frames that are the student's own."""
         clip = inputs.clip
         positions, chunk = self._positions(clip), self._chunk(clip)
-        graded = jnp.broadcast_to((chunk < inputs.draws.length)[:, None], positions.shape)
+        graded = jnp.broadcast_to((chunk < inputs.draws.length)[None, :, None], positions.shape)
         return graded & (positions > 0) if self.cfg.video.image_to_video else graded
 
     def _positions(self, clip):
         frames = jnp.arange(clip.x.shape[2], dtype=jnp.int32)
-        return clip.position[..., None] + frames
+        return clip.position[..., None] + frames[None, None]
 
     def _chunk(self, clip):
         """int32 [chunk], numbers of this device's chunks."""
