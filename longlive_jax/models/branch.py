@@ -7,7 +7,7 @@ puts it among a block's branches; the block itself does not change.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from flax import struct
@@ -60,6 +60,9 @@ class Attention(NamedTuple):
     teacher_forcing, block_causal: (q, k, v, sharding) -> out, in training.
     windowed: (q, k, v, sharding, visible) -> out: teacher forcing of videos longer than the
       window, `visible` as `ops.windowed` takes it.
+    over_past: (q, k, v, sharding, past, visible) -> out, (k, v), of one copy of the video, as
+      `ops.windowed.over_past`; past is what the clean copy's call returned, None in that call.
+      None: in teacher forcing without gradient to the past both copies are computed together.
     streaming: (q, k, v, sharding, past) -> out, of one chunk; `past(q, k, v)` is the `attend` of
       the branch's cache, and in the clean pass its `write` too.
     """
@@ -68,6 +71,7 @@ class Attention(NamedTuple):
     block_causal: Callable[..., jax.Array]
     windowed: Callable[..., jax.Array]
     streaming: Callable[..., jax.Array]
+    over_past: Callable[..., tuple[jax.Array, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from longlive_jax import params as params_lib
 from longlive_jax.models.branch import Attention, Branch, Hidden, Layer
 from longlive_jax.models.dit.conditioning import BlockModulation, block_modulation
-from longlive_jax.ops import teacher_forcing
+from longlive_jax.ops import teacher_forcing, windowed
 from longlive_jax.ops.attention import attention
 from longlive_jax.ops.norm import rms_norm, rms_norm_of
 from longlive_jax.ops.rotated import norm_rotate
-from longlive_jax.ops.windowed import windowed_teacher_forcing
 from longlive_jax.params import ParamSpec
 
 
@@ -120,6 +119,13 @@ def over_chunks(attend):
     return around
 
 
+def _over_past(q, k, v, sharding, past, visible):
+    """One copy's chunks, sharded over seq, over the clean copy's."""
+    q, k, v = (sharding.to_heads(y) for y in (q, k, v))
+    out = windowed.over_past(q, k, v, past or (k, v), visible)
+    return sharding.to_tokens(out), (k, v)
+
+
 def _over_frames(q, k, v, sharding, past):
     """`past` on all tokens [batch, token, head / n, head_dim], from frames sharded over seq."""
     sent = (sharding.to_heads(y[:, 0]) for y in (q, k, v))
@@ -169,7 +175,8 @@ SELF_ATTENTION = Branch(
     attention=Attention(
         teacher_forcing=over_chunks(teacher_forcing.teacher_forcing),
         block_causal=over_chunks(teacher_forcing.block_causal),
-        windowed=over_chunks(windowed_teacher_forcing),
+        windowed=over_chunks(windowed.windowed_teacher_forcing),
+        over_past=_over_past,
         streaming=_over_frames,
     ),
 )

@@ -52,7 +52,8 @@ def teacher_forcing(
         params, cfg, latents, timesteps, positions, text, mode="teacher_forcing", past=past,
         **settings,
     )  # fmt: skip
-    return patches.head(p, cfg, x[:, :, 1], e[:, :, 1], patches.grid(noisy))
+    x = x[:, :, 1] if isinstance(x, jax.Array) else x[1]
+    return patches.head(p, cfg, x, e[:, :, 1], patches.grid(noisy))
 
 
 class PastView(NamedTuple):
@@ -96,6 +97,7 @@ def block_causal(
     x, e, p = _forward(
         params, cfg, latents, timesteps, positions, text, mode="block_causal", **settings
     )
+    assert isinstance(x, jax.Array)
     return patches.head(p, cfg, x, e, patches.grid(latents))
 
 
@@ -103,7 +105,9 @@ def _forward(
     params, cfg, latents, timesteps, positions, text, *, mode, past=None, inserted=None,
     branches=None, sharding=Sharding(), precision=Precision(), remat="qkv", key=None,
 ):  # fmt: skip
-    """Tokens after the last block and time vectors, both of all copies; the head's parameters."""
+    """Tokens after the last block, of all copies or a pair of (clean, noisy); time vectors of all
+    copies; the head's parameters.
+    """
     net = Network(cfg, sharding, precision, branches or branches_of(cfg))
     params = net.gather_globals(params)
     x, e, given = patches.embed(params, cfg, latents, timesteps, positions, inserted)
@@ -124,7 +128,18 @@ def _forward(
         p = net.gather_block(p)
         own = net.layer(given, attend, None if key is None else _fold_in(key, number))
         with_text = given.replace(text=text_keys_values(p, text, own))
-        return block(p, x, dataclasses.replace(own, given=with_text), branches), None
+        own = dataclasses.replace(own, given=with_text)
+        if apart:
+            return _clean_then_noisy(net, p, x, own, branches, visible), None
+        return block(p, x, own, branches), None
+
+    # Without gradient to the past the clean copy is a forward alone: half the backward, and none
+    # of its activations is kept but the blocks' inputs.
+    apart = past is not None and past.detached and inserted is None
+    apart = apart and all(b.attention is None or b.attention.over_past for b in net.branches)
+    visible = None if past is None else past.visible
+    if apart:
+        x = tuple(x[:, :, i] for i in (0, 1))
 
     # Parameters are gathered inside, so that a layer's whole weights are not kept either. The scan
     # stops the compiler from undoing this.
@@ -138,6 +153,31 @@ def _forward(
         numbered = jnp.arange(start, stop), rows(params["blocks"], start, stop)
         x, _ = jax.lax.scan(each, x, numbered)
     return x, e, params["head"]
+
+
+def _clean_then_noisy(net, p, copies, layer, branches, visible):
+    """One block of both copies (clean, noisy), with no gradient through the clean one."""
+    past = {}
+
+    def attend_clean(name, q, k, v):
+        attention = net.branch(name).attention
+        out, past[name] = attention.over_past(q, k, v, net.sharding, None, visible)
+        return out
+
+    def attend_noisy(name, q, k, v):
+        attention = net.branch(name).attention
+        return attention.over_past(q, k, v, net.sharding, past[name], visible)[0]
+
+    frozen, clean, given = jax.lax.stop_gradient((p, copies[0], _copy(layer.given, 0)))
+    own = dataclasses.replace(layer, given=given, attend=attend_clean)
+    clean = block(frozen, clean, own, branches)
+    own = dataclasses.replace(layer, given=_copy(layer.given, 1), attend=attend_noisy)
+    return jax.lax.stop_gradient(clean), block(p, copies[1], own, branches)
+
+
+def _copy(given, number):
+    """The conditioning of one copy: its own time, and the shared angles without a copy axis."""
+    return given.replace(time=given.time[:, :, number], angle=given.angle[:, :, 0])
 
 
 def _fold_in(keys, number):

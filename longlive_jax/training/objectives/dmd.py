@@ -259,7 +259,8 @@ class DMD(Objective):
         """Of the student 1/2 mean((x0 - stop_gradient(x0 - g))^2); of the critic the flow's error.
 
         Both are means over the step's latents that are the student's own. Metrics of the student:
-        "g", mean |g|; "rollout_difference", largest |graded x0 - the rollout's|.
+        "g", mean |g|; "rollout_difference", largest |graded x0 - the rollout's| over the largest
+        |x0|: whether the sampler and the trainer are the same model.
         """
         tree = self.transformer(network, params, frozen)
         mask = self._graded(inputs)[..., None, None, None].astype(jnp.float32)
@@ -272,11 +273,13 @@ class DMD(Objective):
         x0 = self.student_x0(tree, inputs)
         target = jax.lax.stop_gradient(x0 - inputs.g)
         loss = 0.5 * jnp.sum(mask * (x0 - target) ** 2) / inputs.count
-        difference = jax.lax.stop_gradient(jnp.abs(mask * (x0 - inputs.clip.x0)))
-        most = jax.lax.pmax(jnp.max(difference), mesh_lib.AXES) / self.mesh.size
+        found = jax.lax.stop_gradient(jnp.stack([mask * (x0 - inputs.clip.x0), mask * x0]))
+        most = jnp.max(jnp.abs(found), axis=range(1, found.ndim))
+        most, largest = jax.lax.pmax(most, mesh_lib.AXES)
         return loss, {
-            "g": jnp.sum(mask * jnp.abs(inputs.g)) / inputs.count, "rollout_difference": most
-        }  # fmt: skip
+            "g": jnp.sum(mask * jnp.abs(inputs.g)) / inputs.count,
+            "rollout_difference": most / largest / self.mesh.size,  # summed over devices
+        }
 
     def student_x0(self, tree: params_lib.Tree, inputs: Inputs) -> jax.Array:
         """The rollout's x0 of all chunks again, by one forward, float32.
