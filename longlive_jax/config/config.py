@@ -36,7 +36,7 @@ class Config(Section):
     train: Train = Train()
     train_vae: TrainVAE = TrainVAE()
     distill: Distill = Distill()
-    objective: Annotated[str, OneOf(("teacher_forcing", "dmd"))] = "teacher_forcing"
+    objective: Annotated[str, OneOf(("teacher_forcing", "dmd", "consistency"))] = "teacher_forcing"
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "bfloat16"
 
     @property

@@ -51,6 +51,7 @@ class Distill(Section):
     guidance: Annotated[float, Range(0, 1000)] = 3.0
     least_timestep: Annotated[float, Range(1, TIMESTEPS - 1)] = 20.0  # of the two scores
     most_timestep: Annotated[float, Range(1, TIMESTEPS - 1)] = 980.0
+    consistency_levels: Annotated[int, Range(2, TIMESTEPS)] = 50  # of objective="consistency"
     teacher_recipe: Annotated[str, OneOf(RECIPES)] = "bf16"
     critic_recipe: Annotated[str, OneOf(RECIPES)] = "bf16"
     learning_rate: Positive = 1e-5

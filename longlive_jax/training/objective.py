@@ -40,6 +40,7 @@ class Moment:
 
     step: int32, steps done. key: the step's, the same for all its networks and batches.
     params: parameters of all networks before the step, by name.
+    ema: their moving averages, or None.
     over_step: `Objective.over_step` of all the step's batches. batch: one of them.
     rows: int32 [batch], numbers of the batch's samples within the step.
     """
@@ -52,6 +53,7 @@ class Moment:
     over_step: Tree
     batch: Tree = None
     rows: jax.Array | None = None
+    ema: Mapping[str, params_lib.Tree | None] = dataclasses.field(default_factory=dict)
 
 
 class Cost(NamedTuple):

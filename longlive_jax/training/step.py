@@ -104,6 +104,7 @@ class Step:
             frozen=frozen,
             carried=state.carried,
             over_step=objective.over_step(batches),
+            ema={name: network.ema for name, network in state.networks.items()},
         )
         networks, metrics, good = dict(state.networks), {}, jnp.bool_(True)
         for name in due:
