@@ -188,6 +188,7 @@ class WholeCritic(DMD):
         return frozen[CRITIC] if name == CRITIC else super().transformer(name, params, frozen)
 
 
+@pytest.mark.slow
 def test_adapters_over_a_base_that_is_held_once(golden):
     """Loss, and gradients by PEFT's names."""
     case = Case(golden, "lora_dmd")

@@ -181,6 +181,7 @@ def check(cfg, exits):
     return own
 
 
+@pytest.mark.slow  # test_dmd_run.py has such a rollout, test_dmd_golden.py such a gradient
 def test_longer_than_the_window_with_sinks_cut_and_offset():
     """Whole networks, gradient stopped at the cache, an exit for all chunks and one for each."""
     cfg = tiny_distill.config(lora=tiny_distill.WHOLE, **LONG)
@@ -189,6 +190,7 @@ def test_longer_than_the_window_with_sinks_cut_and_offset():
     check(cfg, [1, [0, 1, 1, 0, 1, 0]])
 
 
+@pytest.mark.slow
 def test_gradient_through_the_cache_full_context_and_renoising():
     cfg = tiny_distill.config(
         gradient="through", context="final", exit="chunk", latent_frames=12,

@@ -27,13 +27,14 @@ from tests.training.dmd_parts import error
 
 MESH = lib.Mesh(data=2, fsdp=2, seq=2)
 STEPS = 6
-# Lengths of 2 to 4 chunks. With a first moment, the optimiser's state has the gradient.
+# Lengths of 4 to 6 chunks, of which 4 are visible together. With a first moment, the optimiser's
+# state has the gradient.
 CONFIG = tiny_distill.config(
-    accumulation=2, least_frames=8, beta1=0.9, max_grad_norm=1e6, steps=STEPS, save_every=1,
+    accumulation=2, latent_frames=24, least_frames=16, beta1=0.9, max_grad_norm=1e6, steps=STEPS, save_every=1,
     keep_last=STEPS,
 )  # fmt: skip
 # A length that is not the whole, and a step of the student that is not the first.
-LENGTH, EXIT = 3, 1
+LENGTH, EXIT = 5, 1
 
 
 # ---------------------------------------------------------------------------------------------
