@@ -31,7 +31,23 @@ flags.DEFINE_string(
 
 
 def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> DMD:
-    """The objective, from the config and the flags alone."""
+    """The objective, from the config and the flags alone.
+
+    Raises:
+      InputError: flags that the config has no use for.
+    """
+    d = cfg.distill
+    if FLAGS.start and not d.lora.enabled:
+        raise InputError(
+            f"--start={FLAGS.start}: adapters, but distill.lora.enabled=False trains whole "
+            "networks, which begin as --checkpoint; leave --start out, or train adapters"
+        )
+    if d.eval_every and d.lora.enabled and "bf16" not in _recipes(cfg):
+        raise InputError(
+            f"config: distill.eval_every={d.eval_every} merges adapters into plain weights, and "
+            "all networks are held quantised; set it to 0, or one of quant.recipe, "
+            "distill.teacher_recipe and distill.critic_recipe to 'bf16'"
+        )
     return DMD(cfg, mesh, teacher=bool(FLAGS.teacher))
 
 
@@ -55,6 +71,9 @@ def run(
     teacher = FLAGS.teacher and os.path.abspath(FLAGS.teacher)
     settings = dmd.settings(cfg, identity, teacher)
     others = networks.directory(checkpoint_path)
+    started = functools.cache(functools.partial(_started, goal, FLAGS.start))
+    if not workdir.is_run(root):
+        started()  # what does not fit is refused before anything is loaded
     with checkpoint.acquire(root, settings, STUDENT, others):
         # Each process has prompts of its own.
         here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
@@ -67,11 +86,17 @@ def run(
             batches=functools.partial(
                 scripts.Prefetcher, cfg, mesh, source, encoder, root / "failures.jsonl"
             ),
-            params=functools.partial(_initial, goal, checkpoint_path),
+            params=functools.partial(_initial, goal, checkpoint_path, started),
             frozen=frozen,
             evaluate=prompts and _evaluator(goal, evaluating, root, prompts, frozen),
         )
         return loop.run(goal, Plan.of(cfg.distill), root, inputs, show)[1]
+
+
+def _recipes(cfg):
+    """Recipes of the networks whose weights are the base's."""
+    own = () if FLAGS.teacher else (cfg.distill.teacher_recipe,)
+    return cfg.quant.recipe, cfg.distill.critic_recipe, *own
 
 
 def _frozen(goal, path) -> dict[str, params_lib.Tree]:
@@ -82,10 +107,14 @@ def _frozen(goal, path) -> dict[str, params_lib.Tree]:
     return {name: load(place) for name, place in places.items() if name in goal.frozen}
 
 
-def _initial(goal, path) -> Mapping[str, params_lib.Tree]:
+def _initial(goal, path, started) -> Mapping[str, params_lib.Tree]:
     """Of student and critic: the checkpoint's weights; or adapters, new ones or of --start."""
     if goal.cfg.distill.lora.enabled:
-        return _started(goal, FLAGS.start) if FLAGS.start else goal.init_params()
+        params = goal.init_params()
+        for name, tree in started().items():
+            where = params_lib.shardings(goal.networks[name].specs, goal.mesh)
+            params[name] = jax.device_put({LORA: tree}, where)
+        return params
     load = functools.partial(
         networks.load, path, DIT, goal.cfg, goal.mesh, dtype=jnp.float32, rules=mesh_lib.RULES
     )
@@ -93,17 +122,13 @@ def _initial(goal, path) -> Mapping[str, params_lib.Tree]:
 
 
 def _started(goal, source) -> Mapping[str, params_lib.Tree]:
-    """Adapters of a run, its critic's too, or of a file; from a file the critic's are new."""
-    settings, params = goal.cfg.distill.lora, goal.init_params()
-    for name in (STUDENT, CRITIC) if workdir.is_run(source) else (STUDENT,):
-        network = goal.networks[name]
-        if workdir.is_run(source):
-            tree = peft.of_run(source, network.specs[LORA], settings, name)
-        else:
-            tree = peft.from_file(source, network.specs[LORA], settings)
-        where = params_lib.shardings(network.specs, goal.mesh)
-        params[name] = jax.device_put({LORA: tree}, where)
-    return params
+    """Adapters of a run, its critic's too, or of a file, on the host; those it lacks are new."""
+    if not source:
+        return {}
+    settings, specs = goal.cfg.distill.lora, goal.networks[STUDENT].specs[LORA]
+    if not workdir.is_run(source):
+        return {STUDENT: peft.from_file(source, specs, settings)}
+    return {name: peft.of_run(source, specs, settings, name) for name in (STUDENT, CRITIC)}
 
 
 def _evaluating(cfg: config_lib.Config) -> config_lib.Config:
@@ -123,12 +148,6 @@ def _evaluator(goal, cfg, root, prompts, frozen):
     settings = goal.cfg.distill.lora
     if not settings.enabled:
         return lambda step, state: make(step, state[STUDENT].ema)
-    if "bf16" not in frozen[BASE]:
-        raise InputError(
-            f"config: distill.eval_every={goal.cfg.distill.eval_every} merges adapters into plain "
-            "weights, and all networks are held quantised; set it to 0, or one of quant.recipe, "
-            "distill.teacher_recipe and distill.critic_recipe to 'bf16'"
-        )
     merge = jax.jit(functools.partial(lora.merge, scale=settings.scale))
     return lambda step, state: make(
         step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema[LORA])}

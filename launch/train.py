@@ -74,6 +74,12 @@ def main() -> None:
 def _train() -> None:
     cfg = command.config()
     distils = cfg.objective == "dmd"
+    for name in () if distils else ("start", "teacher"):
+        if FLAGS[name].value:
+            raise InputError(
+                f"--{name}={FLAGS[name].value}: is for distillation; leave it out, or give a "
+                "config with objective='dmd'"
+            )
     (config_lib.validate_distillation if distils else config_lib.validate_training)(cfg)
     mesh_lib.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     mesh = mesh_lib.make_mesh(cfg.mesh)

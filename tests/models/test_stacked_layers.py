@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from longlive_jax import config as lib
 from longlive_jax.models import dit, lora
@@ -24,6 +25,7 @@ def passes(params, x, timesteps, positions, text, past):
     return velocity, after.cache.k, after.cache.v
 
 
+@pytest.mark.slow  # tests/training has rollouts of stacks against the original
 def test_denoise_and_commit_of_stacked_layers():
     """With adapters beside the weights too."""
     cfg, draw = test_stream.make_config(), np.random.default_rng(0)

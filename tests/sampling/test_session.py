@@ -108,6 +108,26 @@ def test_a_replay_is_the_same_to_the_bit():
     equal(chunks, session.replay())
 
 
+def test_a_replay_by_the_solver_that_renoises(tmp_path):
+    """New noise is a function of seed, sample, chunk and step; a saved stream goes on with it."""
+    cfg = test_stream.make_config(solver="x0_renoise")
+    session = begin(cfg, decodes=False, samples=(0, 7))
+    session.prompt(["a boat", "a boat"])
+    chunks = [session.step() for _ in range(2)]
+    equal(chunks, session.replay())
+    session.save(tmp_path / "s")
+    again = Session.restore(engine_of(cfg, False), None, tmp_path / "s")
+    (ours,), (theirs,) = [session.step()], [again.step()]
+    equal([ours], [theirs])
+    one = begin(cfg, decodes=False, samples=(7,))
+    one.prompt("a boat")
+    test_stream.close(one.step().latents[0], chunks[0].latents[1])
+    assert np.abs(chunks[0].latents[0] - chunks[0].latents[1]).max() > 0.1
+    unipc = engine_of(test_stream.make_config(), False)
+    with pytest.raises(InputError, match=r"with sample\.solver='?x0_renoise'?, now it is '?unipc"):
+        Session.restore(unipc, None, tmp_path / "s")
+
+
 def test_a_stream_by_whole_chunks_is_the_same():
     cfg = test_stream.make_config(recache=True, vae_latents_per_call=8)
     equal(made()[1], direct(begin(cfg, whole=True)))

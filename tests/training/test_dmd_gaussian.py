@@ -11,7 +11,7 @@ import pytest
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.params import ParamSpec, normal, ones
-from longlive_jax.training import state
+from longlive_jax.training import loop, state
 from longlive_jax.training.objective import Moment, Network
 from longlive_jax.training.objectives import rollout
 from longlive_jax.training.objectives.dmd import CRITIC, DMD, NEGATIVE, STUDENT, TEACHER, Inputs
@@ -75,13 +75,17 @@ class Gaussians(DMD):
         return scale * noise + shift
 
 
-@pytest.fixture(scope="module")
-def toy():
+def objective(**overrides):
     cfg = tiny_distill.config(
-        batch_size=8, student_every=2, learning_rate=0.02, critic_learning_rate=0.05,
-        critic_recipe="bf16", beta1=0.0, beta2=0.9,
+        batch_size=8, learning_rate=0.02, critic_learning_rate=0.05, beta1=0.0, beta2=0.9,
+        **{"student_every": 2} | overrides,
     )  # fmt: skip
     return Gaussians(cfg, mesh_lib.make_mesh(cfg.mesh))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return objective()
 
 
 def frozen(toy):
@@ -133,3 +137,14 @@ def test_g_leads_to_the_data_where_the_critic_is_right(toy, shift):
         away, there = np.asarray(g(shift, DEVIATION)), np.asarray(g(MEAN, DEVIATION))
     assert np.all(away * (shift - MEAN) > 0)
     assert np.abs(there).max() < 1e-3
+
+
+def test_a_run_goes_on_with_the_same_bits_from_every_residue(monkeypatch, tmp_path):
+    """Weights, averages, both optimisers and draws; test_dmd_run.py has whole networks."""
+    own = objective(steps=6, save_every=1, keep_last=6, student_every=5)
+    inputs = loop.Inputs(
+        batches=lambda steps: ((tiny_distill.batches(own, i), None) for i in steps),
+        frozen=frozen(own),
+    )
+    step = tiny_distill.CompiledOnce(own)
+    tiny_distill.check_resume(step, inputs, tmp_path, monkeypatch)

@@ -120,6 +120,7 @@ def check(case, golden, cfg):
         assert error(inputs.clip.x, case["exit_x"]) <= 1e-5
     assert error(inputs.clip.x0, case["exit_x0"]) <= 1e-5
     np.testing.assert_array_equal(inputs.clip.final, inputs.clip.x0)
+    assert float(inputs.count) == case["exit_x0"].size - case.meta.get("i2v", False) * 4 * 4 * 6
     scores = own.scores(inputs)
     for name in ("fake_x0", "real_cond_x0", "real_uncond_x0"):
         if name in case:
@@ -144,11 +145,15 @@ def check_critic(case, own, inputs):
     check_gradient(in_torch(own.goal, gradient), case.gradients("critic_grad"))
 
 
-def test_a_step_and_a_rollout_with_a_cut(golden):
+@pytest.mark.slow  # test_dmd_gaussian.py has the critic's loss
+def test_the_critic(golden):
     case = Case(golden, "t2v4_clean")
-    own, inputs = check(case, golden, config(case.meta))
-    check_critic(case, own, inputs)
+    check_critic(case, *check(case, golden, config(case.meta)))
 
+
+def test_the_student_and_a_rollout_with_a_cut(golden):
+    case = Case(golden, "t2v4_clean")
+    own, _ = check(case, golden, config(case.meta))
     cut = Case(golden, "roll_cut")
     meta, sample = cut.meta, own.goal.cfg.sample
     assert (meta["sink"], meta["rope_offset"]) == (sample.sink_frames, sample.rope_offset)
@@ -188,6 +193,7 @@ class WholeCritic(DMD):
         return frozen[CRITIC] if name == CRITIC else super().transformer(name, params, frozen)
 
 
+@pytest.mark.slow
 def test_adapters_over_a_base_that_is_held_once(golden):
     """Loss, and gradients by PEFT's names."""
     case = Case(golden, "lora_dmd")

@@ -147,7 +147,7 @@ class Oracle:
         return *result[:2], x
 
 
-def drawn(own, exit_step, seed=0):
+def drawn(own, exit_step, seed=0, length=None):
     cfg = own.goal.cfg
     chunks, m = cfg.distill.latent_frames // cfg.model.chunk_frames, cfg.model
     shape = (2, chunks, m.chunk_frames, 4, 4, m.in_dim)
@@ -156,31 +156,44 @@ def drawn(own, exit_step, seed=0):
     renoise = None
     if cfg.sample.solver == "x0_renoise":
         renoise = draw.standard_normal((cfg.sample.steps, *shape)).astype(np.float32)
-    draws = dmd_parts.draws(cfg, own.goal.mesh, noise, eps, [[3], [700]], exit_step, None, renoise)
+    draws = dmd_parts.draws(
+        cfg, own.goal.mesh, noise, eps, [[3], [700]], exit_step, length, renoise
+    )
     text = draw.standard_normal((2, chunks, m.text_len, m.text_dim)).astype(np.float32)
     return dmd_parts.scripts(own.goal, text, CUTS[:, :chunks]), draws, jnp.asarray(g)
 
 
-def check(cfg, exits):
+def shorter(x, chunks):
+    """Of a rollout's arrays [batch, chunk, ...], its first chunks."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[:, :chunks]), x)
+
+
+def check(cfg, exits, length=None):
     own = dmd_parts.Parts(*tiny_distill.begin(cfg))
     for seed, exit_step in enumerate(exits):
-        scripts, draws, g = drawn(own, exit_step, seed)
+        scripts, draws, g = drawn(own, exit_step, seed, length)
         inputs = own.roll(scripts, draws)
         like = inputs.clip.x.sharding
         gradient, loss, values = own.gradient(STUDENT, inputs.replace(g=jax.device_put(g, like)))
+        clip = inputs.clip
+        if length is not None:  # the rest is not there, for the oracle
+            scripts, clip, g = (shorter(x, length) for x in (scripts, clip, g))
+            own_noise = draws.replace(noise=shorter(draws.noise, length))
+            draws = own_noise.replace(exit_step=draws.exit_step[:length])
         oracle = Oracle(own, scripts, draws, g)
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), own.params[STUDENT])
         (value, (x, x0)), expected = jax.value_and_grad(oracle.loss, has_aux=True)(params)
-        assert error(inputs.clip.x, x) <= 1e-5
-        assert error(inputs.clip.x0, x0) <= 1e-5
+        assert error(clip.x, x) <= 1e-5
+        assert error(clip.x0, x0) <= 1e-5
         assert values["rollout_difference"] <= 1e-5 * float(jnp.abs(x0).max())
         np.testing.assert_allclose(loss, value, rtol=1e-5)
-        np.testing.assert_array_equal(inputs.clip.position, oracle.positions)
+        np.testing.assert_array_equal(clip.position, oracle.positions)
         pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True))
         assert max(error(a, b) for a, b in pairs) <= 1e-5
     return own
 
 
+@pytest.mark.slow  # test_dmd_run.py has such a rollout, test_dmd_golden.py such a gradient
 def test_longer_than_the_window_with_sinks_cut_and_offset():
     """Whole networks, gradient stopped at the cache, an exit for all chunks and one for each."""
     cfg = tiny_distill.config(lora=tiny_distill.WHOLE, **LONG)
@@ -189,12 +202,20 @@ def test_longer_than_the_window_with_sinks_cut_and_offset():
     check(cfg, [1, [0, 1, 1, 0, 1, 0]])
 
 
+@pytest.mark.slow
 def test_gradient_through_the_cache_full_context_and_renoising():
     cfg = tiny_distill.config(
         gradient="through", context="final", exit="chunk", latent_frames=12,
         sample=dict(solver="x0_renoise", steps=3),
     )  # fmt: skip
     check(cfg, [[1, 0, 2]])
+
+
+@pytest.mark.slow
+def test_a_shorter_rollout_is_one_of_fewer_chunks():
+    """Its loss is a mean over its own latents; what is behind it has no gradient."""
+    check(tiny_distill.config(least_frames=4, **LONG), [1], length=5)
+    check(tiny_distill.config(least_frames=4), [1], length=2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,11 @@ import numpy as np
 from longlive_jax import config as lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.training import checkpoint, loop
+from longlive_jax.training.objectives import dmd
 from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, LORA, STUDENT, TEACHER
+from longlive_jax.training.plan import Plan
+from longlive_jax.training.step import Step
 from tests.training import dmd_parts
 from tests.training.tiny import MODEL
 
@@ -96,3 +103,49 @@ def batches(goal: DMD, seed: int = 0):
         return jax.device_put(x, like.sharding)
 
     return jax.tree.map(one, goal.batch)
+
+
+class CompiledOnce(Step):
+    """A step whose programs are compiled when they are first needed, and once.
+
+    Beside those of a run it has the program of a step of the student alone.
+    """
+
+    def __init__(self, goal: DMD):
+        super().__init__(goal)
+        self.programs[STUDENT,] = jax.jit(functools.partial(self._step, (STUDENT,)))
+        self.compiled = functools.cache(lambda due: self.lower(due).compile())
+
+
+def check_resume(step: CompiledOnce, inputs: loop.Inputs, root: pathlib.Path, monkeypatch):
+    """A run, and ones that go on from each of its states, as after kill -9: states after the kth
+    step are not there, lines of the log are. All must end with the same bits. Gives the log.
+    """
+    goal = step.objective
+    assert isinstance(goal, DMD)
+    used = {due: step.compiled(due) for due in map(step.due, range(goal.cfg.distill.steps))}
+    monkeypatch.setattr(loop, "Step", lambda goal: step)
+    monkeypatch.setattr(loop, "_compile", lambda step, due, show: used.get(due))
+    end, log = _train(goal, inputs, root / "whole")
+    count, every = goal.cfg.distill.steps, goal.cfg.distill.student_every
+    assert [f"{STUDENT}_loss" in line for line in log] == [i % every == 0 for i in range(count)]
+    assert int(end.step) == count and int(end.bad[0]) == 0
+    assert {k % every for k in range(1, count)} == set(range(every))
+    for k in range(1, count):
+        copy = shutil.copytree(root / "whole", root / str(k))
+        for later in range(k + 1, count + 1):
+            shutil.rmtree(copy / "checkpoints" / str(later))
+        again, log_again = _train(goal, inputs, copy)
+        jax.tree.map(np.testing.assert_array_equal, again, end)
+        assert log_again == log
+    return log
+
+
+def _train(goal, inputs, root):
+    plan = Plan.of(goal.cfg.distill)
+    with checkpoint.acquire(root, dmd.settings(goal.cfg, "random scripts", None), STUDENT):
+        end, done = loop.run(goal, plan, root, inputs, lambda text: None)
+    assert done == loop.Done(plan.steps, stopped=False)
+    timed = ("seconds", "tokens_per_second", "tflops_per_device", "data_wait", "goodput", "mfu")
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    return jax.device_get(end), [{k: v for k, v in x.items() if k not in timed} for x in lines]
