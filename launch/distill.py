@@ -1,4 +1,4 @@
-"""What `launch.train` does when the config's objective is "dmd": distillation to few steps."""
+"""What `launch.train` does when the config's objective is "dmd" or "consistency": distillation."""
 
 import dataclasses
 import functools
@@ -18,10 +18,13 @@ from longlive_jax.errors import InputError
 from longlive_jax.models import lora
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
-from longlive_jax.training import checkpoint, evaluate, loop, scripts
-from longlive_jax.training.objectives import dmd
+from longlive_jax.training import checkpoint, evaluate, feed, loop, scripts
+from longlive_jax.training.objectives import dmd, teacher_forcing
+from longlive_jax.training.objectives.consistency import Consistency
 from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, LORA, STUDENT, TEACHER
 from longlive_jax.training.plan import Plan
+
+Goal = DMD | Consistency
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("start", None, "Distillation: adapters to begin with, a run's or of a file.")
@@ -30,7 +33,7 @@ flags.DEFINE_string(
 )
 
 
-def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> DMD:
+def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Goal:
     """The objective, from the config and the flags alone.
 
     Raises:
@@ -48,11 +51,12 @@ def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> DMD:
             "all networks are held quantised; set it to 0, or one of quant.recipe, "
             "distill.teacher_recipe and distill.critic_recipe to 'bf16'"
         )
-    return DMD(cfg, mesh, teacher=bool(FLAGS.teacher))
+    kind = Consistency if cfg.objective == "consistency" else DMD
+    return kind(cfg, mesh, teacher=bool(FLAGS.teacher))
 
 
 def run(
-    goal: DMD, checkpoint_path: str | None, root: pathlib.Path, show: Callable[[str], None]
+    goal: Goal, checkpoint_path: str | None, root: pathlib.Path, show: Callable[[str], None]
 ) -> loop.Done:
     """Trains to the last step, in the folder `root`.
 
@@ -60,7 +64,8 @@ def run(
       InputError: bad data, a checkpoint that does not fit, a folder of another run.
     """
     cfg, mesh = goal.cfg, goal.mesh
-    source, identity = scripts.open_source(cfg)
+    learns = isinstance(goal, Consistency)  # from videos, and not from its own
+    source, identity = (feed if learns else scripts).open_source(cfg)
     evaluating = _evaluating(cfg)
     prompts = evaluate.read_prompts(evaluating, mesh) if cfg.distill.eval_every else None
     for path in filter(None, (checkpoint_path, FLAGS.teacher)):
@@ -70,6 +75,12 @@ def run(
     tokenizer = networks.read_tokenizer(checkpoint_path, cfg)
     teacher = FLAGS.teacher and os.path.abspath(FLAGS.teacher)
     settings = dmd.settings(cfg, identity, teacher)
+    if learns:
+        settings |= teacher_forcing.settings(cfg, identity)
+        settings["distill.consistency_levels"] = cfg.distill.consistency_levels
+        vae = networks.ENCODER if not cfg.data.cached else ()
+        if vae:
+            networks.check(checkpoint_path, "vae", cfg, vae)
     others = networks.directory(checkpoint_path)
     started = functools.cache(functools.partial(_started, goal, FLAGS.start))
     if not workdir.is_run(root):
@@ -82,10 +93,12 @@ def run(
         frozen = goal.freeze(_frozen(goal, checkpoint_path), negative)
         if cfg.data.cached:
             encoder = None
+        reads, failures = scripts.Prefetcher, root / "failures.jsonl"
+        if learns:
+            own = networks.load(checkpoint_path, "vae", cfg, mesh, vae) if vae else None
+            reads, encoder = feed.Prefetcher, feed.Encoders(own, encoder)
         inputs = loop.Inputs(
-            batches=functools.partial(
-                scripts.Prefetcher, cfg, mesh, source, encoder, root / "failures.jsonl"
-            ),
+            batches=functools.partial(reads, cfg, mesh, source, encoder, failures),
             params=functools.partial(_initial, goal, checkpoint_path, started),
             frozen=frozen,
             evaluate=prompts and _evaluator(goal, evaluating, root, prompts, frozen),
@@ -118,17 +131,22 @@ def _initial(goal, path, started) -> Mapping[str, params_lib.Tree]:
     load = functools.partial(
         networks.load, path, DIT, goal.cfg, goal.mesh, dtype=jnp.float32, rules=mesh_lib.RULES
     )
-    return {name: {DIT: load()} for name in (STUDENT, CRITIC)}
+    return {name: {DIT: load()} for name in goal.networks}
 
 
 def _started(goal, source) -> Mapping[str, params_lib.Tree]:
-    """Adapters of a run, its critic's too, or of a file, on the host; those it lacks are new."""
+    """Adapters of a run, its critic's too, or of a file, on the host; those it lacks are new.
+
+    A run of objective "consistency" has no critic.
+    """
     if not source:
         return {}
     settings, specs = goal.cfg.distill.lora, goal.networks[STUDENT].specs[LORA]
     if not workdir.is_run(source):
         return {STUDENT: peft.from_file(source, specs, settings)}
-    return {name: peft.of_run(source, specs, settings, name) for name in (STUDENT, CRITIC)}
+    had = (CRITIC,) if workdir.read(source).settings.get("objective") == "dmd" else ()
+    names = [name for name in (STUDENT, *had) if name in goal.networks]
+    return {name: peft.of_run(source, specs, settings, name) for name in names}
 
 
 def _evaluating(cfg: config_lib.Config) -> config_lib.Config:

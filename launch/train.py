@@ -73,7 +73,7 @@ def main() -> None:
 
 def _train() -> None:
     cfg = command.config()
-    distils = cfg.objective == "dmd"
+    distils = cfg.objective != "teacher_forcing"
     for name in () if distils else ("start", "teacher"):
         if FLAGS[name].value:
             raise InputError(

@@ -123,7 +123,8 @@ class Consistency(Objective):
         error = losses.clean_of(inputs.noisy, velocity, sigma) - inputs.target
         graded = jnp.broadcast_to(inputs.batch.valid[..., None], sigma.shape)
         graded &= ~self._given(inputs)
-        return jnp.sum(graded[..., None, None, None] * error**2) / inputs.count, {}
+        mask = graded[..., None, None, None].astype(jnp.float32)
+        return jnp.sum(mask * error**2) / inputs.count, {}
 
     def _velocity(self, name, tree, noisy, sigma, inputs, text):
         """float32, of noisy chunks under their clean past."""

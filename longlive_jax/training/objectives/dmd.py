@@ -315,6 +315,7 @@ def settings(cfg: config_lib.Config, data: str, teacher: str | None) -> dict[str
     values |= {f"sample.{name}": getattr(cfg.sample, name) for name in sample}
     values |= {f"video.{k}": v for k, v in vars(cfg.video).items()}
     return values | {
+        "objective": cfg.objective,
         "sample.negative_prompt": cfg.sample.negative_prompt,
         "quant.recipe": cfg.quant.recipe,
         "quant.kv": cfg.quant.kv,
