@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
+from longlive_jax.files.orbax import ocp
 
 FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"

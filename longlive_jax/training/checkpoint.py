@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
+from longlive_jax.files.orbax import ocp
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
@@ -23,6 +22,7 @@ from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files.orbax import ocp
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.recipes import Recipe
 
