@@ -312,7 +312,13 @@ class Stored:
         context.pytree.loading.partial_load = True
         with self._damage(group), context:
             tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
-        return params_lib.flatten(tree)
+            arrays = params_lib.flatten(tree)
+            for path, wanted in abstract.items():
+                found = arrays.get(path)
+                # What metadata calls empty comes back as it was asked for, unread.
+                if not isinstance(found, jax.Array) or found.shape != wanted.shape:
+                    raise ValueError(f"{'/'.join(path)} has no values of shape {wanted.shape}")
+        return arrays
 
     def copy(self, folder: pathlib.Path) -> None:
         """Copies the network's files, and no others, to an empty folder.
