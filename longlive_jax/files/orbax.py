@@ -8,11 +8,14 @@ their checkpoint, and nothing can be read again. Here names are escaped.
 import glob
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-__all__ = ["ocp"]
+__all__ = ["check_read", "ocp"]
 
 _LOCAL = type(epath.Path(os.sep))
 _elsewhere = _LOCAL.glob  # also of files on this machine, before
@@ -26,3 +29,16 @@ def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
 
 
 _LOCAL.glob = _glob
+
+
+def check_read(tree: Any) -> None:
+    """Refuses a tree with arrays that were not read: what metadata calls empty comes back as asked.
+
+    Raises:
+      ValueError: names the first of them.
+    """
+    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} has no values"
+            )

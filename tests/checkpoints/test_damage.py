@@ -248,6 +248,31 @@ def test_stray_files_are_no_damage(root, good):
     assert _equal(_values(root), _values(good))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["key_metadata"].pop(0),
+        lambda entry: entry["key_metadata"].reverse(),
+        lambda entry: entry.update(key_metadata=[]),
+        lambda entry: entry.update(key_metadata=None),
+        lambda entry: entry["value_metadata"].update(value_type="None"),
+        lambda entry: entry["value_metadata"].update(value_type="Dict"),
+        lambda entry: entry["value_metadata"].update(skip_deserialize=True),
+        lambda entry: entry.clear(),
+    ],
+)
+@pytest.mark.parametrize("root", ["of before they were written"], indirect=True)
+def test_metadata_of_arrays_that_lies(root, good, change):
+    def edit(metadata):
+        change(next(iter(metadata["tree_metadata"].values())))
+
+    _edit(root / "net/blocks_01/state/_METADATA", edit)
+    try:  # some of it says nothing about the values
+        assert _equal(_values(root), _values(good))
+    except InputError as error:
+        assert "blocks_01: is damaged" in str(error)
+
+
 def test_dtypes_by_the_recipe(tmp_path):
     """An array of a quantised weight is never cast from another dtype."""
     spec = {"codes": params_lib.ParamSpec((2, 4), (None, None), dtype=jnp.uint8)}

@@ -22,7 +22,7 @@ from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.errors import InputError
-from longlive_jax.files.orbax import ocp
+from longlive_jax.files.orbax import check_read, ocp
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.recipes import Recipe
 
@@ -312,12 +312,11 @@ class Stored:
         context.pytree.loading.partial_load = True
         with self._damage(group), context:
             tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
+            check_read(tree)
             arrays = params_lib.flatten(tree)
-            for path, wanted in abstract.items():
-                found = arrays.get(path)
-                # What metadata calls empty comes back as it was asked for, unread.
-                if not isinstance(found, jax.Array) or found.shape != wanted.shape:
-                    raise ValueError(f"{'/'.join(path)} has no values of shape {wanted.shape}")
+            wanted = {path: (x.shape, x.dtype) for path, x in abstract.items()}
+            if wrong := [p for p, x in arrays.items() if (x.shape, x.dtype) != wanted.get(p)]:
+                raise ValueError(f"{'/'.join(wrong[0])} has another shape or dtype")
         return arrays
 
     def copy(self, folder: pathlib.Path) -> None:
