@@ -49,7 +49,7 @@ _ARRAY = {"shape": [int], "dtype": str}
 # Of progress.jsonl: its first line, and the others by their kind.
 _BEGUN = {"settings": {str: object}, "clips_per_file?": int}
 _DONE = {
-    "latents": {"shard": SHARD, "prompts": [str], "chunks": [int], "read": [[object]]},
+    "latents": {"shard": SHARD, "prompts": [str], "chunks": [int], "read": [[(str, [[str]])]]},
     "text": {"shard": SHARD},
 }
 _SAMPLE, _TEXT = {"name": str, "prompts": [str], "chunks": int}, {"prompt": str}
@@ -264,8 +264,13 @@ def _wrong_line(line: Any) -> str:
         return wrong
     if line["kind"] not in _DONE:
         return f"its kind is {line['kind'][:40]!r}"
-    wrong = schema_lib.mismatch(line, _DONE[line["kind"]])
-    return wrong or ("" if all(len(x) == 2 for x in line.get("read", ())) else "read is no pairs")
+    if wrong := schema_lib.mismatch(line, _DONE[line["kind"]]):
+        return wrong
+    for read in line.get("read", ()):  # a name, and a path and a reason of each failure
+        pair = len(read) == 2 and isinstance(read[0], str) and isinstance(read[1], list)
+        if not pair or any(len(failure) != 2 for failure in read[1]):
+            return "read is no list of names with their failures"
+    return ""
 
 
 def _lock(folder: pathlib.Path):

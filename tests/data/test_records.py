@@ -321,7 +321,8 @@ def test_progress_goes_on(tmp_path):
     "line",
     ["[]", "null", "{}", '{"kind": 1}', '{"kind": "x"}', '{"kind": "text"}', "[" * 100_000]
     + [json.dumps(LATENTS | change) for change in (
-        {"shard": {}}, {"read": [["a"]]}, {"read": "ab"}, {"chunks": [None]}, {"prompts": {"a": 1}},
+        {"shard": {}}, {"read": [["a"]]}, {"read": [["a", True]]}, {"read": [["a", [["b"]]]]},
+        {"read": [[[], "a"]]}, {"read": "ab"}, {"chunks": [None]}, {"prompts": {"a": 1}},
     )],
 )  # fmt: skip
 def test_progress_with_a_line_of_another_kind(tmp_path, line):
