@@ -1,5 +1,5 @@
 # Everything lives in .venv. `make demo` and `make test` set it up by themselves.
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow fuzz lint types clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -31,6 +31,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600
+
+# 6,000 mutated files of every kind; `make fuzz ARGS=--seed=1` for others.
+fuzz: $(STAMP)
+	$(PYTHON) -m tests.fuzz --mutations=6000 $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

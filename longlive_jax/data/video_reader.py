@@ -36,6 +36,7 @@ FORMATS = (
     "wav", "mp3", "flac", "aac",
 )  # fmt: skip
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, twice 8K. A small file can claim any size
+_PIXELS_AT_WORK = 2**27  # of the frames that threads decode at once: 16 of 4K, 2 of MAX_PIXELS
 RATES = (Fraction(1, 60), Fraction(1000))  # frames a second: a slide a minute to slow motion
 MAX_SECONDS = 24 * 60 * 60  # longer than films are; more is a header or timestamp that is damaged
 # swscale's fast paths darken every colour by more than 1/255 on the way to RGB; these do not, and
@@ -184,6 +185,10 @@ class VideoFile:
         count, before = 0, None
         with _opened(self.path) as (container, stream):
             stream.thread_type = "AUTO"
+            context = stream.codec_context
+            pixels = max(1, context.width * context.height)
+            # Each of them has frames of its own, whatever the machine's cores.
+            context.thread_count = min(os.cpu_count() or 1, max(1, _PIXELS_AT_WORK // pixels))
             for frame in container.decode(stream):
                 place = self._survey.place(frame.pts, count)
                 for _ in range(count, place):

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,10 @@ import numpy as np
 
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
+
+# What arrays of a compressed file may take, times its size, or at all: numbers that were drawn or
+# measured compress to a tenth at best, masks and zeros to a thousandth.
+_MOST_TIMES, _FREE = 64, 256 << 20
 
 
 def save_npz(path: str | os.PathLike, /, **arrays) -> None:
@@ -29,42 +32,74 @@ def save_npz(path: str | os.PathLike, /, **arrays) -> None:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """Reads all arrays of a .npz file.
+def load_npz(
+    path: str | os.PathLike, required: Iterable[str] = (), optional: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Reads arrays of a .npz file: the required ones, and those of `optional` that it has.
+
+    Args:
+      optional: None: all that it has.
 
     Raises:
-      InputError: the file is missing, damaged or not .npz; a `required` name is absent; a floating
-        point array holds NaN or infinity; an array holds pickled objects, which could run code.
+      InputError: the file is missing, damaged or not .npz; a `required` name is absent; it unpacks
+        to more than its size allows; a floating point array holds NaN or infinity; an array holds
+        pickled objects, which could run code.
     """
-    path = pathlib.Path(path)
+    path, required = pathlib.Path(path), list(required)
     try:
+        if not path.is_file():
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        with path.open("rb") as raw:
+            start = raw.read(6)
+        if start == b"\x93NUMPY":
+            raise InputError(
+                f"{path}: holds one unnamed array; a .npz file of named arrays is needed"
+            )
+        if start[:2] != b"PK":
+            raise ValueError("no zip archive")
         file = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path}: not a .npz file of arrays ({_found(path)})") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise InputError(f"{path}: holds one unnamed array; a .npz file of named arrays is needed")
-    arrays = {}
     with file:
-        for name in file.files:
-            try:
-                array = file[name]
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                reason = "pickled objects are refused" if "pickle" in str(error) else str(error)
-                raise InputError(f"{path}: array {name!r} cannot be read: {reason}") from error
-            if not isinstance(array, np.ndarray):  # numpy gives other members of a zip as bytes
-                raise InputError(f"{path}: {name!r} in it is not an array; not a .npz file")
-            arrays[name] = array
-    missing = [name for name in required if name not in arrays]
-    if missing:
-        found = ", ".join(arrays) or "nothing"
-        raise InputError(f"{path}: array {missing[0]!r} is missing; found: {found}")
+        found = ", ".join(file.files[:8]) or "nothing"
+        if missing := [name for name in required if name not in file.files]:
+            raise InputError(f"{path}: array {missing[0]!r} is missing; found: {found}")
+        wanted = file.files if optional is None else [*required, *optional]
+        names = [name for name in file.files if name in wanted]
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: has arrays of one name; found: {found}; save it again")
+        _check_size(path, file.zip, names)
+        arrays = {name: _array(path, file, name) for name in names}
     for name, array in arrays.items():
         if array.dtype.kind in "fc" and not (finite := np.isfinite(array)).all():
             bad = array.size - np.count_nonzero(finite)
             raise InputError(f"{path}: {bad} of {array.size} values of {name!r} are not finite")
     return arrays
+
+
+def _check_size(path: pathlib.Path, archive: zipfile.ZipFile, names: list[str]) -> None:
+    """Refuses a small file that unpacks to a large one."""
+    sizes = {info.filename: info.file_size for info in archive.infolist()}
+    total = sum(sizes.get(f"{name}.npy", 0) for name in names)
+    limit = max(_FREE, _MOST_TIMES * path.stat().st_size)
+    if total > limit:
+        raise InputError(
+            f"{path}: unpacks to {total} bytes, the limit for a file of its size is {limit}; save "
+            "it with np.savez, which does not compress"
+        )
+
+
+def _array(path: pathlib.Path, file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        array = file[name]
+    except Exception as error:  # NumPy parses an array's head as Python, which raises anything
+        reason = "pickled objects are refused" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path}: array {name!r} cannot be read: {reason[:200]}") from error
+    if not isinstance(array, np.ndarray):  # numpy gives other members of a zip as bytes
+        raise InputError(f"{path}: {name!r} in it is not an array; not a .npz file")
+    return array
 
 
 def narrow(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:

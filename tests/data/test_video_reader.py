@@ -1,5 +1,6 @@
 """Video files as people have them: containers, times, orientations, names."""
 
+import contextlib
 import itertools
 import os
 import struct
@@ -239,3 +240,24 @@ def test_pictures_that_are_never_shown(tmp_path, codec, suffix):
         got = read_video(path, 64, 96)
         assert probe(path).frames == len(shown) and probe(path).fps == 24
         near(numbers(got), numbers(shown))
+
+
+@pytest.mark.parametrize("pixels, threads", [(2**40, 16), (3 * HEIGHT * WIDTH, 3), (1, 1)])
+def test_threads_hold_a_bounded_number_of_pixels(tmp_path, monkeypatch, pixels, threads):
+    path = write(tmp_path / "a.mp4", [0, 1 / 24, 2 / 24])
+    monkeypatch.setattr(video_reader, "_PIXELS_AT_WORK", pixels)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    counts, opened = [], video_reader._opened
+
+    @contextlib.contextmanager
+    def watched(path):
+        with opened(path) as (container, stream):
+            try:
+                yield container, stream
+            finally:
+                counts.append(stream.codec_context.thread_count)
+
+    monkeypatch.setattr(video_reader, "_opened", watched)
+    with VideoFile(path) as video:
+        near(numbers(video), [0, 1, 2])
+    assert counts[-1] == threads

@@ -1,4 +1,7 @@
 import errno
+import os
+import struct
+import warnings
 import zipfile
 
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import arrays as arrays_lib
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.files.atomic import atomic_path
 
@@ -73,6 +77,61 @@ def test_what_is_not_npz(tmp_path):
         load_npz(tmp_path / "missing.npz")
     with pytest.raises(InputError, match="folder"):
         load_npz(tmp_path)
+
+
+def with_head(file, head, content=bytes(24)):
+    """A .npz whose array `x` has this text as its head."""
+    head = head + b" " * (63 - (10 + len(head)) % 64) + b"\n"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(
+            "x.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(head)) + head + content
+        )
+    return file
+
+
+HEAD = b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"", b"\0", b"{\x01}", b"'", b"{'descr", b"(" * 1000, b"{}", b"[1]", b"9" * 9000, b"\xff",
+        HEAD.replace(b"<f8", b"?!"), HEAD.replace(b"(3,)", b"(-3,)"), HEAD.replace(b"(3,)", b"'3'"),
+        HEAD.replace(b"(3,)", b"(3000000000000000,)"), HEAD.replace(b"(3,)", b"(9, 9)"),
+        HEAD.replace(b"'<f8'", b"[('a', '<f8', 3)] * 9"), HEAD.replace(b"False", b"None"),
+    ],
+)  # fmt: skip
+def test_heads_that_are_not_of_numpy(tmp_path, head):
+    assert load_npz(with_head(tmp_path / "good.npz", HEAD))["x"].tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match=r"a\.npz: array 'x' cannot be read"):
+        load_npz(with_head(tmp_path / "a.npz", head))
+
+
+def test_small_files_do_not_eat_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays_lib, "_FREE", 1 << 16)
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, zeros=np.zeros(1 << 20), x=np.arange(3))
+    with pytest.raises(InputError, match=r"unpacks to 8388\d+ bytes, the limit for a file of its"):
+        load_npz(path)
+    assert list(load_npz(path, ("x",), ("y",))) == ["x"]  # what is not needed is not read
+    np.savez(path, zeros=np.zeros(1 << 20))
+    assert load_npz(path)["zeros"].size == 1 << 20
+
+
+def test_arrays_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            with archive.open("x.npy", "w") as file:
+                np.save(file, np.zeros(2))
+    with pytest.raises(InputError, match="arrays of one name"):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(InputError, match="no such file"):
+        load_npz(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])

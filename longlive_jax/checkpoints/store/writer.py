@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import layout, quantized
@@ -26,6 +25,7 @@ from longlive_jax.checkpoints.store.reader import Stored
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
+from longlive_jax.files.orbax import ocp
 from longlive_jax.models import tokenizer as tokenizer_lib
 from longlive_jax.recipes import Recipe
 
