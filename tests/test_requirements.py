@@ -51,7 +51,9 @@ def test_every_entry_is_one_version_with_hashes():
 
 
 def test_the_lock_names_no_place_to_download_from():
-    assert not re.search(r"//|--(extra-)?index|--find-links", (ROOT / "requirements.lock").read_text())
+    assert not re.search(
+        r"//|--(extra-)?index|--find-links", (ROOT / "requirements.lock").read_text()
+    )
 
 
 @pytest.mark.parametrize(

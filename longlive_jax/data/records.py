@@ -10,6 +10,7 @@
 and the bytes of one array, little-endian; a CRC-32 in the head covers all that follows.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,7 @@ import pathlib
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import manifest as manifest_lib
+from longlive_jax.data.manifest import AGAIN
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
@@ -36,15 +39,12 @@ MANIFEST, PROGRESS, FAILURES = "manifest.json", "progress.jsonl", "failures.json
 # The most that a killed run repeats. At full size a file has half a gigabyte.
 CLIPS_PER_FILE, PROMPTS_PER_FILE = 16, 256
 
-_KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompts", "settings")
-
 _HEAD = struct.Struct("<4sII")  # magic, CRC-32 of the rest, bytes of the JSON
 _MAGIC = b"LLR1"
 _ALIGN = 64  # bytes: where an array begins in its record
 # One record a group, so that it is read without its neighbours. Latents hardly compress.
 _WRITE = "group_size:1,uncompressed"
 _READ = "readahead_buffer_size:0,max_parallelism:0"
-_AGAIN = "copy the folder again, or encode to a new one with python -m launch.encode_dataset"
 
 
 def pack(fields: Mapping[str, Any], array: np.ndarray) -> bytes:
@@ -124,15 +124,33 @@ class Shards:
         for shard in shards:
             path = self._folder / shard.file
             if not path.is_file():
-                raise InputError(f"{path}: is gone; {_AGAIN}")
+                raise InputError(f"{path}: is gone; {AGAIN}")
             if (size := path.stat().st_size) != shard.bytes:
                 raise InputError(
                     f"{path}: {size} bytes, {shard.bytes} were written: it is truncated or "
-                    f"damaged; {_AGAIN}"
+                    f"damaged; {AGAIN}"
                 )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def counts(self) -> list[int]:
+        """Records of each file, as they were written."""
+        return [shard.count for shard in self._shards]
+
+    def found(self, number: int) -> int:
+        """Records of file `number`, by its own index.
+
+        Raises:
+          InputError: the index is damaged.
+        """
+        path = self._folder / self._shards[number].file
+        try:
+            with _opened(path) as reader:
+                return reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: is damaged ({error}); {AGAIN}") from error
 
     def read(self, index: int) -> tuple[dict[str, Any], np.ndarray]:
         """Fields and array of record `index`.
@@ -146,16 +164,22 @@ class Shards:
         shard = self._shards[number]
         path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
         try:
-            reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
-            try:
+            with _opened(path) as reader:
                 (record,) = reader.read([row])
-            finally:
-                reader.close()
             return unpack(record)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: record {row} of {shard.count} is damaged ({error}); {_AGAIN}"
+                f"{path}: record {row} of {shard.count} is damaged ({error}); {AGAIN}"
             ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
+    try:
+        yield reader
+    finally:
+        reader.close()
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -179,21 +203,22 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder}: holds no cached training data (no {MANIFEST}); make it with python -m "
             "launch.encode_dataset, or set data.cached=False for a folder of videos"
         )
-    manifest = versioned.read(file, FORMAT, VERSION, _AGAIN)
-    try:
-        for name in ("latents", "text"):
-            manifest[name] = [Shard(**shard) for shard in manifest[name]]
-        return {name: manifest[name] for name in ("latents", "text", *_KEYS)}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); {_AGAIN}") from error
+    manifest = versioned.read(file, FORMAT, VERSION, AGAIN, schema=manifest_lib.SCHEMA)
+    for name in ("latents", "text"):
+        shards = manifest[name]
+        manifest[name] = [Shard(shard["file"], shard["count"], shard["bytes"]) for shard in shards]
+    return manifest
 
 
 def write_manifest(folder: str | os.PathLike, **values) -> None:
     """Writes a folder's manifest.json in one step; `values`: shards by name, and JSON values.
 
+    The order of the prompts says which record has the embedding of which: their digest is kept.
+
     Raises:
       OSError: ENOSPC, naming the file.
     """
+    values["prompts_digest"] = manifest_lib.digest(values["prompts"])
     versioned.write(pathlib.Path(folder) / MANIFEST, FORMAT, VERSION, values)
 
 
@@ -290,18 +315,22 @@ class Records:
     """A Source of the latents and prompt embeddings that `launch.encode_dataset` wrote.
 
     Raises:
-      InputError: the folder is unfinished, damaged, or does not fit the config.
+      InputError: the folder is unfinished, damaged, or does not fit the config; its manifest says
+        what its records do not.
     """
 
     def __init__(self, path: str | os.PathLike, cfg: config_lib.Config):
         manifest = read_manifest(path)
+        manifest_lib.check(path, manifest)
         _check(path, manifest, cfg)
+        self._path, self._manifest = path, manifest
         self._latent_frames = cfg.train.latent_frames
         self._chunks = cfg.train.latent_frames // cfg.model.chunk_frames
         self._text_shape = cfg.model.text_len, cfg.model.text_dim
         self._samples = Shards(path, manifest["latents"])
         self._text = None if cfg.train.text_encoder else Shards(path, manifest["text"])
         self._prompts = {prompt: i for i, prompt in enumerate(manifest["prompts"])}
+        manifest_lib.check_records(path, manifest, self._samples, self._text)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -314,10 +343,11 @@ class Records:
           dtype, float32 or bfloat16.
 
         Raises:
-          InputError: a record is damaged; the message names the file and the record.
+          InputError: a record is damaged, or not as the manifest says; the message names it.
         """
         del key
         fields, latents = self._samples.read(index)
+        manifest_lib.check_sample(f"{self._path}: sample {index}", self._manifest, fields, latents)
         prompts = tuple(fields["prompts"][: self._chunks])
         return Sample(
             name=fields["name"],
@@ -328,15 +358,25 @@ class Records:
         )
 
     def _embeddings(self, texts: Shards, prompts: Sequence[str]) -> np.ndarray:
-        rows = {prompt: texts.read(self._prompts[prompt])[1] for prompt in set(prompts)}
+        rows = {prompt: self._embedding(texts, prompt) for prompt in set(prompts)}
         text = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
         for padded, prompt in zip(text, prompts):
             padded[: len(rows[prompt])] = rows[prompt]
         return text
 
+    def _embedding(self, texts: Shards, prompt: str) -> np.ndarray:
+        if (index := self._prompts.get(prompt)) is None:
+            raise InputError(
+                f"{self._path}: {MANIFEST} lacks a sample's prompt {prompt!r:.80}; {AGAIN}"
+            )
+        fields, text = texts.read(index)
+        where = f"{self._path}: embedding {index}"
+        manifest_lib.check_text(where, self._manifest, index, fields, text)
+        return text
+
 
 def _check(path, manifest, cfg):
-    stored = {config_lib.renamed(k): v for k, v in manifest["settings"].items()}
+    stored = manifest_lib.settings(manifest)
     wanted = {
         "model.chunk_frames": cfg.model.chunk_frames,
         "model.in_dim": cfg.model.in_dim,
@@ -351,10 +391,10 @@ def _check(path, manifest, cfg):
             )
         wanted |= {"model.text_len": cfg.model.text_len, "model.text_dim": cfg.model.text_dim}
     for name, value in wanted.items():
-        if stored[name] != value:
+        if (had := stored.get(name)) != value:
             raise InputError(
-                f"{path}: was encoded with {name}={stored[name]}, the config says {value}; give "
-                f"--config.{name}={stored[name]}, or encode to a new folder"
+                f"{path}: was encoded with {name}={had}, the config says {value}; give "
+                f"--config.{name}={had}, or encode to a new folder"
             )
     if cfg.train.latent_frames > stored["train.latent_frames"]:
         raise InputError(
