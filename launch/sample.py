@@ -110,7 +110,7 @@ def _check_flags():
 def _videos(pipeline, chunks):
     """All videos to make, and the embeddings of their prompts if these are given."""
     if FLAGS.prompt_embeds:
-        arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
+        arrays = load_npz(FLAGS.prompt_embeds, ("ctx",), only=("ctx", "cut", "neg"))
         one, texts = embeddings.from_embeddings(arrays, pipeline.cfg, chunks)
         videos = [one]
     else:

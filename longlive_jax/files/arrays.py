@@ -1,10 +1,12 @@
 """Named arrays in .npz files."""
 
+import math
 import os
 import pathlib
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +14,14 @@ import numpy as np
 
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
+
+# Bytes that compressed arrays of a file may get in memory: a small file can say a thousand times its
+# size. Those that are not compressed are as large as the file.
+MAX_UNPACKED = 4 << 30
+_DAMAGE = (
+    OSError, EOFError, ValueError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 def save_npz(path: str | os.PathLike, /, **arrays) -> None:
@@ -29,12 +39,19 @@ def save_npz(path: str | os.PathLike, /, **arrays) -> None:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """Reads all arrays of a .npz file.
+def load_npz(
+    path: str | os.PathLike, required: Iterable[str] = (), only: Container[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Reads arrays of a .npz file.
+
+    Args:
+      required: names that must be there.
+      only: names that are read; others are not looked at. None: all.
 
     Raises:
       InputError: the file is missing, damaged or not .npz; a `required` name is absent; a floating
-        point array holds NaN or infinity; an array holds pickled objects, which could run code.
+        point array holds NaN or infinity; an array holds pickled objects, which could run code, or
+        declares another size than it has; compressed arrays get larger than MAX_UNPACKED.
     """
     path = pathlib.Path(path)
     try:
@@ -45,12 +62,20 @@ def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str,
         raise InputError(f"{path}: not a .npz file of arrays ({_found(path)})") from error
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise InputError(f"{path}: holds one unnamed array; a .npz file of named arrays is needed")
-    arrays = {}
+    arrays, unpacked, names = {}, 0, list(file.files)
     with file:
-        for name in file.files:
+        for name in names:
+            if only is not None and name not in only:
+                continue
             try:
+                unpacked += _check_member(file.zip, name)
+                if unpacked > MAX_UNPACKED:
+                    raise ValueError(
+                        f"compressed arrays of {unpacked} bytes, the limit is {MAX_UNPACKED}; save "
+                        "them with np.savez, which does not compress"
+                    )
                 array = file[name]
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            except _DAMAGE as error:
                 reason = "pickled objects are refused" if "pickle" in str(error) else str(error)
                 raise InputError(f"{path}: array {name!r} cannot be read: {reason}") from error
             if not isinstance(array, np.ndarray):  # numpy gives other members of a zip as bytes
@@ -58,13 +83,43 @@ def load_npz(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str,
             arrays[name] = array
     missing = [name for name in required if name not in arrays]
     if missing:
-        found = ", ".join(arrays) or "nothing"
+        found = ", ".join(names) or "nothing"
         raise InputError(f"{path}: array {missing[0]!r} is missing; found: {found}")
     for name, array in arrays.items():
         if array.dtype.kind in "fc" and not (finite := np.isfinite(array)).all():
             bad = array.size - np.count_nonzero(finite)
             raise InputError(f"{path}: {bad} of {array.size} values of {name!r} are not finite")
     return arrays
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> int:
+    """Refuses an array that declares another size than it has, before memory is taken for it.
+
+    Returns:
+      the bytes that it gets when it is unpacked; 0 for one that is not compressed.
+
+    Raises:
+      ValueError, and what zipfile raises: it cannot be read.
+    """
+    member = f"{name}.npy" if f"{name}.npy" in archive.namelist() else name
+    info = archive.getinfo(member)
+    if info.flag_bits & 1:
+        raise ValueError("it is encrypted; save it without a password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"compression method {info.compress_type}; save it with np.savez")
+    with archive.open(info) as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            return 0  # another kind of file
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0
+        if version > (1, 0):
+            header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        declared, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+    if not dtype.hasobject and declared != there:
+        raise ValueError(f"it declares {declared} bytes, {shape} {dtype}, and has {there}")
+    return info.file_size if info.compress_type != zipfile.ZIP_STORED else 0
 
 
 def narrow(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
