@@ -15,8 +15,8 @@ import numpy as np
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 
-# Bytes that compressed arrays of a file may get in memory: a small file can say a thousand times its
-# size. Those that are not compressed are as large as the file.
+# What compressed arrays of a file may get in memory, bytes: a small file can say a thousand times
+# its size. Those that are not compressed are as large as the file.
 MAX_UNPACKED = 4 << 30
 _DAMAGE = (
     OSError, EOFError, ValueError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile,
