@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import regular
 from longlive_jax.files.atomic import atomic_path
 
 # What compressed arrays of a file may get in memory, bytes: a small file can say a thousand times
@@ -55,6 +56,7 @@ def load_npz(
     """
     path = pathlib.Path(path)
     try:
+        regular.check(path)
         file = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -145,8 +147,9 @@ def _found(path: pathlib.Path) -> str:
     if path.is_dir():
         return "it is a folder"
     try:
+        regular.check(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             return f"{size} bytes, the first are {file.read(8)!r}" if size else "it is empty"
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
