@@ -89,6 +89,7 @@ def _train() -> None:
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
+    command.check_apart([FLAGS.workdir], [], networks.folders(FLAGS.checkpoint))
     root = pathlib.Path(os.path.abspath(FLAGS.workdir))
     source, identity = feed.open_source(cfg)
     prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None

@@ -184,6 +184,12 @@ def test_what_the_checkpoint_lacks_is_named(cached, tmp_path, checkpoint):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_not_made_inside_the_checkpoint(cached, checkpoint):
+    flags = tiny_run.flags(cached, checkpoint / "run")
+    assert "which is read; give an output" in refused(flags, f"--checkpoint={checkpoint}")
+    assert not (checkpoint / "run").exists()
+
+
 def test_processes_need_each_other(cached, tmp_path):
     flags = tiny_run.flags(cached, tmp_path / "run")
     assert "need --coordinator" in refused(flags, "--num_processes=2")
