@@ -1,8 +1,11 @@
-"""requirements.lock: all that requirements.txt asks for, within its ranges, each with hashes."""
+"""What is imported is declared, and what is declared is in requirements.lock, with hashes."""
 
+import ast
+import importlib.metadata
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -29,6 +32,42 @@ def locked():
             pinned, *hashes = line.split()
             name, _, version = pinned.partition("==")
             yield name, version, hashes
+
+
+def imported(*folders):
+    """Modules by their first names, and a file of each that imports it."""
+    found = {}
+    for file in (file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {name.partition(".")[0]: file for name in names}
+    ours = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
+    return {
+        name: file for name, file in found.items() if name not in sys.stdlib_module_names | ours
+    }
+
+
+# jaxlib is jax's own; huggingface_hub is for hf:// alone, and its absence is told.
+@pytest.mark.parametrize(
+    "file, folders, others",
+    [
+        ("requirements.txt", ["longlive_jax"], {"jaxlib", "huggingface_hub"}),
+        ("requirements-dev.txt", ["launch", "configs", "examples"], set()),
+    ],
+)
+def test_what_is_imported_is_declared(file, folders, others):
+    declared = {canonicalize_name(one.name) for one in ranges(file)}
+    packages = importlib.metadata.packages_distributions()
+    wrong = {
+        name: str(where)
+        for name, where in imported(*folders).items()
+        if name not in others
+        and not declared & {canonicalize_name(package) for package in packages.get(name, [name])}
+    }
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])

@@ -59,7 +59,7 @@ class Metrics:
         self._file = self._board = None
         if jax.process_index() == 0:
             cut(root / METRICS, start)
-            self._file = (root / METRICS).open("a")
+            self._file = (root / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(root / TENSORBOARD), purge_step=start + 1, flush_secs=10
             )
@@ -176,13 +176,15 @@ def cut(log: str | os.PathLike, step: int) -> None:
     log = pathlib.Path(log)
     if not log.exists():
         return
-    lines = log.read_text().splitlines(keepends=True)
+    # By bytes: text would fail at one that a disk has spoilt, and end lines within names.
+    lines = log.read_bytes().split(b"\n")[:-1]
     with atomic_path(log) as partial:
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
+        partial.write_bytes(b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return found if isinstance(found, int) else math.inf
