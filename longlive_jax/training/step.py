@@ -153,7 +153,9 @@ class Step:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32
             updates, opt_state = network.optimizer.update(gradient, old.opt_state, old.params)
         params, ema = optax.apply_updates(old.params, updates), None
-        # A gradient that is finite may still overflow in the moments, or by the learning rate.
+        # A gradient that is finite may still overflow in the moments, or by the learning rate. XLA
+        # computes the new values twice and keeps none: 10 of the 5B model's layers, 24 latents, one
+        # H200: a step takes 1.262 s, 1.261 without, in the same memory (jax 0.11.2, 2026-11-30).
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite((params, opt_state))
         if network.ema_decay is not None:
             decay = network.ema_decay(state.step + 1)
