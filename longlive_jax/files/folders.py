@@ -97,3 +97,16 @@ def check_settings(where: str, had: Mapping[str, Any], has: Mapping[str, Any]) -
                 f"{where}: was begun with {name}={had.get(name)!r}, now it is {has.get(name)!r}; "
                 f"give the same again, or another {other}"
             )
+
+
+def check_no_pattern(folder: str | os.PathLike, flag: str) -> None:
+    """Refuses a path in which Orbax would lose what it writes: it takes [...] for a pattern.
+
+    Raises:
+      InputError: names the path.
+    """
+    if "[" in (path := os.path.abspath(folder)):
+        raise InputError(
+            f"{flag}={folder}: {path} has a [ in it, and the library that writes weights takes "
+            "that for a pattern; give a folder whose path has none"
+        )

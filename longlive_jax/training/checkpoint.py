@@ -41,6 +41,7 @@ def acquire(
       InputError: it holds a run with other settings, or something else, or another process trains
         in it, or it cannot be written.
     """
+    folders.check_no_pattern(root, "--workdir")
     if jax.process_index() == 0:
         folders.make(root, "--workdir", "training run", lambda _: workdir.is_run(root))
     old = workdir.read(root) if workdir.is_run(root) else workdir.Run(settings, None, None)

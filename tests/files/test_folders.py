@@ -68,3 +68,11 @@ def test_versioned_files(tmp_path):
     with pytest.raises(TypeError):
         versioned.write_json(file, {"x": object()})
     assert file.read_bytes() == b"\xff" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["run[lr=1e-5]", "[", "a/[b]/c"])
+def test_a_path_in_which_weights_would_be_lost(tmp_path, name):
+    with pytest.raises(InputError, match=r"--workdir=.*has a \[ in it"):
+        folders.check_no_pattern(tmp_path / name, "--workdir")
+    for good in ("a*b", "q?", "run]", "run{1}", "a b"):
+        folders.check_no_pattern(tmp_path / good, "--workdir")

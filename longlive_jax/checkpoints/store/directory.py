@@ -37,6 +37,7 @@ def writing(directory: str | os.PathLike) -> Iterator[tuple[pathlib.Path, Parts]
       InputError: it is a file, or a folder of other files, or another process has the lock.
     """
     root = pathlib.Path(os.path.abspath(directory))
+    folders.check_no_pattern(root, "--output")
     folders.make(root, "--output", "checkpoint", _is_checkpoint)
     with folders.locked(root, f"--output={root}: another process is writing to it"):
         yield root, read(root) if (root / _FILE).exists() else {}
