@@ -19,7 +19,10 @@ _GAMMA = 2.4  # of the screen that BT.709 is shown on: BT.1886
 _BT709 = (0.640, 0.330), (0.300, 0.600), (0.150, 0.060)
 _BT2020 = (0.708, 0.292), (0.170, 0.797), (0.131, 0.046)
 _P3 = (0.680, 0.320), (0.265, 0.690), (0.150, 0.060)
-_PRIMARIES = {ColorPrimaries.BT709: _BT709, ColorPrimaries.SMPTE432: _P3}  # others: BT.2020
+_PRIMARIES = {
+    int(ColorPrimaries.BT709): _BT709,
+    int(ColorPrimaries.SMPTE432): _P3,
+}  # others: BT.2020
 _D65 = (0.3127, 0.3290)
 
 
@@ -34,7 +37,7 @@ def to_bt709(codes: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     Returns:
       uint8 [height, width, 3].
     """
-    from_rgb = _to_xyz(_PRIMARIES.get(primaries, _BT2020))
+    from_rgb = _to_xyz(_PRIMARIES.get(int(primaries), _BT2020))
     to_709 = np.linalg.solve(_to_xyz(_BT709), from_rgb).T.astype(np.float32)
     rows = max(1, _BLOCK // codes.shape[1])  # at once: what is between them stays in the cache
     out = np.empty(codes.shape, np.uint8)

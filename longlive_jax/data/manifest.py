@@ -90,7 +90,7 @@ def _lies(manifest: Manifest) -> Iterator[str]:
         return
     stored = settings(manifest)
     names = ("train.latent_frames", "video.height", "video.width", "model.in_dim")
-    made = [stored.get(name) for name in (*names, "model.chunk_frames")]
+    made: list[Any] = [stored.get(name) for name in (*names, "model.chunk_frames")]
     if not all(type(value) is int and value > 0 for value in made):
         yield f"its settings of {', '.join(names)} and model.chunk_frames are not all numbers"
         return
@@ -153,7 +153,7 @@ def check_sample(where: str, manifest: Manifest, fields: Mapping, latents: np.nd
     chunks = manifest["latent_shape"][0] // settings(manifest)["model.chunk_frames"]
     least = manifest["least_chunks"]
     _check_array(where, manifest, latents, manifest["latent_shape"])
-    name, prompts, valid = (fields.get(key) for key in ("name", "prompts", "chunks"))
+    name, prompts, valid = (fields.get(key, ()) for key in ("name", "prompts", "chunks"))
     known = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
     if not isinstance(name, str) or not known or type(valid) is not int:
         raise InputError(f"{where}: has no name, prompts or chunks; {AGAIN}")

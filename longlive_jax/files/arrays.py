@@ -70,6 +70,7 @@ def load_npz(
             if only is not None and name not in only:
                 continue
             try:
+                assert file.zip is not None  # it is open
                 unpacked += _check_member(file.zip, name)
                 if unpacked > MAX_UNPACKED:
                     raise ValueError(
