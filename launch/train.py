@@ -12,10 +12,11 @@ CKPT gives the initial weights, the VAE and the text encoder. With data.cached=T
 evaluation it may be left out: then the weights are random.
 
 Where no cluster lets the hosts find each other, add --coordinator=HOST:PORT --num_processes=N
---process_id=I. On SIGTERM to one host all save and end. --dry_run compiles the step, prints
-its memory, and ends: no array is made, no data read.
+--process_id=I. On SIGTERM or Ctrl-C to one host all save and end; a second Ctrl-C ends at once.
+--dry_run compiles the step, prints its memory, and ends: no array is made, no data read.
 
-Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
+Exit codes: 0 done, or saved after a signal; 2 bad config or data, or a full disk; 1 anything else,
+also a run whose last step was not finite.
 """
 
 import functools
@@ -63,7 +64,7 @@ def main() -> None:
         _train()
     except InputError:
         raise
-    except (loop.DivergedError, NotFiniteError) as error:
+    except NotFiniteError as error:
         _end(f"error: {error}")
     except Exception as error:
         if command.refused_by_disk(error):
@@ -88,6 +89,7 @@ def _train() -> None:
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
+    command.check_apart([FLAGS.workdir], [], networks.folders(FLAGS.checkpoint))
     root = pathlib.Path(os.path.abspath(FLAGS.workdir))
     source, identity = feed.open_source(cfg)
     prompts = evaluate.read_prompts(cfg, mesh) if cfg.train.eval_every else None

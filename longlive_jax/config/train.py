@@ -76,4 +76,4 @@ class Train(Section):
     eval_every: Index = 0  # steps between evaluations; 0: none
     eval_steps: Annotated[int, Range(1, TIMESTEPS)] = 50  # of the solver
     eval_chunks: Count = 4
-    max_bad_steps: Count = 10  # steps in a row with a loss or gradient that is not finite
+    max_bad_steps: Count = 10  # steps in a row whose loss, gradient or result is not finite

@@ -10,6 +10,7 @@
 and the bytes of one array, little-endian; a CRC-32 in the head covers all that follows.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import pathlib
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,8 +31,10 @@ from longlive_jax.data.manifest import (
     MANIFEST,
     PROGRESS,
     SHARD,
+    Expected,
     Shard,
     read_manifest,
+    settings,
     write_manifest,
 )
 from longlive_jax.data.source import Sample
@@ -52,7 +55,10 @@ _DONE = {
     "latents": {"shard": SHARD, "prompts": [str], "chunks": [int], "read": [[(str, [[str]])]]},
     "text": {"shard": SHARD},
 }
-_SAMPLE, _TEXT = {"name": str, "prompts": [str], "chunks": int}, {"prompt": str}
+# Files of which a record is read when a dataset is opened. One of latents can have 32 MB.
+_EXAMINED = {"latents": 16, "text": 256}
+# What is wrong with fields and array of record `index`; "" if nothing is.
+Check = Callable[[int, dict[str, Any], np.ndarray], str]
 
 _HEAD = struct.Struct("<4sII")  # magic, CRC-32 of the rest, bytes of the JSON
 _MAGIC = b"LLR1"
@@ -147,13 +153,34 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def examine(self, check: Check, most: int, *, last: bool = False) -> None:
+        """Compares each file's number of records with the manifest's, and looks at some records:
+        the first, and the `last` if that is wanted, of `most` files.
+
+        Raises:
+          InputError: a number differs, or a record is damaged.
+        """
+        files = len(self._shards)
+        looked = set(np.linspace(0, files - 1, min(files, most)).astype(int).tolist())
+        for number, (shard, end) in enumerate(zip(self._shards, self._ends)):
+            path = self._folder / shard.file
+            try:
+                with _opened(path) as reader:
+                    found = reader.num_records()
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{path}: is damaged ({error}); {AGAIN}") from error
+            if found != shard.count:
+                raise InputError(
+                    f"{path}: has {found} records, by the manifest {shard.count}; {AGAIN}"
+                )
+            if found and number in looked:
+                for index in sorted({end - found, end - 1 if last else end - found}):
+                    self.read(index, check)
+
     def read(
-        self, index: int, check: Callable[[dict, np.ndarray], str] = lambda fields, array: ""
+        self, index: int, check: Check = lambda index, fields, array: ""
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Fields and array of record `index`.
-
-        Args:
-          check: says what is wrong with them; "" if nothing is.
 
         Raises:
           InputError: it is damaged; the message names the file and the record.
@@ -164,19 +191,25 @@ class Shards:
         shard = self._shards[number]
         path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
         try:
-            reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
-            try:
+            with _opened(path) as reader:
                 (record,) = reader.read([row])
-            finally:
-                reader.close()
             fields, array = unpack(record)
-            if wrong := check(fields, array):
+            if wrong := check(index, fields, array):
                 raise ValueError(wrong)
             return fields, array
         except (RuntimeError, ValueError, TypeError, SyntaxError) as error:
             raise InputError(
                 f"{path}: record {row} of {shard.count} is damaged ({error}); {AGAIN}"
             ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
+    try:
+        yield reader
+    finally:
+        reader.close()
 
 
 class Progress:
@@ -291,7 +324,8 @@ class Records:
     """A Source of the latents and prompt embeddings that `launch.encode_dataset` wrote.
 
     Raises:
-      InputError: the folder is unfinished, damaged, or does not fit the config.
+      InputError: the folder is unfinished, damaged, or does not fit the config; its manifest says
+        what its records do not.
     """
 
     def __init__(self, path: str | os.PathLike, cfg: config_lib.Config):
@@ -300,10 +334,12 @@ class Records:
         self._latent_frames = cfg.train.latent_frames
         self._chunks = cfg.train.latent_frames // cfg.model.chunk_frames
         self._text_shape = cfg.model.text_len, cfg.model.text_dim
-        self._latent_shape, self._dtype = tuple(manifest["latent_shape"]), manifest["dtype"]
+        self._expected = Expected(manifest)
         self._samples = Shards(path, manifest["latents"])
+        self._samples.examine(self._wrong_sample, _EXAMINED["latents"])
         self._text = None if cfg.train.text_encoder else Shards(path, manifest["text"])
-        self._prompts = {prompt: i for i, prompt in enumerate(manifest["prompts"])}
+        if self._text is not None:
+            self._text.examine(self._expected.text, _EXAMINED["text"], last=True)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -316,7 +352,8 @@ class Records:
           dtype, float32 or bfloat16.
 
         Raises:
-          InputError: a record is damaged; the message names the file and the record.
+          InputError: a record is damaged, or not as the manifest says; the message names the file
+            and the record.
         """
         del key
         fields, latents = self._samples.read(index, self._wrong_sample)
@@ -329,50 +366,23 @@ class Records:
             text=None if self._text is None else self._embeddings(self._text, prompts),
         )
 
-    def _wrong_sample(self, fields: dict, latents: np.ndarray) -> str:
-        if wrong := schema_lib.mismatch(fields, _SAMPLE):
-            return wrong
-        if (latents.shape, latents.dtype.name) != (self._latent_shape, self._dtype):
-            return (
-                f"latents {latents.dtype}{list(latents.shape)}, by the manifest {self._dtype}"
-                + (f"{list(self._latent_shape)}")
-            )
-        prompts, chunks = fields["prompts"], fields["chunks"]
-        if not 1 <= chunks <= len(prompts) or len(prompts) < self._chunks:
-            return f"{chunks} valid chunks and {len(prompts)} prompts"
-        if self._text is not None and (unknown := set(prompts) - self._prompts.keys()):
-            return f"prompt {next(iter(unknown))!r:.80} is not in the manifest"
-        return ""
+    def _wrong_sample(self, index: int, fields: dict, latents: np.ndarray) -> str:
+        del index
+        return self._expected.sample(fields, latents)
 
     def _embeddings(self, texts: Shards, prompts: Sequence[str]) -> np.ndarray:
-        rows = {prompt: self._embedding(texts, prompt) for prompt in set(prompts)}
+        rows = {
+            prompt: texts.read(self._expected.prompts[prompt], self._expected.text)[1]
+            for prompt in set(prompts)
+        }
         text = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
         for padded, prompt in zip(text, prompts):
             padded[: len(rows[prompt])] = rows[prompt]
         return text
 
-    def _embedding(self, texts: Shards, prompt: str) -> np.ndarray:
-        length, dim = self._text_shape
-
-        def wrong(fields: dict, row: np.ndarray) -> str:
-            if found := schema_lib.mismatch(fields, _TEXT):
-                return found
-            if fields["prompt"] != prompt:
-                return f"it is of {fields['prompt']!r:.80}, by the manifest of {prompt!r:.80}"
-            if (
-                row.ndim != 2
-                or row.shape[1] != dim
-                or len(row) > length
-                or row.dtype != self._dtype
-            ):
-                return f"text {row.dtype}{list(row.shape)}, must be {self._dtype}[{length}, {dim}]"
-            return ""
-
-        return texts.read(self._prompts[prompt], wrong)[1]
-
 
 def _check(path, manifest, cfg):
-    stored = {config_lib.renamed(k): v for k, v in manifest["settings"].items()}
+    stored = settings(manifest)
     wanted = {
         "model.chunk_frames": cfg.model.chunk_frames,
         "model.in_dim": cfg.model.in_dim,

@@ -13,11 +13,10 @@ from absl import logging
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
-from longlive_jax.files import names
+from longlive_jax.files import names, regular
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
-MAX_BYTES = 64 << 20  # of a file of prompts: 100,000 long ones
 DURATIONS = "shot_durations.txt"
 _KEYS = ("prompt", "chunks", "seconds", "cut", "image")
 
@@ -360,17 +359,16 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 
 def _text(path: pathlib.Path) -> str:
-    with path.open("rb") as file:  # perhaps a pipe, or a device that never ends
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise InputError(f"prompts: {path} has more than {MAX_BYTES} bytes; split it")
     try:
+        content = regular.read(path, regular.MAX_TEXT)
         # As text files have it, whatever ends their lines.
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
+    except ValueError as error:
+        raise InputError(f"prompts: {path} cannot be read: {error}") from error
 
 
 def _json(path: pathlib.Path):

@@ -61,7 +61,7 @@ class Metrics:
         self._file = self._board = None
         if jax.process_index() == 0:
             cut(root / METRICS, start)
-            self._file = (root / METRICS).open("a")
+            self._file = (root / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(root / TENSORBOARD), purge_step=start + 1, flush_secs=10
             )

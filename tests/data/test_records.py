@@ -385,51 +385,6 @@ def test_a_manifest_with_settings_by_names_of_before(folder, tmp_path):
     assert len(records.Records(tmp_path / "old", config())) == 5
 
 
-def _edited(folder, to, change, checksum):
-    shutil.copytree(folder, to)
-    content = json.loads((to / "manifest.json").read_text())
-    change(content)
-    if not checksum:
-        del content["checksum"]
-    (to / "manifest.json").write_text(json.dumps(content))
-    return to
-
-
-LIES = {
-    "empty latents": lambda m: m.update(latent_shape=[0, 2, 4, 4]),
-    "latents of three axes": lambda m: m.update(latent_shape=[6, 2, 4]),
-    "no samples": lambda m: m.update(samples=0, latents=[]),
-    "more samples": lambda m: m.update(samples=6),
-    "a file without records": lambda m: m["latents"][0].update(count=0),
-    "a prompt fewer": lambda m: m["prompts"].pop(),
-    "a prompt twice": lambda m: m["prompts"].__setitem__(0, PROMPTS[1]),
-    "a file elsewhere": lambda m: m["latents"][0].update(file="../x"),
-    "a name too long": lambda m: m["latents"][0].update(file="x" * 300),
-    "settings": lambda m: m["settings"].pop("model.in_dim"),
-    "a list of texts": lambda m: m.update(prompts="abc"),
-    "text of a file": lambda m: m["text"][0].update(bytes="1"),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("checksum", [True, False], ids=["", "of before"])
-def test_a_manifest_that_lies_is_found_when_it_is_opened(folder, tmp_path, lie, checksum):
-    path = _edited(folder, tmp_path / "new", LIES[lie], checksum)
-    with pytest.raises(InputError, match=r"manifest\.json|is no file of the folder"):
-        records.Records(path, config())
-
-
-def test_prompts_in_another_order(folder, tmp_path):
-    def change(manifest):
-        manifest["prompts"].reverse()
-
-    with pytest.raises(InputError, match="has the checksum"):
-        records.Records(_edited(folder, tmp_path / "new", change, True), config())
-    old = records.Records(_edited(folder, tmp_path / "old", change, False), config())
-    with pytest.raises(InputError, match=r"text-.* is damaged \(it is of "):
-        old.sample(0, 0)
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -445,10 +400,10 @@ def test_records_of_other_fields(folder, tmp_path, fields):
     packed = [records.pack(whole | fields, array)] * 2
     shard = records.write_shard(tmp_path / "new" / "latents-00000.arrayrecord", packed)
 
-    def change(manifest):
-        manifest["latents"][0]["bytes"] = shard.bytes
-
-    path = _edited(tmp_path / "new", tmp_path / "edited", change, False)
-    source = records.Records(path, config())
+    manifest = tmp_path / "new" / records.MANIFEST
+    content = json.loads(manifest.read_text())
+    content["latents"][0]["bytes"] = shard.bytes
+    del content["checksum"]
+    manifest.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"latents-00000\.arrayrecord: record 0 of 2 is damaged"):
-        source.sample(0, 0)
+        records.Records(tmp_path / "new", config())

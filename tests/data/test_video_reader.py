@@ -176,26 +176,6 @@ def test_too_many_pixels(tmp_path):
         probe(path)
 
 
-@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG"), (1, "")])
-def test_hdr_is_told_once(tmp_path, monkeypatch, transfer, name):
-    said: list[str] = []
-    monkeypatch.setattr(video_reader.logging, "warning", lambda text, *a: said.append(text % a))
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx265", rate=24, options={"x265-params": "log-level=none"})
-        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p10le"
-        stream.codec_context.color_trc = transfer
-        for k in range(3):
-            frame = av.VideoFrame(96, 64, "yuv420p10le")
-            frame.pts, frame.time_base = k, Fraction(1, 24)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    for _ in range(2):
-        with VideoFile(path) as video:
-            next(iter(video))
-    assert len(said) == bool(name) and all(f"a.mp4: is HDR video ({name})" in s for s in said)
-
-
 OPEN = "open-gop=1:keyint=24:min-keyint=24:bframes=3:b-adapt=0:scenecut=0"
 LEADING = {
     "libx264": {"x264-params": OPEN, "crf": "4"},

@@ -1,5 +1,4 @@
 import errno
-import os
 import struct
 import warnings
 import zipfile
@@ -128,10 +127,70 @@ def test_arrays_of_one_name(tmp_path):
         load_npz(tmp_path / "a.npz")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.npz")
-    with pytest.raises(InputError, match="no such file"):
-        load_npz(tmp_path / "a.npz")
+def edited(path, edit, **arrays):
+    """A file of arrays, whose bytes `edit(bytes, start of the directory)` changes."""
+    np.savez(path, **arrays)
+    data = bytearray(path.read_bytes())
+    edit(data, zipfile.ZipFile(path).start_dir)
+    path.write_bytes(data)
+    return path
+
+
+def header(shape):
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def member(path, data, **options):
+    with zipfile.ZipFile(path, "w", **options) as file:
+        file.writestr("x.npy", data)
+    return path
+
+
+def test_members_that_cannot_be_unpacked_are_refused(tmp_path):
+    encrypted = edited(
+        tmp_path / "e.npz", lambda x, c: x.__setitem__(c + 8, x[c + 8] | 1), x=np.zeros(4)
+    )
+    with pytest.raises(InputError, match=r"e.npz: array 'x' cannot be read: it is encrypted"):
+        load_npz(encrypted)
+    for method in (99, 14, 12):
+        unknown = edited(
+            tmp_path / "m.npz", lambda x, c, m=method: x.__setitem__(c + 10, m), x=np.zeros(4)
+        )
+        with pytest.raises(InputError, match=f"m.npz: array 'x' .*compression method {method}"):
+            load_npz(unknown)
+
+
+@pytest.mark.parametrize(
+    "shape, size", [((10**13,), 16), ((2**40, 2**40), 16), ((4,), 12), ((3,), 16), ((), 0)], ids=str
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_arrays_that_declare_another_size_take_no_memory(tmp_path, shape, size, compression):
+    path = member(tmp_path / "a.npz", header(shape) + bytes(size), compression=compression)
+    with pytest.raises(InputError, match=f"a.npz: array 'x' .* declares .* and has {size}"):
+        load_npz(path)
+
+
+def test_small_files_that_unpack_to_much(tmp_path, monkeypatch):
+    many = {name: np.zeros(3000, np.float32) for name in "abc"}
+    np.savez_compressed(tmp_path / "small.npz", **many)
+    np.savez(tmp_path / "plain.npz", **many)
+    assert (tmp_path / "small.npz").stat().st_size < 2000
+    assert len(load_npz(tmp_path / "small.npz")) == 3
+    monkeypatch.setattr(arrays_lib, "MAX_UNPACKED", 30000)
+    with pytest.raises(InputError, match=r"36384 bytes, .* compressed arrays is 30000; save"):
+        load_npz(tmp_path / "small.npz")
+    assert len(load_npz(tmp_path / "small.npz", (), ("a", "c"))) == 2
+    assert len(load_npz(tmp_path / "plain.npz")) == 3
+
+
+def test_only_what_is_needed_is_read(tmp_path):
+    np.savez(
+        tmp_path / "a.npz", noise=np.zeros(2), other=np.array([{}], object), bad=np.array(np.nan)
+    )
+    assert list(load_npz(tmp_path / "a.npz", ("noise",), ("init",))) == ["noise"]
+    with pytest.raises(InputError, match="'init' is missing; found: noise, other, bad"):
+        load_npz(tmp_path / "a.npz", ("init",), ())
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])

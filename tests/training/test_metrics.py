@@ -70,6 +70,23 @@ def test_a_run_that_goes_on_has_one_line_a_step(tmp_path):
     assert log.read_text() == "".join(rows)
     metrics.cut(log, 2)
     assert log.read_text() == "".join(rows[:2])
+    names = json.dumps({"step": 3, "samples": ["a\u2028b", "c\u0085d"]}, ensure_ascii=False) + "\n"
+    spoilt = [
+        b'{"step": 4, "loss": \xff}\n',
+        b'{"step": "4"}\n',
+        b"[" * 10**5 + b"\n",
+        b"\0\r\x0b{}\n",
+    ]
+    log.write_bytes(
+        "".join(rows[:2]).encode() + names.encode() + b"".join(spoilt) + b'{"step": 5}\n'
+    )
+    metrics.cut(log, 5)
+    assert log.read_text().split("\n") == [
+        *"".join(rows[:2]).split("\n")[:2],
+        names[:-1],
+        '{"step": 5}',
+        "",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -145,6 +145,15 @@ def parts(directory: str | os.PathLike) -> tuple[str, ...]:
     return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory))))
 
 
+def sources(directory: str | os.PathLike, name: str) -> tuple[str, ...]:
+    """What a network or the tokenizer of a checkpoint came from, as of `save`.
+
+    Raises:
+      InputError: no checkpoint there, or a damaged one.
+    """
+    return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory)))[name]["sources"])
+
+
 class Stored:
     """A network of a checkpoint on disk, its indices read.
 
