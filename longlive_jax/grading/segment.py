@@ -64,7 +64,7 @@ class Frames:
     @property
     def present(self) -> np.ndarray:
         """bool [frame, colour]: the colour covers enough for an object."""
-        return np.asarray(self.areas >= _LEAST_AREA)
+        return np.greater_equal(self.areas, _LEAST_AREA)
 
     def __getitem__(self, frames: slice) -> "Frames":
         return Frames(*(getattr(self, field.name)[frames] for field in dataclasses.fields(self)))
@@ -160,7 +160,7 @@ def _part(frame, behind, labels, colour, rgb, least):
     numbers, _ = _components(other)
     # No object is as thin as an edge.
     thick = ndimage.binary_erosion(other, _SQUARE, border_value=1)
-    other &= np.isin(numbers, np.unique(numbers[thick]))
+    other &= np.isin(numbers, np.unique(np.where(thick, numbers, 0)))
     hidden = ndimage.binary_dilation(other, _SQUARE, iterations=2) & ~mask
     numbers, count = _components(mask)
     extra = False

@@ -148,14 +148,12 @@ def _returned(shots: Sequence[_Shot], number: int) -> dict[str, Any] | None:
             same["objects"].append(a.shape == b.shape != "")
             same["colours"].append(a.colour == b.colour)
             distance.append(float(np.linalg.norm(a.rgb - b.rgb)))
-            sizes, places = (
-                [t.track.middle_size for t in (a, b)],
-                [t.track.middle for t in (a, b)],
-            )
+            sizes = a.track.middle_size, b.track.middle_size
             if np.isfinite(sizes).all():
                 same["sizes"].append(max(sizes) <= _SAME_SIZE * min(sizes))
             if a.motion == b.motion and a.motion in ("still", "spin", "grow", "shrink"):
-                same["places"].append(float(np.abs(np.subtract(*places)).max()) <= _SAME_PLACE)
+                far = np.abs(np.subtract(a.track.middle, b.track.middle)).max()
+                same["places"].append(bool(far <= _SAME_PLACE))
     shares = {name: _number(_mean(found)) for name, found in same.items()}
     return {
         "chunk": now.first,

@@ -42,6 +42,7 @@ class Best:
                 raise workdir.damaged(path, error) from error
             if grade > self.grade:
                 self.step, self.grade = int(path.name), grade
+        self._remove_others()  # that a killed process had no time for
 
     def offer(self, step: int, grade: float, ema: params_lib.Tree) -> bool:
         """Keeps these weights, if they are the best; the first of equals stays."""
@@ -61,10 +62,13 @@ class Best:
             workdir.write(self._root, workdir.read(self._root.parent))
             content = {"step": step, GRADE: grade}
             versioned.write(self._root / "best.json", FORMAT, VERSION, content)
-            for other in self._states():
-                if other != path:
-                    shutil.rmtree(other, ignore_errors=True)
+        self._remove_others()
         return True
+
+    def _remove_others(self) -> None:
+        for path in self._states() if jax.process_index() == 0 else ():
+            if int(path.name) != self.step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _states(self) -> list[pathlib.Path]:
         return [p for p in (self._root / workdir.STATES).glob("*") if p.name.isdecimal()]
