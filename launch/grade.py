@@ -67,23 +67,16 @@ def main() -> None:
     done = list(tqdm.tqdm(records, desc="grading", unit=" videos", disable=None))
     total = summary.summarise(done)
     print(summary.table(total))
-    for record in done:
+    for record in done if FLAGS.videos else ():
         wrong = sum(not chunk["all_right"] for chunk in record["chunks"])
         print(f"{record['name']}: {len(record['chunks']) - wrong} of {len(record['chunks'])} right")
     if output:
         place = pathlib.Path(output)
         content = {"summary": total, "videos": done}
         versioned.write(place / "grade.json", summary.FORMAT, summary.VERSION, content)
-        seconds = _seconds(done)
-        plot.save(
-            place / "grade.png", "share of videos that are right", seconds, summary.by_chunk(done)
-        )
+        title = "share of chunks that are right, over time"
+        plot.save(place / "grade.png", title, *summary.over_time(done))
         print(f"{place / 'grade.json'}, {place / 'grade.png'}")
-
-
-def _seconds(records):
-    longest = max((record["chunks"] for record in records), key=len)
-    return [chunk["second"] for chunk in longest]
 
 
 def _videos(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 from longlive_jax.grading.verdict import ATTRIBUTES
 
 FORMAT, VERSION = "longlive_jax grade", 1  # of grade.json
+POINTS = 48  # of a line of the plot
 SHARES = (*ATTRIBUTES, "all_right")
 
 
@@ -52,12 +53,19 @@ def _of(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def by_chunk(videos: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """The share of videos in which each chunk's attributes are right, and the sharpness."""
-    longest = max(len(video["chunks"]) for video in videos)
-    rows = [[v["chunks"][i] for v in videos if i < len(v["chunks"])] for i in range(longest)]
-    lines = {name: [_of(row)[name] for row in rows] for name in (*SHARES, "sharpness")}
-    return lines
+def over_time(
+    videos: Sequence[dict[str, Any]],
+) -> tuple[list[float], dict[str, list[float | None]]]:
+    """Seconds, and for each of SHARES and the sharpness what the chunks there have, in the mean.
+
+    Of a long video neighbouring chunks are one point, so that there are at most POINTS.
+    """
+    longest = max((video["chunks"] for video in videos), key=len)
+    each = -(-len(longest) // POINTS)
+    starts = range(0, len(longest), each)
+    points = [_of([c for v in videos for c in v["chunks"][i : i + each]]) for i in starts]
+    lines = {name: [point[name] for point in points] for name in (*SHARES, "sharpness")}
+    return [longest[i]["second"] for i in starts], lines
 
 
 def table(summary: dict[str, Any]) -> str:

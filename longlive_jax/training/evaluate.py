@@ -30,6 +30,7 @@ from longlive_jax.sampling import batches, decode, render, stream
 from longlive_jax.sampling.session import Engine, Texts
 
 MOST_VIDEOS = 4
+MOST_GRADED = 16  # a grade of few videos is mostly chance
 FOLDER = "evaluation"
 
 
@@ -43,7 +44,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """What evaluations make videos of. videos: at most MOST_VIDEOS.
+    """What evaluations make videos of. videos: at most MOST_VIDEOS, or MOST_GRADED.
 
     batch: the videos, repeated to fill the mesh. texts: the prompts that they stand for.
     """
@@ -70,7 +71,7 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         chunks=cfg.train.eval_chunks,
         chunk_frames=cfg.model.chunk_frames,
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
-    )[:MOST_VIDEOS]
+    )[: MOST_GRADED if cfg.train.eval_grade else MOST_VIDEOS]
     if cfg.train.eval_grade:
         for one in videos:  # refuses prompts of another world, before any work
             _script(cfg, one)
