@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import flags
+from scipy import ndimage
 
 from launch import command
 from longlive_jax import config as config_lib
@@ -38,6 +39,7 @@ flags.DEFINE_string("output", None, "Folder for grade.json and grade.png; defaul
 flags.DEFINE_integer("chunks_per_shot", 0, "Of captions without durations.", lower_bound=0)
 flags.DEFINE_integer("clips", None, "Grade so many clips of the world itself.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of --clips.", lower_bound=0)
+flags.DEFINE_float("blur", 0.0, "With --clips: blur them, by so many pixels.", lower_bound=0)
 flags.DEFINE_string("checkpoint", None, "With --clips: encode and decode them by its VAE.")
 
 CHUNKS = 2  # of each shot of a clip
@@ -51,8 +53,9 @@ def main() -> None:
                 f"--{missing} is missing; give --videos=DIR --prompts=FILE, or --clips=N to grade "
                 "the world's own clips"
             )
-        if FLAGS.checkpoint:
-            raise InputError("--checkpoint is for --clips, which its VAE encodes and decodes")
+        if FLAGS.checkpoint or FLAGS.blur:
+            name = "checkpoint" if FLAGS.checkpoint else "blur"
+            raise InputError(f"--{name} is for --clips, the world's own clips; leave it out")
         records, output = _videos(command.config(config_lib.Config())), FLAGS.output or FLAGS.videos
     else:
         if FLAGS.videos or FLAGS.prompts:
@@ -119,6 +122,8 @@ def _clips(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
         second = video.frames_of(2 * CHUNKS, length) - first
         parts = [shapes.render(s, 0, n, *size) for s, n in zip(clip, (first, second))]
         frames = through(np.concatenate(parts))
+        if FLAGS.blur:
+            frames = ndimage.gaussian_filter(frames, (0, FLAGS.blur, FLAGS.blur, 0))
         lines = [
             video.Line(s.caption, k == 0 and i > 0)
             for i, s in enumerate(clip[:2])

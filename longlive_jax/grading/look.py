@@ -56,7 +56,8 @@ def look(frames: segment.Frames, original: np.ndarray) -> Seen:
     ground = int(np.bincount(frames.grounds, minlength=len(BACKGROUNDS)).argmax())
     same = np.flatnonzero(frames.grounds == ground)
     error = float(np.median(frames.errors[same]))
-    colours = [int(c) for c in np.flatnonzero(frames.present.mean(0) > _OFTEN)]
+    often = frames.present[same].sum(0) > _OFTEN * len(frames)
+    colours = [int(c) for c in np.flatnonzero(often)]
     regions = segment.regions(frames, ground, colours)
     while (tint := _tint(regions)) is not None:
         small, large = tint

@@ -95,8 +95,9 @@ def to_height(frames: np.ndarray) -> np.ndarray:
         return cut.reshape(shape).mean((2, 4), dtype=np.float32)
     up = round(HEIGHT / height)
     values = frames.astype(np.float32)
-    return ndimage.zoom(values, (1, up, up, 1), order=1, grid_mode=True, mode="nearest") if up > 1 \
-        else values  # fmt: skip
+    if up <= 1:
+        return values
+    return np.asarray(ndimage.zoom(values, (1, up, up, 1), order=1, grid_mode=True, mode="nearest"))
 
 
 def tell_apart(pixels: np.ndarray) -> Frames:

@@ -65,6 +65,7 @@ def test_the_worlds_own_clips_are_right(tmp_path):
             "its script of 3 chunks needs 93",
         ),
         (["--clips=1", "--videos={made}/videos"], "leave out --videos"),
+        (["--videos={made}/videos", "--prompts={made}/shots.json", "--blur=2"], "--blur is for"),
         (["--clips=1", "--checkpoint={tmp}"], "--config is missing"),
     ],
 )
