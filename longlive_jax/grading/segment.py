@@ -200,7 +200,7 @@ def _shift(frame: np.ndarray, ground: int) -> tuple[np.ndarray, float]:
     picture = _picture(BACKGROUNDS[ground], *frame.shape[:2], _STRIDE)
     rest = (frame[_STRIDE // 2 :: _STRIDE, _STRIDE // 2 :: _STRIDE] - picture).reshape(-1, 3)
     far = _length(rest)
-    near = far < max(_FOREGROUND, float(np.median(far)))
+    near = far <= max(_FOREGROUND, float(np.median(far)))
     error = float(far[near].mean()) if near.mean() > 0.3 else _FAR
     return np.median(rest[near], axis=0), error
 

@@ -1,7 +1,9 @@
 """The grader on clips whose truth is known: what is right is, and each wrong is named."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 from scipy import ndimage
 
@@ -119,3 +121,17 @@ def test_a_video_shorter_than_its_script_is_refused():
     one = shot(BLACK, thing())
     with pytest.raises(InputError, match="has 29 frames, its script of 2 chunks needs 61"):
         grade(render([one], (1,)), script([one], (2,)))
+
+
+@pytest.mark.parametrize("what", ["pink", "noise", "flicker"])
+def test_frames_of_nothing_are_wrong_and_no_error(what):
+    frames = np.zeros((29, 128, 192, 3), np.uint8)
+    if what == "pink":
+        frames[:] = shapes.COLOURS["pink"]
+    elif what == "noise":
+        frames = np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
+    else:  # every other frame is another's background
+        frames[::2] = render([shot(STRIPES, *pair())], (1,))[::2]
+    record = grade(frames, script([shot(BLACK, *pair())], (1,)))
+    assert wrong(record) == ({"backgrounds"} if what == "flicker" else set(ATTRIBUTES))
+    json.dumps(record, allow_nan=False)
