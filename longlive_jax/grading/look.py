@@ -56,7 +56,7 @@ def look(frames: segment.Frames, original: np.ndarray) -> Seen:
     ground = int(np.bincount(frames.grounds, minlength=len(BACKGROUNDS)).argmax())
     same = np.flatnonzero(frames.grounds == ground)
     error = float(np.median(frames.errors[same]))
-    often = frames.present[same].sum(0) > _OFTEN * len(frames)
+    often = frames.present[same].mean(0) > _OFTEN
     colours = [int(c) for c in np.flatnonzero(often)]
     regions = segment.regions(frames, ground, colours)
     while (tint := _tint(regions)) is not None:
