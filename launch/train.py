@@ -6,6 +6,8 @@ The same command goes on where it stopped, on any mesh and any number of hosts. 
   checkpoints/        the states; launch.sample --checkpoint=DIR samples from the newest
   metrics.jsonl       a line a step; tensorboard/ has the same
   evaluation/         videos of data.eval_path, every train.eval_every steps
+  best/               with train.eval_grade: the weights whose videos have the best grade so far;
+                      launch.sample --checkpoint=DIR/best samples from them
   failures.jsonl      training files that could not be read, and why
   run.json            settings of the run, and the path of its --checkpoint
 CKPT gives the initial weights, the VAE and the text encoder. With data.cached=True and no
@@ -40,7 +42,7 @@ from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop
+from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop
 from longlive_jax.training.objectives import teacher_forcing
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
 from longlive_jax.training.plan import Plan
@@ -101,15 +103,26 @@ def _train() -> None:
     settings = teacher_forcing.settings(cfg, identity)
     with checkpoint.acquire(root, settings, MODEL, others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
+        kept = best.Best(root, MODEL) if cfg.train.eval_grade else None
         failures = root / "failures.jsonl"
         inputs = loop.Inputs(
             batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
             params=lambda: {MODEL: _initial(cfg, mesh)},
-            evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
+            evaluate=evaluator and functools.partial(_evaluate, evaluator, kept),
         )
         _, done = loop.run(objective, Plan.of(cfg.train), root, inputs, _show)
     how = "stopped by a signal; the same command goes on" if done.stopped else "done"
     _show(f"step {done.step} of {cfg.train.steps}: {how}: {root}")
+
+
+def _evaluate(evaluator, kept, step, networks_of_run) -> str:
+    """An evaluation, of which the best checkpoint is kept; what to show of it."""
+    ema = networks_of_run[MODEL].ema
+    made = evaluator(step, ema)
+    if made.grade is None:
+        return str(made.folder)
+    kept.offer(step, made.grade, ema)
+    return f"{made.folder}, grade {made.grade:.4f}, best {kept.grade:.4f} of step {kept.step}"
 
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:

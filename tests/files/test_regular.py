@@ -10,7 +10,7 @@ from longlive_jax.data import clips
 from longlive_jax.errors import InputError
 from longlive_jax.files import regular, versioned
 from longlive_jax.files.arrays import load_npz
-from longlive_jax.prompts import shots
+from longlive_jax.prompts import layouts, shots
 
 
 def prompts(path):
@@ -19,6 +19,7 @@ def prompts(path):
 
 READERS = {
     "prompts.txt": prompts, "prompts.json": prompts, "prompts": prompts, "arrays.npz": load_npz,
+    "benchmark.txt": lambda path: layouts.items("vbench", path, 1),
     "run.json": versioned.read_json, "caption.json": lambda path: clips._caption(pathlib.Path(path)),
 }  # fmt: skip
 
