@@ -1,5 +1,5 @@
 # Everything lives in .venv. `make demo` and `make test` set it up by themselves.
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup lock demo test test-slow fuzz lint types clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -16,10 +16,24 @@ endef
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-dev.txt
+# The very files of requirements.lock where it is for this machine; elsewhere what the ranges give.
+LOCKED := (3, 12), "linux", "x86_64"
+define REQUIREMENTS
+if $(PYTHON) -c 'import platform, sys; \
+  sys.exit((sys.version_info[:2], sys.platform, platform.machine()) != ($(LOCKED)))'; \
+then echo --require-hashes -r requirements.lock; else echo -r requirements-dev.txt; fi
+endef
+
+$(STAMP): requirements.txt requirements-dev.txt requirements.lock
 	@python=$$($(FIND_PYTHON)) || exit 1; test -x $(PYTHON) || $$python -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $$($(REQUIREMENTS))
 	@touch $@
+
+# The newest that the ranges allow. Needs uv.
+lock:
+	uv pip compile --quiet --upgrade --generate-hashes --no-annotate --python-version 3.12 \
+	  --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" \
+	  --output-file requirements.lock requirements-dev.txt
 
 demo: $(STAMP)
 	$(PYTHON) -m launch.demo --output=out/demo
@@ -31,6 +45,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600
+
+# 6,000 mutated files of every kind; `make fuzz ARGS=--seed=1` for others.
+fuzz: $(STAMP)
+	$(PYTHON) -m tests.fuzz --mutations=6000 $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

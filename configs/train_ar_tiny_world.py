@@ -11,6 +11,9 @@
         --workdir=run
     python -m launch.export --config=configs/train_ar_tiny_world.py --checkpoint=run --output=CKPT
 
+Every 2000 steps held-out prompts are sampled and graded (docs/grading.md); run/best has the best
+weights by that, and stands for `run` in the last command.
+
 The recipe is the paper's (teacher forcing, error recycling), with the rates of a small model.
 """
 
@@ -28,11 +31,12 @@ def get_config():
     )
     config.video.shift = 3.0
     config.sample.update(steps=20, rope_offset=0.0, vae_latents_per_call=8)
-    config.data.update(path="tiny_latents", cached=True, workers=8)
+    config.data.update(path="tiny_latents", cached=True, workers=8, eval_path="tiny_world/eval")
     config.train.update(
         steps=8000, batch_size=64, latent_frames=32, text_encoder=True, learning_rate=1e-3,
         warmup_steps=200, beta1=0.9, beta2=0.98, weight_decay=0.01, max_grad_norm=1.0,
-        ema_decay=0.998, ema_start=500, remat="qkv", save_every=2000, eval_steps=20,
+        ema_decay=0.998, ema_start=500, remat="qkv", save_every=2000, eval_every=2000,
+        eval_steps=20, eval_chunks=8, eval_grade="shapes",
     )  # fmt: skip
     config.train.error_recycling.update(enabled=True, slots=8)
     return config

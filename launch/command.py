@@ -36,12 +36,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: whatever is kept on Ctrl-C is kept then, too."""
 
 
-def config() -> config_lib.Config:
-    """The validated config of `--config` and its overrides."""
+def config(default: config_lib.Config | None = None) -> config_lib.Config:
+    """The validated config of `--config` and its overrides; without a file, the default."""
     try:
         values = _CONFIG.value  # reads the file
     except (OSError, ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"--config: {error}") from error
+    if values is None and default is not None:
+        return default
     if values is None:
         raise InputError("--config is missing; for example --config=configs/tiny.py")
     return config_lib.from_config_dict(values)

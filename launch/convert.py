@@ -9,11 +9,12 @@
     python -m launch.convert --config=configs/sample_5b.py --checkpoint=CKPT \\
         --lora=FILE_OR_RUN --output=STUDENT_CKPT
 
-Sources are files, folders or hf://owner/name[/file]. Parts may be given one at a time, to the same
---output. Weights keep their dtype, and are streamed: memory does not grow with the model. With
---recipe the transformer's linear layers are quantised, to the bit as launch.sample would with
---config.quant.recipe. --lora may also be the folder of a training run, whose student's adapters are
-merged. The original's model_4o6.pt is already quantised, and needs no --recipe.
+Sources are files, folders or hf://owner/name[@revision][/file]; of the latter the checkpoint's
+metadata.json keeps the commit. Parts may be given one at a time, to the same --output. Weights keep
+their dtype, and are streamed: memory does not grow with the model. With --recipe the transformer's
+linear layers are quantised, to the bit as launch.sample would with --config.quant.recipe. --lora
+may also be the folder of a training run, whose student's adapters are merged. The original's
+model_4o6.pt is already quantised, and needs no --recipe.
 """
 
 import os
@@ -108,12 +109,12 @@ def _import(given: dict[str, str]) -> None:
                 source.pieces(bar.update),
                 source.spec,
                 section=source.section,
-                sources=source.files,
+                sources=[file.origin for file in source.files],
                 recipe=source.recipe,
             )
         _show(part, source.spec, summary, source.recipe, start)
     if tokenizer:
-        store.save_tokenizer(FLAGS.output, tokenizer)
+        store.save_tokenizer(FLAGS.output, tokenizer, tokenizer.origin)
         print(f"tokenizer: {os.path.getsize(tokenizer) / 2**20:,.1f} MiB", flush=True)
 
 
@@ -165,7 +166,11 @@ def _remake() -> None:
     _show("dit", spec, summary, recipe, start)
     for part in store.parts(directory):
         if part == tokenizer_lib.NAME:
-            store.save_tokenizer(output, os.path.join(directory, tokenizer_lib.FILE))
+            file, source = (
+                os.path.join(directory, tokenizer_lib.FILE),
+                store.sources(directory, part),
+            )
+            store.save_tokenizer(output, file, *source[:1])
         elif part != "dit":
             store.copy(store.Stored(directory, part), output)
             print(f"{part}: copied", flush=True)

@@ -36,7 +36,7 @@ def main() -> None:
     if not FLAGS.latents:
         raise InputError("--latents is missing; give the .npz to decode")
     command.check_output("output", ".mp4", ".npz")
-    latents = load_npz(FLAGS.latents, required=("latents",))["latents"]
+    latents = load_npz(FLAGS.latents, ("latents",), ())["latents"]
     sizes = f"vae.z_dim={cfg.vae.z_dim} channels"
     latents = channels_last(latents, f"{FLAGS.latents}: latents", cfg.vae.z_dim, sizes)
     video = FLAGS.output.endswith(".mp4")

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _embed_ids(cfg, mesh):
-    arrays = load_npz(FLAGS.prompts, required=("ids", "mask"))
+    arrays = load_npz(FLAGS.prompts, ("ids", "mask"), ())
     ids, mask = arrays["ids"], arrays["mask"]
     if ids.ndim != 2 or ids.shape != mask.shape or ids.dtype.kind not in "iu" or not ids.size:
         raise InputError(

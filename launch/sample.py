@@ -3,8 +3,10 @@
     python -m launch.sample --config=configs/sample_5b.py --checkpoint=CKPT --prompts=FILE \\
         --output=out.mp4
 
-Several videos go to out-000.mp4, out-001.mp4 and so on. `--noise` and `--prompt_embeds` replace
-random noise and the text encoder, for comparison with other implementations; see docs/sampling.md.
+Several videos go to out-000.mp4, out-001.mp4 and so on. With --layout=vbench, vbench2 or
+vbench_long --output is a folder of --samples videos of each prompt, by the benchmark's names.
+`--noise` and `--prompt_embeds` replace random noise and the text encoder, for comparison with other
+implementations; see docs/sampling.md.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import tqdm
 from absl import flags
 
 from launch import command, compile_cache
+from launch.layout import Folder
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks, workdir
@@ -25,7 +28,7 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
-from longlive_jax.prompts import embeddings, pictures
+from longlive_jax.prompts import embeddings, layouts, pictures
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
 
@@ -49,6 +52,8 @@ flags.DEFINE_string("contact_sheet", None, "A .png with a frame of every second.
 flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 flags.DEFINE_integer("batch", 1, "Videos denoised together.", lower_bound=1)
 flags.DEFINE_integer("chunks_per_shot", 0, "Of captions without durations.", lower_bound=0)
+flags.DEFINE_enum("layout", None, layouts.LAYOUTS, "Names of the videos, in the folder --output.")
+flags.DEFINE_integer("samples", 5, "With --layout: videos of a prompt.", lower_bound=1)
 flags.DEFINE_integer("vae_device", None, "Index of a device that is the VAE's alone.")
 flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, by launch.compile.")
 
@@ -57,6 +62,15 @@ def main() -> None:
     start = time.monotonic()
     cfg = command.config()
     _check_flags()
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if FLAGS.layout:
+            folder = _layout(cfg)
+            stack.enter_context(folder.opened())
+        _sample(cfg, folder, start)
+
+
+def _sample(cfg, folder: Folder | None, start: float) -> None:
     mesh = mesh_lib.make_mesh(cfg.mesh)
     pipeline = Pipeline(
         FLAGS.checkpoint, cfg, mesh, vae_mesh=vae_mesh(mesh, FLAGS.vae_device),
@@ -65,14 +79,25 @@ def main() -> None:
     if FLAGS.compile_cache:
         compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
-    videos, texts = _videos(pipeline, noise.chunks if noise else None)
+    if folder:
+        videos, texts = folder.videos(cfg), None
+    else:
+        videos, texts = _videos(pipeline, noise.chunks if noise else None)
     batches = batches_lib.make(cfg, videos, noise, FLAGS.batch)
+    if folder:
+        batches = [batch for batch in batches if not folder.is_whole(batch)]
+        remaining = sum(len(batch.videos) for batch in batches)
+        print(f"{len(videos) - remaining} of {len(videos)} videos are there", flush=True)
+        if not batches:
+            return
+        videos = [video for batch in batches for video in batch.videos]
     for batch in batches:
         batch.check_images()
     clip = _open_clip(cfg, batches)
     pictured = clip is not None or any(batch.pictured for batch in batches)
     pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
-    _check_apart(batches)
+    if not folder:
+        _check_apart(batches)
     if texts is None:
         texts = pipeline.embed(embeddings.distinct(videos))
     batches = pipeline.encoded(batches, clip)
@@ -82,8 +107,14 @@ def main() -> None:
     frames = 0
     for number, batch in enumerate(batches):
         chunks = pipeline.render(batch, texts, FLAGS.seed)
-        frames += _write(cfg, chunks, batch, count, (number, len(batches)), start)
+        paths = folder.paths(batch) if folder else _numbered(FLAGS.output, batch, count)
+        frames += _write(cfg, chunks, batch, count, (number, len(batches)), start, paths)
+        if folder:
+            folder.record(batch)
     seconds = time.monotonic() - start
+    if folder:
+        print(f"{count} videos, {frames} frames, {seconds:.1f} s: {FLAGS.output}")
+        return
     path = FLAGS.output or FLAGS.save_latents
     files = count if FLAGS.output else _latent_files(count, batches)
     where = " to ".join(dict.fromkeys(command.numbered(path, i, files) for i in (0, files - 1)))
@@ -93,7 +124,25 @@ def main() -> None:
     )
 
 
+def _layout(cfg):
+    """The folder of --layout, with all that its files depend on."""
+    items = layouts.items(FLAGS.layout, FLAGS.prompts, FLAGS.samples)
+    command.check_apart([FLAGS.output], [FLAGS.prompts], networks.folders(FLAGS.checkpoint))
+    names = ("layout", "samples", "seed", "batch", "weights")
+    settings = {name: FLAGS[name].value for name in names}
+    return Folder(FLAGS.output, items, cfg, settings | {"checkpoint": str(FLAGS.checkpoint)})
+
+
 def _check_flags():
+    if FLAGS.layout:
+        for name, what in (("output", "folder of the videos"), ("prompts", "file of the prompts")):
+            if not FLAGS[name].value:
+                raise InputError(f"--layout={FLAGS.layout} needs --{name}, the {what}")
+        for name in ("noise", "prompt_embeds", "image", "continue_from", "save_latents",
+                     "contact_sheet", "chunks_per_shot"):  # fmt: skip
+            if FLAGS[name].value:
+                raise InputError(f"--layout={FLAGS.layout} and --{name} exclude each other")
+        return
     if not FLAGS.output and not FLAGS.save_latents:
         raise InputError("--output is missing; give the .mp4 to write, or --save_latents")
     if FLAGS.contact_sheet and not FLAGS.output:
@@ -110,7 +159,7 @@ def _check_flags():
 def _videos(pipeline, chunks):
     """All videos to make, and the embeddings of their prompts if these are given."""
     if FLAGS.prompt_embeds:
-        arrays = load_npz(FLAGS.prompt_embeds, required=("ctx",))
+        arrays = load_npz(FLAGS.prompt_embeds, ("ctx",), ("cut", "neg"))
         one, texts = embeddings.from_embeddings(arrays, pipeline.cfg, chunks)
         videos = [one]
     else:
@@ -154,27 +203,31 @@ def _open_clip(cfg, batches):
     return clip
 
 
-def _write(cfg, chunks, batch, videos, number, start):
+def _numbered(path, batch, videos):
+    """The files of a batch, of so many videos in all; none without a path."""
+    count = len(batch.videos) if path else 0
+    return [command.numbered(path, batch.index + i, videos) for i in range(count)]
+
+
+def _write(cfg, chunks, batch, videos, number, start, paths):
     """Writes a batch as it is made, with a progress bar; returns the number of frames.
 
     `number`: the batch's number, and the number of batches. `start`: when the command began.
+    `paths`: the mp4s.
     """
     count = len(batch.videos)
     total = batches_lib.frames(batch.latent_frames(cfg.model))
 
     def outputs(path):
-        return [command.numbered(path, batch.index + i, videos) for i in range(count)]
+        return _numbered(path, batch, videos)
 
     sheets = [ContactSheet() for _ in range(count)] if FLAGS.contact_sheet else []
     kept, latent_frames, shown = [], 0, 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm.tqdm(total=total, unit=" frames", desc="streaming"))
-        writers = []
-        if FLAGS.output:
-            writers = [
-                stack.enter_context(VideoWriter(path, *batch.pixels, frames=total))
-                for path in outputs(FLAGS.output)
-            ]
+        writers = [
+            stack.enter_context(VideoWriter(path, *batch.pixels, frames=total)) for path in paths
+        ]
         for chunk in chunks:
             if number[0] == chunk.index == 0 and chunk.frames:
                 np.asarray(chunk.frames[0])

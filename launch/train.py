@@ -6,16 +6,19 @@ The same command goes on where it stopped, on any mesh and any number of hosts. 
   checkpoints/        the states; launch.sample --checkpoint=DIR samples from the newest
   metrics.jsonl       a line a step; tensorboard/ has the same
   evaluation/         videos of data.eval_path, every train.eval_every steps
+  best/               with train.eval_grade: the weights whose videos have the best grade so far;
+                      launch.sample --checkpoint=DIR/best samples from them
   failures.jsonl      training files that could not be read, and why
   run.json            settings of the run, and the path of its --checkpoint
 CKPT gives the initial weights, the VAE and the text encoder. With data.cached=True and no
 evaluation it may be left out: then the weights are random.
 
 Where no cluster lets the hosts find each other, add --coordinator=HOST:PORT --num_processes=N
---process_id=I. On SIGTERM to one host all save and end. --dry_run compiles the step, prints
-its memory, and ends: no array is made, no data read.
+--process_id=I. On SIGTERM or Ctrl-C to one host all save and end; a second Ctrl-C ends at once.
+--dry_run compiles the step, prints its memory, and ends: no array is made, no data read.
 
-Exit codes: 0 done, or saved after SIGTERM; 2 bad config or data, or a full disk; 1 anything else.
+Exit codes: 0 done, or saved after a signal; 2 bad config or data, or a full disk; 1 anything else,
+also a run whose last step was not finite.
 """
 
 import functools
@@ -39,7 +42,7 @@ from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.training import checkpoint, dry_run, evaluate, feed, loop
+from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop
 from longlive_jax.training.objectives import teacher_forcing
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
 from longlive_jax.training.plan import Plan
@@ -63,7 +66,7 @@ def main() -> None:
         _train()
     except InputError:
         raise
-    except (loop.DivergedError, NotFiniteError) as error:
+    except NotFiniteError as error:
         _end(f"error: {error}")
     except Exception as error:
         if command.refused_by_disk(error):
@@ -95,6 +98,7 @@ def _train() -> None:
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
+    command.check_apart([FLAGS.workdir], [], networks.folders(FLAGS.checkpoint))
     root = pathlib.Path(os.path.abspath(FLAGS.workdir))
     if recipe := recipe_lib.get(cfg.quant.recipe):
         _show(f"linear layers by {matmul.backend(recipe)}")
@@ -116,13 +120,24 @@ def _teacher_forcing(cfg, objective, root) -> loop.Done:
     settings = teacher_forcing.settings(cfg, identity)
     with checkpoint.acquire(root, settings, MODEL, others):
         evaluator, encoders = _models(cfg, mesh, root, prompts)
+        kept = best.Best(root, MODEL) if cfg.train.eval_grade else None
         failures = root / "failures.jsonl"
         inputs = loop.Inputs(
             batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
             params=lambda: {MODEL: _initial(cfg, mesh)},
-            evaluate=evaluator and (lambda step, state: evaluator(step, state[MODEL].ema)),
+            evaluate=evaluator and functools.partial(_evaluate, evaluator, kept),
         )
         return loop.run(objective, Plan.of(cfg.train), root, inputs, _show)[1]
+
+
+def _evaluate(evaluator, kept, step, networks_of_run) -> str:
+    """An evaluation, of which the best checkpoint is kept; what to show of it."""
+    ema = networks_of_run[MODEL].ema
+    made = evaluator(step, ema)
+    if made.grade is None:
+        return str(made.folder)
+    kept.offer(step, made.grade, ema)
+    return f"{made.folder}, grade {made.grade:.4f}, best {kept.grade:.4f} of step {kept.step}"
 
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:

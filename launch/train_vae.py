@@ -65,10 +65,7 @@ def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> par
         frozen=objective.frozen_arrays(),
     )
     with checkpoint.acquire(root, autoencoder.settings(cfg, videos), network=None):
-        try:
-            state, done = loop.run(objective, Plan.of(cfg.train_vae), root, inputs, _show)
-        except loop.DivergedError as error:
-            raise InputError(str(error)) from error
+        state, done = loop.run(objective, Plan.of(cfg.train_vae), root, inputs, _show)
     if done.stopped:
         _show(f"step {done.step}: stopped by a signal; the same command goes on: {root}")
         return None

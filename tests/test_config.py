@@ -107,7 +107,7 @@ def test_no_setting_is_nan_or_infinite(section, name, value):
     "section, change",
     [
         (lib.Sample, dict(rope_offset=2.0**31)), (lib.Sample, dict(steps=2**31)),
-        (lib.Model, dict(num_layers=2**31)), (lib.Video, dict(width=2**20)),
+        (lib.Model, dict(num_layers=1001)), (lib.UMT5, dict(num_layers=2**31 - 1)), (lib.Video, dict(width=2**20)),
         (lib.Train, dict(seed=2**31)), (lib.Video, dict(shift=1e30)),
         (lib.VAE, dict(latent_mean=(float("nan"),) * 48)), (lib.Train, dict(beta2=1.0)),
     ],

@@ -83,11 +83,11 @@ fi
 mkdir -p "$logs" || exit 2
 # Every process's stdin is a pipe whose other end is file 9 of this script alone: it closes even
 # when this script is killed. File 8 brings back how each process ended.
-pipe=$(mktemp -u)
-mkfifo "$pipe" "$pipe.ends" || exit 2
-exec 9<>"$pipe" 8<>"$pipe.ends"
+pipes=$(mktemp -d) || exit 2 # of this user alone
+mkfifo -m 600 "$pipes/stdin" "$pipes/ends" || exit 2
+exec 9<>"$pipes/stdin" 8<>"$pipes/ends"
 for i in "${!hosts[@]}"; do
-  exec 7<"$pipe"
+  exec 7<"$pipes/stdin"
   {
     trap '' INT # Ctrl-C is for this script; ssh would break off
     run=("${connect[@]}" "${hosts[i]}" "$(remote_script "$i" "$@")")
@@ -99,7 +99,7 @@ for i in "${!hosts[@]}"; do
     echo "$i $?" >&8
   } 9>&- &
 done
-rm "$pipe" "$pipe.ends"
+rm -r "$pipes"
 echo "started ${#hosts[@]} process(es); logs: $logs" >&2
 
 code=0

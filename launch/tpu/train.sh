@@ -38,9 +38,16 @@ done
 [[ -n $directory ]] || usage "--directory is missing"
 
 everywhere=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all)
-# The file's name tells this TPU's run from others; exec keeps the process id that is in it.
-pid_file=/tmp/longlive_train_$name.pid
-start="cd $(printf %q "$directory") && echo \$\$ > $pid_file && "
+# On every host a file says which process to tell to stop; exec keeps its id. It is this run's alone:
+# under a name that nobody can foresee, in a folder where nobody else can put a link in its place.
+# Those of processes that have ended are removed.
+token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+[[ ${#token} == 32 ]] || usage "/dev/urandom cannot be read"
+folder="\"\$HOME/.cache/longlive_jax\"" ending=".\$(hostname).pid" # the home may be shared
+pid_file="$folder/$token$ending"
+start="(umask 077 && mkdir -p $folder && for f in $folder/*$ending; do "
+start+="kill -0 \"\$(cat \"\$f\")\" || rm -f \"\$f\"; done 2>/dev/null; echo \$\$ > $pid_file) && "
+start+="cd $(printf %q "$directory") && "
 start+="exec $(printf '%q ' "${PYTHON:-.venv/bin/python}" -m launch.train "$@")"
 
 if [[ -n $dry_run ]]; then

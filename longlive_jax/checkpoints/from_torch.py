@@ -28,7 +28,7 @@ class Source:
     spec: params_lib.Tree  # of the arrays in the file: a VAE file may be a decoder alone
     section: Any  # the part's section of the config
     tensors: Mapping[str, Any]  # by the original's keys: a Tensor or a four_over_six.Packed
-    files: tuple[str, ...]
+    files: tuple[sources.Located, ...]
     recipe: Recipe | None  # by which linear layers' weights are quantised, here or in the file
     dtype: np.dtype  # of weights before they are quantised
 

@@ -25,20 +25,44 @@ _PLACES = {
     ),
 }
 _INDEX = {"weight_map": {str: str}}
-_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
+_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\w[\w.-]*))?(?:/(?P<file>.+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(source: str, part: str) -> str:
+class Located(str):
+    """The path of a local file or folder, and where it is from.
+
+    Attributes:
+      origin: what a checkpoint keeps of it: the name of a file, or `hf://owner/name@COMMIT[/file]`.
+    """
+
+    origin: str
+
+    def __new__(cls, path: str, origin: str | None = None):
+        located = super().__new__(cls, path)
+        located.origin = origin or os.path.basename(path)
+        return located
+
+
+def locate(source: str, part: str) -> Located:
     """The local file or folder of safetensors files that holds `part`; may download it.
 
     Args:
-      source: a path, or `hf://owner/name[/file]`.
+      source: a path, or `hf://owner/name[@revision][/file]`; the revision is a branch, a tag or a
+        commit, by default the repository's main branch.
       part: "dit", "vae", "umt5", "lora" or "tokenizer".
 
     Raises:
       InputError: nothing there holds the part.
     """
-    path = pathlib.Path(_download(source, part) if source.startswith("hf://") else source)
+    if not source.startswith("hf://"):
+        return Located(_find(source, source, part))
+    path, origin = _download(source, part)
+    return Located(_find(path, source, part), origin)
+
+
+def _find(local: str, source: str, part: str) -> str:
+    path = pathlib.Path(local)
     if os.path.isfile(path):  # pathlib raises for names that no file can have
         return str(path)
     if not os.path.exists(path):
@@ -112,27 +136,44 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Any]:
     return tensors
 
 
-def _download(source: str, part: str) -> str:
+def _download(source: str, part: str) -> tuple[str, str]:
+    """A local path, and the address of what lies there: with the commit that was downloaded."""
     match = _HUB.fullmatch(source)
     if not match:
-        raise InputError(f"--{part}={source}: must be hf://owner/name or hf://owner/name/file")
+        raise InputError(
+            f"--{part}={source}: must be hf://owner/name or hf://owner/name/file, with @revision "
+            "after the name if it is not to be the newest"
+        )
     try:
         import huggingface_hub
     except ImportError as error:
         raise InputError(
             f"--{part}={source}: needs huggingface_hub; run `pip install huggingface_hub`"
         ) from error
+    repo, commit = match["repo"], match["revision"]
     try:
+        if not (commit and _COMMIT.fullmatch(commit)):
+            # First of all: what is listed and all files are then of this one commit.
+            commit = huggingface_hub.model_info(repo, revision=commit).sha
+        origin = f"hf://{repo}@{commit}"
+
+        def file(name: str) -> tuple[str, str]:
+            path = huggingface_hub.hf_hub_download(repo, name, revision=commit)
+            return path, f"{origin}/{name}"
+
         if match["file"]:
-            return huggingface_hub.hf_hub_download(match["repo"], match["file"])
-        there = huggingface_hub.list_repo_files(match["repo"])
+            return file(match["file"])
+        there = huggingface_hub.list_repo_files(repo, revision=commit)
         for place in _PLACES[part]:
             if place in there:
-                return huggingface_hub.hf_hub_download(match["repo"], place)
+                return file(place)
             weights = re.compile(rf"{re.escape(place)}/?[^/]+\.(safetensors(\.index\.json)?|json)")
             wanted = [f for f in there if weights.fullmatch(f)]
             if any(".safetensors" in f for f in wanted):
-                return huggingface_hub.snapshot_download(match["repo"], allow_patterns=wanted)
+                root = huggingface_hub.snapshot_download(
+                    repo, revision=commit, allow_patterns=wanted
+                )
+                return root, f"{origin}/{place}".rstrip("/")
     except Exception as error:  # whatever the network and the hub can do
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--{part}={source}: {reason}") from error

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
+from longlive_jax.files.orbax import check_read, ocp
 
 FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
@@ -167,7 +167,9 @@ class State:
         try:
             with context:
                 wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), tree)
-                return functools.reduce(operator.getitem, keys, ocp.load(str(self._path), wanted))
+                loaded = functools.reduce(operator.getitem, keys, ocp.load(str(self._path), wanted))
+            check_read(loaded)
+            return loaded
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # the library raises bare Exception

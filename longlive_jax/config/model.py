@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from longlive_jax.config.section import Count, Section, divides, refuse
+from longlive_jax.config.section import Count, Layers, Section, divides, refuse
 
 PATCH = 2  # latents a token covers, each way
 
@@ -16,7 +16,7 @@ class Model(Section):
     dim: Count = 3072
     ffn_dim: Count = 14336
     num_heads: Count = 24
-    num_layers: Count = 30
+    num_layers: Layers = 30
     in_dim: Count = 48
     out_dim: Count = 48
     text_dim: Count = 4096

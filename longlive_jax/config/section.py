@@ -53,6 +53,8 @@ class OneOf:
 INT32_MAX = 2**31 - 1  # positions, steps and seeds are int32 on devices
 
 Count = Annotated[int, Range(1, INT32_MAX)]
+# Of a network. Its layers are written down one by one, in messages too; the deepest have about 100.
+Layers = Annotated[int, Range(1, 1000)]
 Index = Annotated[int, Range(0, INT32_MAX)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from longlive_jax.config.section import Count, Section, divides, refuse
+from longlive_jax.config.section import Count, Layers, Section, divides, refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class UMT5(Section):
     dim_attn: Count = 4096
     dim_ffn: Count = 10240
     num_heads: Count = 64
-    num_layers: Count = 24
+    num_layers: Layers = 24
     num_buckets: Count = 32
 
     def __post_init__(self):

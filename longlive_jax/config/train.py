@@ -17,6 +17,7 @@ from longlive_jax.config.section import (
 
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
+GRADERS = ("", "shapes")
 TIMESTEPS = 1000  # entries of the noise table
 
 
@@ -76,4 +77,6 @@ class Train(Section):
     eval_every: Index = 0  # steps between evaluations; 0: none
     eval_steps: Annotated[int, Range(1, TIMESTEPS)] = 50  # of the solver
     eval_chunks: Count = 4
-    max_bad_steps: Count = 10  # steps in a row with a loss or gradient that is not finite
+    # Evaluations are graded as videos of this world, and the best is kept; "": they are not.
+    eval_grade: Annotated[str, OneOf(GRADERS)] = ""
+    max_bad_steps: Count = 10  # steps in a row whose loss, gradient or result is not finite

@@ -17,6 +17,11 @@ def validate_training(config: Config) -> None:
     chunks = t.latent_frames // m.chunk_frames
     divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
     divides("train.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if t.eval_grade and not t.eval_every:
+        refuse(
+            f"train.eval_grade={t.eval_grade!r}",
+            "needs evaluations; set train.eval_every, or train.eval_grade=''",
+        )
     if d.min_chunks > chunks:
         refuse(f"data.min_chunks={d.min_chunks}", f"must be 1 to {chunks}, a sample's chunks")
     width = config.video.latent_size[1]

@@ -20,6 +20,7 @@ from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from longlive_jax.data.source import Sample, first
 from longlive_jax.data.video_reader import VideoFile, frame_indices, probe
 from longlive_jax.errors import InputError
+from longlive_jax.files import regular
 from longlive_jax.files.names import entries, spelled
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".gif")  # in any case
@@ -297,7 +298,7 @@ def _caption(path: pathlib.Path) -> str:
       InputError: the file is missing, no JSON object, or its text is empty.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(regular.read(path, regular.MAX_TEXT).decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file, so the video has no caption") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly deep

@@ -58,7 +58,7 @@ def read_image(
     if fit == "stretch":
         if abs(ratio - 1) > _VISIBLE:
             _warn_stretched(str(path), image.size, (height, width))
-        return resize(np.asarray(image), height, width, PHOTO_FILTER)
+        return _resized(image, height, width)
     if fit == "crop":
         w, h = min(image.width, image.width / ratio), min(image.height, image.height * ratio)
         x, y = (image.width - w) / 2, (image.height - h) / 2
@@ -66,8 +66,14 @@ def read_image(
     w, h = max(1, round(width * min(1, ratio))), max(1, round(height * min(1, 1 / ratio)))
     out = np.zeros((height, width, 3), np.uint8)
     x, y = (width - w) // 2, (height - h) // 2
-    out[y : y + h, x : x + w] = resize(np.asarray(image), h, w, PHOTO_FILTER)
+    out[y : y + h, x : x + w] = _resized(image, h, w)
     return out
+
+
+def _resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """`resize` of a photograph, of which no second copy is made."""
+    same = image.size == (width, height)
+    return np.asarray(image if same else image.resize((width, height), PHOTO_FILTER))
 
 
 @functools.cache  # once a file

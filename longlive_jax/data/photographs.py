@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from longlive_jax.errors import InputError
 
@@ -19,11 +19,20 @@ FORMATS = (
     "PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "TGA",
     "QOI", "SGI", "PCX", "ICO", "PSD",
 )  # fmt: skip
-MAX_PIXELS = 2**27  # a camera of 134 megapixels; as RGB and turned upright it takes a gigabyte
+MAX_PIXELS = 2**27  # a camera of 134 megapixels; as RGB, and as it was before, it takes a gigabyte
+# Their decoders need as much again; of JPEG 2000 four bytes for each sample as well.
+_HEAVY = {"JPEG2000": 2**25, "WEBP": 2**26, "AVIF": 2**26}
+_ROWS = 64  # that are converted together
 _SAME = 1  # levels by which colours may change before a profile counts as another one than sRGB
 # What a file with more than 8 bits may hold in Pillow's mode "I": 16 bits without a sign.
 _SIXTEEN = ("PNG", "PPM", "JPEG2000")
 _BITS, _POLARITY, _SAMPLES = 258, 262, 339  # tags of a TIFF
+_ORIENTATION = 274  # of EXIF; what its values stand for
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _WAY_OUT = "save it with 8 or 16 bits a sample"
 
 
@@ -39,8 +48,13 @@ def read(path: str | os.PathLike) -> Image.Image:
         what = "is a folder, not an image" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}")
     try:
-        # Our own limit says more than Pillow's warning.
-        with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
+        # Our own limit says more than Pillow's warning. It maps a TIFF that it has the name of, and
+        # then takes the sides of one that is to be turned for each other.
+        with (
+            warnings.catch_warnings(),
+            path.open("rb") as file,
+            Image.open(file, formats=_formats()) as image,
+        ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return _read(path, image)
     except InputError:
@@ -70,22 +84,35 @@ def _head(path: pathlib.Path) -> bytes:
 
 def _read(path: pathlib.Path, image: Image.Image) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    limit = min(MAX_PIXELS, _HEAVY.get(image.format or "", MAX_PIXELS))
+    if width * height > limit:
         raise InputError(
-            f"{path}: {height}x{width} pixels, the limit is {MAX_PIXELS} pixels; scale it down"
+            f"{path}: {height}x{width} pixels, the limit is {limit} pixels; scale it down"
         )
     profile, kind = image.info.get("icc_profile"), image.format
     profile = profile or _profile(path, kind)
     bits, dark = _samples(path, image)
-    image = ImageOps.exif_transpose(image)
-    if bits:
-        image = _eight_bits(image, bits, dark)
-    if profile:
-        image = _to_srgb(path, image, profile)
-    if _transparent(image):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return image.convert("RGB")
+    image.load()  # a TIFF turns here, and has another size then
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    width, height = image.size
+    first = image.crop((0, 0, width, 1))
+    first = _eight_bits(first, bits, dark) if bits else first
+    transform = _to_srgb(path, first, profile) if profile else None
+    if image.mode == "RGB" and transform is None and not _transparent(image):
+        return image if turn is None else image.transpose(turn)
+    # Of the steps on the way only some rows are ever in memory.
+    out = Image.new("RGB", image.size)
+    for top in range(0, height, _ROWS):
+        rows = image.crop((0, top, width, min(top + _ROWS, height)))
+        rows = _eight_bits(rows, bits, dark) if bits else rows
+        if transform is not None:
+            rows = _transformed(rows, *transform)
+        if _transparent(rows):
+            rows = rows.convert("RGBA")
+            rows = Image.alpha_composite(Image.new("RGBA", rows.size, "black"), rows)
+        out.paste(rows.convert("RGB"), (0, top))
+    image.close()
+    return out if turn is None else out.transpose(turn)
 
 
 # More than 8 bits a sample.
@@ -121,25 +148,38 @@ def _eight_bits(image: Image.Image, bits: int, dark: bool) -> Image.Image:
 # Colour profiles.
 
 
-def _to_srgb(path: pathlib.Path, image: Image.Image, profile: bytes) -> Image.Image:
-    """The image by its profile; unchanged where that is sRGB, damaged, or of other channels."""
+def _to_srgb(
+    path: pathlib.Path, image: Image.Image, profile: bytes
+) -> tuple[ImageCms.ImageCmsTransform, str] | None:
+    """The way from a profile to sRGB, and the profile's colour space.
+
+    None where that is sRGB itself, damaged, or for other channels than those of the image.
+    """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         described: Any = source.profile
-        colours = _channels(image, described.xcolor_space.strip())
+        space = described.xcolor_space.strip()
+        colours = _channels(image, space)
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), colours.mode, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
         if not _changes(transform, colours.mode):
-            return image
-        done = ImageCms.applyTransform(colours, transform)
-        assert done is not None
+            return None
+        _transformed(image, transform, space)
+        return transform, space
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError) as error:
         logging.warning(
             "%s: its colour profile is damaged or does not fit (%s); read as sRGB", path, error
         )
-        return image
+        return None
+
+
+def _transformed(
+    image: Image.Image, transform: ImageCms.ImageCmsTransform, space: str
+) -> Image.Image:
+    done = ImageCms.applyTransform(_channels(image, space), transform)
+    assert done is not None
     if _transparent(image):
         done.putalpha(image.convert("RGBA").getchannel("A"))
     return done

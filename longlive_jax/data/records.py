@@ -10,7 +10,7 @@
 and the bytes of one array, little-endian; a CRC-32 in the head covers all that follows.
 """
 
-import dataclasses
+import contextlib
 import itertools
 import json
 import os
@@ -18,7 +18,7 @@ import pathlib
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,17 +26,39 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from longlive_jax import config as config_lib
+from longlive_jax.data.manifest import (
+    AGAIN,
+    MANIFEST,
+    PROGRESS,
+    SHARD,
+    Expected,
+    Shard,
+    read_manifest,
+    settings,
+    write_manifest,
+)
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
+from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.atomic import atomic_path, no_space
+from longlive_jax.files.names import is_plain
 
-FORMAT, VERSION = "longlive_jax records", 1
-MANIFEST, PROGRESS, FAILURES = "manifest.json", "progress.jsonl", "failures.jsonl"
+FAILURES = "failures.jsonl"
 # The most that a killed run repeats. At full size a file has half a gigabyte.
 CLIPS_PER_FILE, PROMPTS_PER_FILE = 16, 256
 
-_KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompts", "settings")
+_ARRAY = {"shape": [int], "dtype": str}
+# Of progress.jsonl: its first line, and the others by their kind.
+_BEGUN = {"settings": {str: object}, "clips_per_file?": int}
+_DONE = {
+    "latents": {"shard": SHARD, "prompts": [str], "chunks": [int], "read": [[(str, [[str]])]]},
+    "text": {"shard": SHARD},
+}
+# Files of which a record is read when a dataset is opened. One of latents can have 32 MB.
+_EXAMINED = {"latents": 16, "text": 256}
+# What is wrong with fields and array of record `index`; "" if nothing is.
+Check = Callable[[int, dict[str, Any], np.ndarray], str]
 
 _HEAD = struct.Struct("<4sII")  # magic, CRC-32 of the rest, bytes of the JSON
 _MAGIC = b"LLR1"
@@ -44,7 +66,6 @@ _ALIGN = 64  # bytes: where an array begins in its record
 # One record a group, so that it is read without its neighbours. Latents hardly compress.
 _WRITE = "group_size:1,uncompressed"
 _READ = "readahead_buffer_size:0,max_parallelism:0"
-_AGAIN = "copy the folder again, or encode to a new one with python -m launch.encode_dataset"
 
 
 def pack(fields: Mapping[str, Any], array: np.ndarray) -> bytes:
@@ -70,18 +91,14 @@ def unpack(record: bytes) -> tuple[dict[str, Any], np.ndarray]:
     body = memoryview(record)[_HEAD.size :]
     if zlib.crc32(body) != crc:
         raise ValueError("its checksum is wrong")
-    fields = json.loads(bytes(body[:length]))
-    array = np.frombuffer(body[length:], jnp.dtype(fields["dtype"]))
+    fields = versioned.parse(bytes(body[:length]))
+    if wrong := schema_lib.mismatch(fields, _ARRAY):
+        raise ValueError(wrong)
+    dtype = jnp.dtype(fields["dtype"])
+    if not jnp.issubdtype(dtype, np.number):
+        raise ValueError(f"it holds {fields['dtype'][:40]!r}")
+    array = np.frombuffer(body[length:], dtype)
     return fields, array.reshape(fields["shape"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file of records."""
-
-    file: str
-    count: int
-    bytes: int
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> Shard:
@@ -123,18 +140,46 @@ class Shards:
         self._ends = list(itertools.accumulate(shard.count for shard in shards))
         for shard in shards:
             path = self._folder / shard.file
+            if not is_plain(shard.file):
+                raise InputError(f"{path}: is no file of the folder; {AGAIN}")
             if not path.is_file():
-                raise InputError(f"{path}: is gone; {_AGAIN}")
+                raise InputError(f"{path}: is gone; {AGAIN}")
             if (size := path.stat().st_size) != shard.bytes:
                 raise InputError(
                     f"{path}: {size} bytes, {shard.bytes} were written: it is truncated or "
-                    f"damaged; {_AGAIN}"
+                    f"damaged; {AGAIN}"
                 )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, index: int) -> tuple[dict[str, Any], np.ndarray]:
+    def examine(self, check: Check, most: int, *, last: bool = False) -> None:
+        """Compares each file's number of records with the manifest's, and looks at some records:
+        the first, and the `last` if that is wanted, of `most` files.
+
+        Raises:
+          InputError: a number differs, or a record is damaged.
+        """
+        files = len(self._shards)
+        looked = set(np.linspace(0, files - 1, min(files, most)).astype(int).tolist())
+        for number, (shard, end) in enumerate(zip(self._shards, self._ends)):
+            path = self._folder / shard.file
+            try:
+                with _opened(path) as reader:
+                    found = reader.num_records()
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{path}: is damaged ({error}); {AGAIN}") from error
+            if found != shard.count:
+                raise InputError(
+                    f"{path}: has {found} records, by the manifest {shard.count}; {AGAIN}"
+                )
+            if found and number in looked:
+                for index in sorted({end - found, end - 1 if last else end - found}):
+                    self.read(index, check)
+
+    def read(
+        self, index: int, check: Check = lambda index, fields, array: ""
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Fields and array of record `index`.
 
         Raises:
@@ -146,55 +191,25 @@ class Shards:
         shard = self._shards[number]
         path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
         try:
-            reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
-            try:
+            with _opened(path) as reader:
                 (record,) = reader.read([row])
-            finally:
-                reader.close()
-            return unpack(record)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            fields, array = unpack(record)
+            if wrong := check(index, fields, array):
+                raise ValueError(wrong)
+            return fields, array
+        except (RuntimeError, ValueError, TypeError, SyntaxError) as error:
             raise InputError(
-                f"{path}: record {row} of {shard.count} is damaged ({error}); {_AGAIN}"
+                f"{path}: record {row} of {shard.count} is damaged ({error}); {AGAIN}"
             ) from error
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of a folder's manifest.json.
-
-    Raises:
-      InputError: the manifest is missing (the folder is unfinished, or holds other files), damaged
-        or of another version.
-    """
-    folder = pathlib.Path(folder)
-    file = folder / MANIFEST
-    if not file.is_file():
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; make one: python -m launch.encode_dataset")
-        if (folder / PROGRESS).is_file():
-            raise InputError(
-                f"{folder}: is unfinished, it has no {MANIFEST}; run launch.encode_dataset again "
-                "with the same flags: it goes on where it stopped"
-            )
-        raise InputError(
-            f"{folder}: holds no cached training data (no {MANIFEST}); make it with python -m "
-            "launch.encode_dataset, or set data.cached=False for a folder of videos"
-        )
-    manifest = versioned.read(file, FORMAT, VERSION, _AGAIN)
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    reader = array_record_module.ArrayRecordReader(os.fsencode(path), _READ)
     try:
-        for name in ("latents", "text"):
-            manifest[name] = [Shard(**shard) for shard in manifest[name]]
-        return {name: manifest[name] for name in ("latents", "text", *_KEYS)}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); {_AGAIN}") from error
-
-
-def write_manifest(folder: str | os.PathLike, **values) -> None:
-    """Writes a folder's manifest.json in one step; `values`: shards by name, and JSON values.
-
-    Raises:
-      OSError: ENOSPC, naming the file.
-    """
-    versioned.write(pathlib.Path(folder) / MANIFEST, FORMAT, VERSION, values)
+        yield reader
+    finally:
+        reader.close()
 
 
 class Progress:
@@ -260,7 +275,11 @@ class Progress:
         if torn:  # its writer was killed
             self._file.truncate(len(whole) + bool(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            lines = [versioned.parse(line) for line in whole.split(b"\n") if line]
+            for i, line in enumerate(lines):
+                if wrong := _wrong_line(line) if i else schema_lib.mismatch(line, _BEGUN):
+                    raise ValueError(f"line {i + 1}: {wrong}")
+            return lines
         except ValueError as error:
             raise InputError(
                 f"{self._file.name}: is damaged ({error}); give a new --output"
@@ -270,6 +289,21 @@ class Progress:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _wrong_line(line: Any) -> str:
+    """What is wrong with the line of a complete file; "" if nothing is."""
+    if wrong := schema_lib.mismatch(line, {"kind": str}):
+        return wrong
+    if line["kind"] not in _DONE:
+        return f"its kind is {line['kind'][:40]!r}"
+    if wrong := schema_lib.mismatch(line, _DONE[line["kind"]]):
+        return wrong
+    for read in line.get("read", ()):  # a name, and a path and a reason of each failure
+        pair = len(read) == 2 and isinstance(read[0], str) and isinstance(read[1], list)
+        if not pair or any(len(failure) != 2 for failure in read[1]):
+            return "read is no list of names with their failures"
+    return ""
 
 
 def _lock(folder: pathlib.Path):
@@ -290,7 +324,8 @@ class Records:
     """A Source of the latents and prompt embeddings that `launch.encode_dataset` wrote.
 
     Raises:
-      InputError: the folder is unfinished, damaged, or does not fit the config.
+      InputError: the folder is unfinished, damaged, or does not fit the config; its manifest says
+        what its records do not.
     """
 
     def __init__(self, path: str | os.PathLike, cfg: config_lib.Config):
@@ -299,9 +334,12 @@ class Records:
         self._latent_frames = cfg.train.latent_frames
         self._chunks = cfg.train.latent_frames // cfg.model.chunk_frames
         self._text_shape = cfg.model.text_len, cfg.model.text_dim
+        self._expected = Expected(manifest)
         self._samples = Shards(path, manifest["latents"])
+        self._samples.examine(self._wrong_sample, _EXAMINED["latents"])
         self._text = None if cfg.train.text_encoder else Shards(path, manifest["text"])
-        self._prompts = {prompt: i for i, prompt in enumerate(manifest["prompts"])}
+        if self._text is not None:
+            self._text.examine(self._expected.text, _EXAMINED["text"], last=True)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -314,10 +352,11 @@ class Records:
           dtype, float32 or bfloat16.
 
         Raises:
-          InputError: a record is damaged; the message names the file and the record.
+          InputError: a record is damaged, or not as the manifest says; the message names the file
+            and the record.
         """
         del key
-        fields, latents = self._samples.read(index)
+        fields, latents = self._samples.read(index, self._wrong_sample)
         prompts = tuple(fields["prompts"][: self._chunks])
         return Sample(
             name=fields["name"],
@@ -327,8 +366,15 @@ class Records:
             text=None if self._text is None else self._embeddings(self._text, prompts),
         )
 
+    def _wrong_sample(self, index: int, fields: dict, latents: np.ndarray) -> str:
+        del index
+        return self._expected.sample(fields, latents)
+
     def _embeddings(self, texts: Shards, prompts: Sequence[str]) -> np.ndarray:
-        rows = {prompt: texts.read(self._prompts[prompt])[1] for prompt in set(prompts)}
+        rows = {
+            prompt: texts.read(self._expected.prompts[prompt], self._expected.text)[1]
+            for prompt in set(prompts)
+        }
         text = np.zeros((len(prompts), *self._text_shape), rows[prompts[0]].dtype)
         for padded, prompt in zip(text, prompts):
             padded[: len(rows[prompt])] = rows[prompt]
@@ -336,7 +382,7 @@ class Records:
 
 
 def _check(path, manifest, cfg):
-    stored = {config_lib.renamed(k): v for k, v in manifest["settings"].items()}
+    stored = settings(manifest)
     wanted = {
         "model.chunk_frames": cfg.model.chunk_frames,
         "model.in_dim": cfg.model.in_dim,
@@ -351,14 +397,17 @@ def _check(path, manifest, cfg):
             )
         wanted |= {"model.text_len": cfg.model.text_len, "model.text_dim": cfg.model.text_dim}
     for name, value in wanted.items():
+        if name not in stored:
+            raise InputError(f"{path}: {MANIFEST} is damaged (no setting {name}); {AGAIN}")
         if stored[name] != value:
             raise InputError(
                 f"{path}: was encoded with {name}={stored[name]}, the config says {value}; give "
                 f"--config.{name}={stored[name]}, or encode to a new folder"
             )
-    if cfg.train.latent_frames > stored["train.latent_frames"]:
+    frames = manifest["latent_shape"][0]
+    if cfg.train.latent_frames > frames:
         raise InputError(
-            f"{path}: holds {stored['train.latent_frames']} latent frames a sample, the config's "
+            f"{path}: holds {frames} latent frames a sample, the config's "
             f"train.latent_frames={cfg.train.latent_frames} is more; lower it, or encode to a new "
             "folder"
         )

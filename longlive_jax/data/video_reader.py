@@ -21,9 +21,9 @@ from absl import logging
 from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import ColorTrc, Interpolation
+from av.video.reformatter import Interpolation
 
-from longlive_jax.data import containers, timeline
+from longlive_jax.data import containers, hdr, timeline
 from longlive_jax.data.images import VIDEO_FILTER, resize
 from longlive_jax.data.timeline import Timeline, frame_indices
 from longlive_jax.errors import InputError
@@ -36,12 +36,12 @@ FORMATS = (
     "wav", "mp3", "flac", "aac",
 )  # fmt: skip
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192, twice 8K. A small file can claim any size
+_PIXELS_AT_WORK = 2**27  # of the frames that threads decode at once: 16 of 4K, 2 of MAX_PIXELS
 RATES = (Fraction(1, 60), Fraction(1000))  # frames a second: a slide a minute to slow motion
 MAX_SECONDS = 24 * 60 * 60  # longer than films are; more is a header or timestamp that is damaged
 # swscale's fast paths darken every colour by more than 1/255 on the way to RGB; these do not, and
 # are 7 dB nearer to the pixels that were encoded.
 _TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 _OPEN = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 # Streams that a player shows nothing of by itself.
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
@@ -184,6 +184,10 @@ class VideoFile:
         count, before = 0, None
         with _opened(self.path) as (container, stream):
             stream.thread_type = "AUTO"
+            context = stream.codec_context
+            pixels = max(1, context.width * context.height)
+            # Each of them has frames of its own, whatever the machine's cores.
+            context.thread_count = min(os.cpu_count() or 1, max(1, _PIXELS_AT_WORK // pixels))
             for frame in container.decode(stream):
                 place = self._survey.place(frame.pts, count)
                 for _ in range(count, place):
@@ -262,12 +266,8 @@ def _survey(absolute: str, path: str, size: int, changed: int) -> _Survey:
     _check_whole(path, file, size, "mov" in named or (says, got))
     if packets.damaged:
         logging.warning("%s: %d of its packets are damaged", path, packets.damaged)
-    if trc in _HDR:
-        logging.warning(
-            "%s: is HDR video (%s): its colours are read as if they were SDR, and come out wrong; "
-            "convert it to BT.709 first",
-            path, _HDR[trc],
-        )  # fmt: skip
+    if trc in hdr.NAMES:
+        logging.info("%s: is HDR video (%s), and is converted to BT.709", path, hdr.NAMES[trc])
     info, pts = _timed(path, packets, start, tick, declared, "mov" in named or named == "gif")
     return _Survey(dataclasses.replace(info, height=height, width=width), pts)
 
@@ -446,7 +446,11 @@ def _film(path, container):
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
     """uint8 [height, width, 3], upright: phones store a rotation or mirror beside the frames."""
-    pixels = frame.reformat(format="rgb24", interpolation=_TO_RGB).to_ndarray()
+    if (transfer := frame.color_trc) in hdr.NAMES:
+        codes = frame.reformat(format="rgb48le", interpolation=_TO_RGB).to_ndarray()
+        pixels = hdr.to_bt709(codes, transfer, frame.color_primaries)
+    else:
+        pixels = frame.reformat(format="rgb24", interpolation=_TO_RGB).to_ndarray()
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return pixels

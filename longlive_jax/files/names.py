@@ -12,8 +12,7 @@ _STRAYS = frozenset(
         "temporary items", "recycler", "#recycle", "@recycle", "#snapshot",
     )
 )  # fmt: skip
-
-
+MAX_NAME = 255  # bytes of a file's name; of every usual file system
 # Characters that some readers of lines take for the end of one.
 _ENDS = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 
@@ -21,6 +20,15 @@ _ENDS = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 def is_stray(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or left by a system: not to be read."""
     return name.startswith(".") or name.lower() in _STRAYS
+
+
+def is_plain(name: str) -> bool:
+    """Whether this is the name of a file beside others, and leads nowhere else."""
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeError:
+        return False
+    return 0 < size <= MAX_NAME and name[0] != "." and not {"/", "\\", "\0"} & set(name)
 
 
 def entries(folder: str | os.PathLike, *suffixes: str) -> list[pathlib.Path]:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import regular
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.atomic import atomic_path
-
-MAX_JSON = 256 << 20  # bytes; the index of a model of a million tensors is a tenth of it
 
 
 def read(
@@ -35,7 +34,7 @@ def read(
         version.
     """
     try:
-        content = parse(_read(file))
+        content = parse(regular.read(file))
         wrong = schema_lib.mismatch(content, {"format": (str, None), "version": (int, None)})
         if wrong:
             raise ValueError(wrong)
@@ -78,7 +77,7 @@ def read_json(file: str | os.PathLike, schema: Any = object) -> Any:
       InputError: it cannot be read, is not JSON, or does not fit the schema.
     """
     try:
-        content = parse(_read(file))
+        content = parse(regular.read(file))
     except OSError as error:
         raise InputError(f"{file}: {_reason(error)}") from error
     except ValueError as error:
@@ -107,14 +106,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name[:80]!r} is in it twice")
         result[name] = value
     return result
-
-
-def _read(file: str | os.PathLike) -> bytes:
-    with open(file, "rb") as f:
-        content = f.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise ValueError(f"it has more than {MAX_JSON} bytes")
-    return content
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,9 @@ class Tokenizer:
                 f"tokenizer: {path} is not a file; give UMT5's {FILE} or {SENTENCEPIECE}, which "
                 "the released model keeps in google/umt5-xxl/"
             )
-        backend = tokenizers.Tokenizer.from_buffer(as_json(path))
+        content = as_json(path)
+        with _refused(path):
+            backend = tokenizers.Tokenizer.from_buffer(content)
         for token, expected in ((PAD, PAD_ID), (EOS, EOS_ID)):
             found = backend.token_to_id(token)
             if found != expected:
@@ -134,8 +136,8 @@ def as_json(path: str | os.PathLike) -> bytes:
         # A spiece.model begins with the tag of its first piece, a line feed.
         if content[:1] == b"\n" and content.lstrip()[:1] != b"{":
             content = sentencepiece.read(content).to_str().encode()
-        else:
-            tokenizers.Tokenizer.from_buffer(content)
+        # Of numbers that are not finite the library writes what it cannot read.
+        tokenizers.Tokenizer.from_buffer(content)
     return content
 
 

@@ -151,7 +151,7 @@ class ArrayClip:
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
-        video = load_npz(path, required=("video",))["video"]
+        video = load_npz(path, ("video",), ())["video"]
         scale = config_lib.SPATIAL_COMPRESSION
         whole = video.ndim == 5 and not video.shape[3] % scale and not video.shape[4] % scale
         if not whole or video.shape[1] != 3 or not video.size or video.dtype.kind != "f":

@@ -13,7 +13,7 @@ from absl import logging
 
 from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
-from longlive_jax.files import names
+from longlive_jax.files import names, regular
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
@@ -360,11 +360,15 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 def _text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = regular.read(path, regular.MAX_TEXT)
+        # As text files have it, whatever ends their lines.
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
+    except ValueError as error:
+        raise InputError(f"prompts: {path} cannot be read: {error}") from error
 
 
 def _json(path: pathlib.Path):

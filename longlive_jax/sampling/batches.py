@@ -92,7 +92,7 @@ def read_noise(path: str | os.PathLike, cfg: config_lib.Model) -> Noise:
     Raises:
       InputError: an unreadable file, shapes that do not fit the config, values that are not finite.
     """
-    arrays = load_npz(path, required=("noise",))
+    arrays = load_npz(path, ("noise",), ("init",))
     sizes = f"model.in_dim={cfg.in_dim} channels"
     noise = channels_last(arrays["noise"], f"{path}: noise", cfg.in_dim, sizes)
     batch, frames, height, width, _ = noise.shape

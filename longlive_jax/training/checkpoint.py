@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
+from longlive_jax.files.orbax import check_read, ocp
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
@@ -92,10 +92,13 @@ class Checkpoints:
         """
         path = self._path / str(self.latest)
         try:
-            if workdir.is_flat(path):
-                return _of_flat(self._saved.load(self.latest, _flat(abstract)))
-            return self._saved.load(self.latest, abstract)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            flat = workdir.is_flat(path)
+            loaded = self._saved.load(self.latest, _flat(abstract) if flat else abstract)
+            check_read(loaded)
+            return _of_flat(loaded) if flat else loaded
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # the library raises bare Exception
             raise workdir.damaged(path, error) from error
 
     def save(self, step: int, state: TrainState) -> None:

@@ -1,4 +1,7 @@
-"""Videos of a model in training: a few prompts through the sampler, on the training mesh."""
+"""Videos of a model in training: a few prompts through the sampler, on the training mesh.
+
+With train.eval_grade they are graded: the run keeps the best of its checkpoints by that.
+"""
 
 import contextlib
 import dataclasses
@@ -8,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
@@ -15,7 +19,10 @@ from longlive_jax import params as params_lib
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 from longlive_jax.files.atomic import remove_abandoned
+from longlive_jax.grading import summary
+from longlive_jax.grading import video as grading
 from longlive_jax.models import dit
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.prompts import embeddings, shots
@@ -23,12 +30,21 @@ from longlive_jax.sampling import batches, decode, render, stream
 from longlive_jax.sampling.session import Engine, Texts
 
 MOST_VIDEOS = 4
+MOST_GRADED = 16  # a grade of few videos is mostly chance
 FOLDER = "evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The folder with the videos, and their grade, 0 to 1, if they are graded."""
+
+    folder: pathlib.Path
+    grade: float | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """What evaluations make videos of. videos: at most MOST_VIDEOS.
+    """What evaluations make videos of. videos: at most MOST_VIDEOS, or MOST_GRADED.
 
     batch: the videos, repeated to fill the mesh. texts: the prompts that they stand for.
     """
@@ -42,7 +58,8 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
     """The first videos of data.eval_path, of train.eval_chunks chunks each.
 
     Raises:
-      InputError: they cannot be read, image-to-video lacks an image, or the mesh cannot decode.
+      InputError: they cannot be read, image-to-video lacks an image, the mesh cannot decode, or
+        they are to be graded and are not of the world.
     """
     if not cfg.data.eval_path:
         raise InputError(
@@ -54,7 +71,10 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         chunks=cfg.train.eval_chunks,
         chunk_frames=cfg.model.chunk_frames,
         scene_cut_prefix=cfg.sample.scene_cut_prefix,
-    )[:MOST_VIDEOS]
+    )[: MOST_GRADED if cfg.train.eval_grade else MOST_VIDEOS]
+    if cfg.train.eval_grade:
+        for one in videos:  # refuses prompts of another world, before any work
+            _script(cfg, one)
     texts = embeddings.distinct(videos)
     videos = [embeddings.shorten(v, min(len(v.chunks) for v in videos)) for v in videos]
     replicas = cfg.mesh.data * cfg.mesh.fsdp
@@ -107,8 +127,8 @@ class Evaluator:
         )
         self._collect = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
-    def __call__(self, step: int, ema: params_lib.Tree) -> pathlib.Path:
-        """Returns the folder with the videos.
+    def __call__(self, step: int, ema: params_lib.Tree) -> Evaluation:
+        """Makes the videos, and grades them; every process gets the grade.
 
         Raises:
           NotFiniteError: a chunk is not finite; the videos up to it are there.
@@ -121,6 +141,7 @@ class Evaluator:
         chunks = render.render(engine, texts, self._batch)
         first = jax.process_index() == 0
         total = batches.frames(self._batch.latent_frames(self._cfg.model))
+        kept: list[list[np.ndarray]] = [[] for _ in self._prompts.videos]
         with contextlib.ExitStack() as stack:
             outputs = []
             for one in self._prompts.videos if first else ():
@@ -137,6 +158,34 @@ class Evaluator:
                     for row, (writer, sheet, _) in enumerate(outputs):
                         writer.write(frames[row])
                         sheet.add(frames[row])
+                        if self._cfg.train.eval_grade:
+                            kept[row].append(frames[row])
         for _, sheet, path in outputs:
             sheet.save(path)
-        return folder
+        if not self._cfg.train.eval_grade:
+            return Evaluation(folder, None)
+        grade = self._grade(folder, [np.concatenate(parts) for parts in kept]) if first else 0.0
+        if jax.process_count() > 1:
+            grade = float(multihost_utils.broadcast_one_to_all(np.float32(grade)))
+        return Evaluation(folder, grade)
+
+    def _grade(self, folder: pathlib.Path, videos: Sequence[np.ndarray]) -> float:
+        """Writes `folder`/grade.json, as launch.grade does; returns the grade."""
+        records = [
+            grading.grade(
+                one.name,
+                lambda start, stop, frames=frames: frames[start:stop],
+                len(frames),
+                _script(self._cfg, one),
+                self._cfg.model.chunk_frames,
+            )
+            for one, frames in zip(self._prompts.videos, videos)
+        ]
+        total = summary.summarise(records)
+        content = {"summary": total, "videos": records}
+        versioned.write(folder / "grade.json", summary.FORMAT, summary.VERSION, content)
+        return total["grade"]
+
+
+def _script(cfg, one: shots.Video) -> list[grading.Line]:
+    return grading.script_of(one.chunks, cfg.sample.scene_cut_prefix)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import time
@@ -9,10 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from longlive_jax import params as params_lib
+from longlive_jax.errors import NotFiniteError
 from longlive_jax.training import checkpoint, metrics, state
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
@@ -20,10 +23,13 @@ from longlive_jax.training.state import NetworkState, TrainState
 from longlive_jax.training.step import Step
 
 _PATIENCE_SECONDS = 3600  # with others who compile
+_INTERRUPTED = b"interrupted: saves after this step and ends; Ctrl-C again ends at once\n"
 
 
-class DivergedError(Exception):
-    """More steps in a row than the plan allows had a loss or a gradient that is not finite."""
+class DivergedError(NotFiniteError):
+    """More steps in a row than the plan allows were left out as they were not finite, or the last
+    ones of the run were.
+    """
 
 
 class Batches(Protocol):
@@ -71,15 +77,20 @@ def run(
     """Trains to the last step, on from the newest state in `root`, locked by `checkpoint.acquire`.
 
     A run is a function of its config and its data: on the same mesh, one that was stopped anywhere
-    and started again gives the same bits. SIGTERM, to any of the processes, makes all of them save
-    after the same step and return.
+    and started again gives the same bits. SIGTERM or Ctrl-C, to any of the processes, makes all of
+    them save after the same step and return; a second Ctrl-C ends its process at once.
 
     Raises:
       InputError: bad data, a damaged state, a full disk.
-      DivergedError: the steps' samples are in the message.
+      DivergedError: too many steps in a row were not finite; or the last step was, whose state is
+        saved all the same.
     """
-    stop, evaluate = _Stop(), inputs.evaluate
-    step = Step(objective)
+    with _Stop() as stop:
+        return _run(objective, plan, root, inputs, show, stop)
+
+
+def _run(objective, plan, root, inputs, show, stop) -> tuple[TrainState, Done]:
+    evaluate, step = inputs.evaluate, Step(objective)
     compiled = {due: _compile(step, due, show) for due in step.programs}
     saved = checkpoint.Checkpoints(root, plan)
     if saved.latest is not None:
@@ -112,7 +123,8 @@ def run(
                 _refuse_divergence(plan, log.flush())
                 show(f"evaluation: {evaluate(done, now.networks)}")
         saved.close()
-    stop.release()
+    if done == plan.steps:
+        _refuse_bad_end(plan, now)
     return now, Done(done, stopped)
 
 
@@ -131,38 +143,68 @@ def _compile(step, due, show):
 
 def _refuse_divergence(plan, line):
     if line is not None and line["bad_in_row"] >= plan.max_bad_steps:
+        figures = {k: v for k, v in line.items() if k.endswith(("loss", "grad_norm"))}
         found = ", ".join(
             f"{name.replace('grad_norm', 'gradient norm').replace('_', ' ')} {value}"
-            for name, value in line.items()
-            if name.endswith(("loss", "grad_norm"))
+            for name, value in figures.items()
         )
+        why = "null: not finite"
+        if None not in figures.values():
+            why = "finite, but not the weights or moments that the step would write"
         samples = f"Its samples: {', '.join(line['samples'])}. " if "samples" in line else ""
         raise DivergedError(
-            f"step {line['step']}: {found} (null: not finite), {line['bad_in_row']} "
+            f"step {line['step']}: {found} ({why}), {line['bad_in_row']} "
             f"steps in a row as {plan.section}.max_bad_steps allows no more. {samples}Look at "
             f"them, or lower {plan.section}.learning_rate; the same command goes on from the last "
             "saved step"
         )
 
 
+def _refuse_bad_end(plan, now):
+    """A run that learned nothing at its end does not pass for one that is done."""
+    in_row = int(np.asarray(now.bad)[1])
+    if in_row:
+        raise DivergedError(
+            f"step {plan.steps}: the last {in_row} of {plan.steps} steps had a loss, gradient or "
+            "updated weights that are not finite and were left out. What is saved are the weights "
+            f"of step {plan.steps - in_row}. Sample from them, or raise {plan.section}.steps and "
+            "give the same command to go on from there; look at the samples of these steps in "
+            f"{metrics.METRICS}, or lower {plan.section}.learning_rate in a new run"
+        )
+
+
 class _Stop:
-    """Knows when a run has to save and end: after SIGTERM to any of its processes."""
+    """Knows when a run has to save and end: after SIGTERM or Ctrl-C to any of its processes.
+
+    A second Ctrl-C ends the process at once. As a context manager it leaves the signals to who had
+    them before.
+    """
 
     def __init__(self):
-        # With several processes JAX listens for the signal, and finds a step that all can reach.
+        # With several processes JAX listens for SIGTERM, and finds a step that all can reach.
         self._alone = not jax.distributed.is_initialized()
         self._asked = False
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {}
 
-    def release(self) -> None:
-        """Leaves the signal to who had it before."""
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+    def __enter__(self) -> "_Stop":
+        for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        del number, frame
+        del frame
         self._asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, _INTERRUPTED)  # print may be what the signal broke off
+            if not self._alone:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether to end after this step; every process asks after each step."""

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import tensorboardX
 
+from longlive_jax.errors import InputError
+from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.training import cost
 from longlive_jax.training.objective import Objective
@@ -59,7 +61,7 @@ class Metrics:
         self._file = self._board = None
         if jax.process_index() == 0:
             cut(root / METRICS, start)
-            self._file = (root / METRICS).open("a")
+            self._file = (root / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(root / TENSORBOARD), purge_step=start + 1, flush_secs=10
             )
@@ -172,17 +174,27 @@ def _json(value):
 
 
 def cut(log: str | os.PathLike, step: int) -> None:
-    """Drops the lines after `step`, and one that a killed process left unfinished."""
+    """Drops the lines after `step`, one that a killed process left unfinished, and damaged ones.
+
+    Raises:
+      InputError: it is no file that can be read.
+    """
     log = pathlib.Path(log)
     if not log.exists():
         return
-    lines = log.read_text().splitlines(keepends=True)
-    with atomic_path(log) as partial:
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
-
-
-def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        lines = log.read_bytes().split(b"\n")[:-1]  # not splitlines: U+2028 ends no line here
+    except OSError as error:
+        raise InputError(
+            f"{log}: {error.strerror}; move it away, the run goes on without"
+        ) from error
+    with atomic_path(log) as partial:
+        partial.write_bytes(b"".join(x + b"\n" for x in lines if _step_of(x) <= step))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        number = versioned.parse(line)["step"]
+        return number if isinstance(number, int | float) else math.inf
+    except (ValueError, KeyError, TypeError):  # of bytes that are not UTF-8 a ValueError too
         return math.inf

@@ -25,8 +25,8 @@ class NetworkState(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """step: int32, steps done. networks: by name. carried: the objective's own, or None.
 
-    bad: int32 [2], steps in which the loss or gradient of a network was not finite, so that it was
-      left as it was: in all, and in a row.
+    bad: int32 [2], steps in which the loss, the gradient, the updated weights or the moments of a
+      network were not finite, so that it was left as it was: in all, and in a row.
     """
 
     step: jax.Array

@@ -1,9 +1,12 @@
 """The command: what it prints, what it makes, and how it fails."""
 
+import functools
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import tokenizers
 from longlive_jax.checkpoints import safetensors, store
 from tests.checkpoints import tiny, torch_file
 from tests.checkpoints.test_lora import peft
+from tests.launch import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -63,6 +67,34 @@ def test_there_and_back(tmp_path):
         assert sorted(found) == sorted(tiny.weights(part))
         for key, array in tiny.weights(part).items():
             np.testing.assert_array_equal(found[key].read(), array)
+
+
+def _fake_hub(folder):
+    hub = types.ModuleType("huggingface_hub")
+    hub.model_info = lambda repo, revision: types.SimpleNamespace(sha=f"{revision[-1]}" * 40)
+    hub.hf_hub_download = lambda repo, name, revision: str(folder / name)
+    sys.modules["huggingface_hub"] = hub
+
+
+def test_the_checkpoint_says_which_commit_it_is_of(tmp_path):
+    torch_file.save(tmp_path / "dit.pt", tiny.weights("dit"))
+    _tokenizer(tmp_path / "tokenizer.json")
+    hub, ckpt = functools.partial(_fake_hub, tmp_path), tmp_path / "ckpt"
+    torch_file.save(tmp_path / "lora.pt", {"generator_lora": peft()})
+    commands.run(
+        "convert", *CONFIG, "--dit=hf://a/b@v1/dit.pt", f"--lora={tmp_path}/lora.pt",
+        "--tokenizer=hf://c/d@v2/tokenizer.json", f"--output={ckpt}", patch=hub,
+    )  # fmt: skip
+    parts = json.loads((ckpt / "metadata.json").read_text())["parts"]
+    assert parts["dit"]["sources"] == [f"hf://a/b@{'1' * 40}/dit.pt", "lora.pt"]
+    assert parts["tokenizer"]["sources"] == [f"hf://c/d@{'2' * 40}/tokenizer.json"]
+    commands.run(
+        "convert", *CONFIG, f"--checkpoint={ckpt}", "--recipe=fp8", f"--output={tmp_path}/fp8"
+    )
+    copied = json.loads((tmp_path / "fp8/metadata.json").read_text())["parts"]
+    assert {k: v["sources"] for k, v in copied.items()} == {
+        k: v["sources"] for k, v in parts.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import store, to_torch, workdir
 from longlive_jax.checkpoints.store import checksums
 from longlive_jax.errors import InputError
+from tests.fuzz.checkpoint import seal
 
 SPEC = {
     "blocks": {
@@ -246,6 +247,27 @@ def test_stray_files_are_no_damage(root, good):
     (root / "net/rest/.DS_Store").write_bytes(b"x")
     (root / "net/._rest").write_bytes(b"x")
     assert _equal(_values(root), _values(good))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["key_metadata"].pop(0),
+        lambda entry: entry["key_metadata"].reverse(),
+        lambda entry: entry["value_metadata"].update(skip_deserialize=True),
+        lambda entry: entry.clear(),
+    ],
+)
+def test_metadata_of_arrays_that_lies(root, good, change):
+    def edit(metadata):
+        change(next(iter(metadata["tree_metadata"].values())))
+
+    _edit(root / "net/blocks_01/state/_METADATA", edit)
+    seal(root, index_changed=False)
+    try:  # some of it says nothing about the values
+        assert _equal(_values(root), _values(good))
+    except InputError as error:
+        assert "blocks_01: is damaged" in str(error)
 
 
 def test_dtypes_by_the_recipe(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from longlive_jax.checkpoints import four_over_six, from_torch, safetensors, sources
 from longlive_jax.errors import InputError
+from longlive_jax.files import regular, versioned
 from longlive_jax.files import schema as schema_lib
-from longlive_jax.files import versioned
 from tests.checkpoints import tiny
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -238,7 +238,7 @@ def test_schema():
 
 
 def test_json_past_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(versioned, "MAX_JSON", 10)
+    monkeypatch.setattr(regular, "MAX_BYTES", 10)
     (tmp_path / "a.json").write_text("[" + " " * 10 + "]")
     with pytest.raises(InputError, match="more than 10 bytes"):
         versioned.read_json(tmp_path / "a.json")

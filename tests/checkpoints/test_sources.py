@@ -154,38 +154,81 @@ def test_locate_errors(tmp_path):
         sources.locate(str(tmp_path), "tokenizer")
 
 
-def test_hub(tmp_path, monkeypatch):
-    file = tiny.write_safetensors(tmp_path / "model.safetensors", {"w": W})
-    asked = []
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BRANCHES = {None: COMMIT, "main": COMMIT, "v1.0": "f" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that gives what lies in tmp_path, and writes down what it is asked for."""
     hub = types.ModuleType("huggingface_hub")
-    hub.hf_hub_download = lambda repo, name: asked.append((repo, name)) or file
-    hub.list_repo_files = lambda repo: [
+    hub.asked = []
+    hub.model_info = lambda repo, revision: types.SimpleNamespace(sha=BRANCHES[revision])
+    hub.hf_hub_download = lambda repo, name, revision: (
+        hub.asked.append((repo, name, revision)) or str(tmp_path / name.split("/")[-1])
+    )
+    hub.list_repo_files = lambda repo, revision: [
         "README.md", "config.json", "a-1.safetensors", "a.safetensors.index.json",
-        "vae/b.safetensors", "assets/x.safetensors",
+        "vae/b.safetensors", "assets/x.safetensors", "models_t5_umt5-xxl-enc-bf16.pth",
     ]  # fmt: skip
-    hub.snapshot_download = lambda repo, allow_patterns: (
-        asked.append((repo, allow_patterns)) or str(tmp_path)
+    hub.snapshot_download = lambda repo, revision, allow_patterns: (
+        hub.asked.append((repo, allow_patterns, revision)) or str(tmp_path)
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert sources.locate("hf://Wan-AI/Wan2.2/sub/model.pt", "dit") == file
-    assert sources.locate("hf://Wan-AI/Wan2.2", "dit") == str(tmp_path)
-    (tmp_path / "vae").mkdir()
-    tiny.write_safetensors(tmp_path / "vae/b.safetensors", {"w": W})
-    assert sources.locate("hf://Wan-AI/Wan2.2", "vae") == str(tmp_path / "vae")
-    assert asked == [
-        ("Wan-AI/Wan2.2", "sub/model.pt"),
-        ("Wan-AI/Wan2.2", ["config.json", "a-1.safetensors", "a.safetensors.index.json"]),
-        ("Wan-AI/Wan2.2", ["vae/b.safetensors"]),
+    for name in ("model.safetensors", "vae/b.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tiny.write_safetensors(tmp_path / name, {"w": W})
+    return hub
+
+
+def test_hub(hub, tmp_path):
+    for source, part, place in (
+        ("hf://Wan-AI/Wan2.2/sub/model.safetensors", "dit", "model.safetensors"),
+        ("hf://Wan-AI/Wan2.2", "dit", ""),
+        ("hf://Wan-AI/Wan2.2", "vae", "vae"),
+    ):
+        assert sources.locate(source, part) == str(tmp_path / place)
+    assert hub.asked == [
+        ("Wan-AI/Wan2.2", "sub/model.safetensors", COMMIT),
+        ("Wan-AI/Wan2.2", ["config.json", "a-1.safetensors", "a.safetensors.index.json"], COMMIT),
+        ("Wan-AI/Wan2.2", ["vae/b.safetensors"], COMMIT),
     ]
     with pytest.raises(InputError, match="add /FILE"):
         sources.locate("hf://Wan-AI/Wan2.2", "tokenizer")
-    with pytest.raises(InputError, match="must be hf://owner/name"):
-        sources.locate("hf://Wan2.2", "dit")
+    for wrong in ("hf://Wan2.2", "hf://a/b@", "hf://a/b@v1@v2", "hf://a/@v1", "hf://a/b@../x"):
+        with pytest.raises(InputError, match="must be hf://owner/name"):
+            sources.locate(wrong, "dit")
 
-    def offline(repo):
+
+@pytest.mark.parametrize(
+    "source, part, origin",
+    [
+        ("hf://a/b", "dit", f"hf://a/b@{COMMIT}"),
+        ("hf://a/b@v1.0", "vae", f"hf://a/b@{'f' * 40}/vae"),
+        ("hf://a/b@main", "umt5", f"hf://a/b@{COMMIT}/models_t5_umt5-xxl-enc-bf16.pth"),
+        ("hf://a/b@v1.0/model.safetensors", "dit", f"hf://a/b@{'f' * 40}/model.safetensors"),
+        (
+            f"hf://a/b@{'9' * 40}/x/model.safetensors",
+            "dit",
+            f"hf://a/b@{'9' * 40}/x/model.safetensors",
+        ),
+    ],
+)
+def test_what_comes_from_the_hub_is_known_by_its_commit(hub, source, part, origin):
+    """A branch or tag is looked up once; then all is asked for by the commit."""
+    if "9" * 40 in source:
+        del hub.model_info
+    found = sources.locate(source, part)
+    assert found.origin == origin
+    assert {revision for *_, revision in hub.asked} == {origin.split("@")[1][:40]}
+    assert sources.locate(found, part).origin == found.split("/")[-1]  # a path has no commit
+
+
+def test_hub_that_is_not_there(hub, monkeypatch):
+    def offline(repo, revision):
         raise OSError("no route to host\nmore")
 
-    hub.list_repo_files = offline
+    hub.model_info = offline
     with pytest.raises(InputError, match=r"no route to host$"):
         sources.locate("hf://Wan-AI/Wan2.2", "dit")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

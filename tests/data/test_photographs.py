@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -208,6 +210,74 @@ def test_too_many_pixels(tmp_path):
         (tmp_path / "a.pgm").write_bytes(head + bytes(100))
         with pytest.raises(InputError, match=r"limit|exceeds"):
             read_image(tmp_path / "a.pgm", 8, 8)
+
+
+@pytest.mark.parametrize("ending", ["jp2", "webp", "avif"])
+def test_formats_whose_decoders_take_more(tmp_path, monkeypatch, ending):
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (64, 48)).save(path)
+    monkeypatch.setattr(photographs, "_HEAVY", {"JPEG2000": 3071, "WEBP": 3071, "AVIF": 3071})
+    with pytest.raises(InputError, match="48x64 pixels, the limit is 3071"):
+        read_image(path, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK"])
+@pytest.mark.parametrize("coloured", [True, False], ids=["profile", "no profile"])
+def test_pictures_are_converted_some_rows_at_a_time(tmp_path, monkeypatch, mode, coloured):
+    draw = np.random.default_rng(0)
+    picture = Image.fromarray(draw.integers(0, 256, (37, 23, 3), np.uint8)).convert(mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(draw.integers(0, 256, (37, 23), np.uint8)))
+    options = {"icc_profile": profile()} if coloured else {}
+    options |= {"transparency": 3} if mode == "P" else {}
+    exif = Image.Exif()
+    for turn in (1, 5, 6):
+        exif[274] = turn
+        path = tmp_path / f"{turn}.{'tiff' if mode == 'CMYK' else 'png'}"
+        picture.save(path, exif=exif, **options)
+        found = []
+        for rows in (5, 37):
+            monkeypatch.setattr(photographs, "_ROWS", rows)
+            found.append(np.asarray(photographs.read(path)))
+        assert np.array_equal(*found) and found[0].std() > 10
+        assert found[0].shape == ((37, 23, 3) if turn == 1 else (23, 37, 3))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB", "I;16"])
+@pytest.mark.parametrize("packed", [None, "tiff_lzw"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_turned_tiffs(tmp_path, mode, packed, turn):
+    values = np.random.default_rng(0).integers(0, 256, (37, 23), np.uint8)
+    wide = mode == "I;16"
+    picture = Image.fromarray(values.astype(np.uint16) * 257 if wide else values)
+    picture = picture if wide else picture.convert(mode)
+    picture.save(tmp_path / "a.tiff", compression=packed, tiffinfo={274: turn})
+    picture = Image.fromarray(values)
+    want = picture if turn == 1 else picture.transpose(photographs._TURNS[turn])
+    assert np.array_equal(np.asarray(photographs.read(tmp_path / "a.tiff"))[..., 0], want)
+
+
+_MEASURE = """
+import re, sys
+from longlive_jax.data.images import read_image
+def most(): return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+read_image(sys.argv[2], 8, 8)
+before = most()
+read_image(sys.argv[1], 8, 8)
+print(most() - before)
+"""
+
+
+def test_memory_of_the_worst_picture(tmp_path):
+    size, exif = 3072, Image.Exif()
+    exif[274] = 6
+    for name, side in (("large", size), ("small", 8)):
+        picture = Image.new("RGBA", (side, side), (200, 80, 60, 100))
+        picture.save(tmp_path / f"{name}.png", exif=exif, icc_profile=profile(), compress_level=1)
+    files = (str(tmp_path / f"{name}.png") for name in ("large", "small"))
+    done = subprocess.run([sys.executable, "-c", _MEASURE, *files], capture_output=True, check=True)
+    # Four bytes a pixel twice, and a few rows. At MAX_PIXELS that is 1.1 GB.
+    assert int(done.stdout) * 1024 < 10 * size * size
 
 
 def test_image_fit(tmp_path, monkeypatch):

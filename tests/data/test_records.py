@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import json
 import pickle
 import shutil
 
@@ -297,19 +298,42 @@ def head(**values):
     return {"settings": {"train.seed": 0, "vae.latent_mean": (0.0, 1.0)} | values, "clips": 3}
 
 
+SHARD = {"file": "x", "count": 1, "bytes": 1}
+LATENTS = {"kind": "latents", "shard": SHARD, "prompts": ["a"], "chunks": [1], "read": [["a", []]]}
+
+
 def test_progress_goes_on(tmp_path):
     with records.Progress(tmp_path / "p", head()) as progress:
-        progress.add({"kind": "latents", "names": ("a", "b")})
+        progress.add(LATENTS | {"prompts": ("a", "b")})
     (tmp_path / "p" / ".latents-00001.partial-7.arrayrecord").write_bytes(b"killed")
     with (tmp_path / "p" / records.PROGRESS).open("ab") as file:
         file.write(b'{"kind": "late')  # and its last line
     for _ in range(2):
         with records.Progress(tmp_path / "p", head() | {"clips": 5}) as progress:
             assert progress.head["clips"] == 3
-            assert progress.lines[0] == {"kind": "latents", "names": ["a", "b"]}
-            progress.add({"kind": "text"})
+            assert progress.lines[0] == LATENTS | {"prompts": ["a", "b"]}
+            progress.add({"kind": "text", "shard": SHARD})
     assert [line["kind"] for line in progress.lines] == ["latents", "text", "text"]
     assert [p.name for p in (tmp_path / "p").iterdir()] == [records.PROGRESS]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "null", "{}", '{"kind": 1}', '{"kind": "x"}', '{"kind": "text"}', "[" * 100_000]
+    + [json.dumps(LATENTS | change) for change in (
+        {"shard": {}}, {"read": [["a"]]}, {"read": [["a", True]]}, {"read": [["a", [["b"]]]]},
+        {"read": [[[], "a"]]}, {"read": "ab"}, {"chunks": [None]}, {"prompts": {"a": 1}},
+    )],
+)  # fmt: skip
+def test_progress_with_a_line_of_another_kind(tmp_path, line):
+    records.Progress(tmp_path, head()).close()
+    with (tmp_path / records.PROGRESS).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match="is damaged"):
+        records.Progress(tmp_path, head())
+    (tmp_path / records.PROGRESS).write_text(line + "\n")
+    with pytest.raises(InputError, match="is damaged"):
+        records.Progress(tmp_path, head())
 
 
 def test_progress_that_has_just_begun(tmp_path):
@@ -355,5 +379,31 @@ def test_progress_in_a_folder_of_something_else(tmp_path):
 def test_a_manifest_with_settings_by_names_of_before(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "old")
     manifest = tmp_path / "old" / records.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"video.', '"sample.'))
+    content = json.loads(manifest.read_text().replace('"video.', '"sample.'))
+    del content["checksum"]  # of before there were any
+    manifest.write_text(json.dumps(content))
     assert len(records.Records(tmp_path / "old", config())) == 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"prompts": []}, {"prompts": None}, {"prompts": ["not there"] * 3}, {"chunks": 0},
+        {"chunks": 9}, {"chunks": "1"}, {"name": None},
+    ],
+)  # fmt: skip
+def test_records_of_other_fields(folder, tmp_path, fields):
+    shutil.copytree(folder, tmp_path / "new")
+    array, prompts, chunks = clip(0)
+    whole = {"name": "v", "prompts": prompts, "chunks": chunks}
+    array = array if fields else array[:, :1]
+    packed = [records.pack(whole | fields, array)] * 2
+    shard = records.write_shard(tmp_path / "new" / "latents-00000.arrayrecord", packed)
+
+    manifest = tmp_path / "new" / records.MANIFEST
+    content = json.loads(manifest.read_text())
+    content["latents"][0]["bytes"] = shard.bytes
+    del content["checksum"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"latents-00000\.arrayrecord: record 0 of 2 is damaged"):
+        records.Records(tmp_path / "new", config())

@@ -1,5 +1,6 @@
 """Video files as people have them: containers, times, orientations, names."""
 
+import contextlib
 import itertools
 import os
 import struct
@@ -175,26 +176,6 @@ def test_too_many_pixels(tmp_path):
         probe(path)
 
 
-@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG"), (1, "")])
-def test_hdr_is_told_once(tmp_path, monkeypatch, transfer, name):
-    said: list[str] = []
-    monkeypatch.setattr(video_reader.logging, "warning", lambda text, *a: said.append(text % a))
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx265", rate=24, options={"x265-params": "log-level=none"})
-        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p10le"
-        stream.codec_context.color_trc = transfer
-        for k in range(3):
-            frame = av.VideoFrame(96, 64, "yuv420p10le")
-            frame.pts, frame.time_base = k, Fraction(1, 24)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    for _ in range(2):
-        with VideoFile(path) as video:
-            next(iter(video))
-    assert len(said) == bool(name) and all(f"a.mp4: is HDR video ({name})" in s for s in said)
-
-
 OPEN = "open-gop=1:keyint=24:min-keyint=24:bframes=3:b-adapt=0:scenecut=0"
 LEADING = {
     "libx264": {"x264-params": OPEN, "crf": "4"},
@@ -239,3 +220,24 @@ def test_pictures_that_are_never_shown(tmp_path, codec, suffix):
         got = read_video(path, 64, 96)
         assert probe(path).frames == len(shown) and probe(path).fps == 24
         near(numbers(got), numbers(shown))
+
+
+@pytest.mark.parametrize("pixels, threads", [(2**40, 16), (3 * HEIGHT * WIDTH, 3), (1, 1)])
+def test_threads_hold_a_bounded_number_of_pixels(tmp_path, monkeypatch, pixels, threads):
+    path = write(tmp_path / "a.mp4", [0, 1 / 24, 2 / 24])
+    monkeypatch.setattr(video_reader, "_PIXELS_AT_WORK", pixels)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    counts, opened = [], video_reader._opened
+
+    @contextlib.contextmanager
+    def watched(path):
+        with opened(path) as (container, stream):
+            try:
+                yield container, stream
+            finally:
+                counts.append(stream.codec_context.thread_count)
+
+    monkeypatch.setattr(video_reader, "_opened", watched)
+    with VideoFile(path) as video:
+        near(numbers(video), [0, 1, 2])
+    assert counts[-1] == threads

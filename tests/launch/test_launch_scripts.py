@@ -95,6 +95,13 @@ def test_is_a_script(script):
         run("shellcheck", "--shell=bash", script)
 
 
+@pytest.mark.parametrize("script", [SSH, TPU, SLURM, GKE], ids=lambda p: p.parent.name)
+def test_no_temporary_file_can_be_foreseen(script):
+    """A name in /tmp that is known before is a link that somebody else has put there."""
+    code = [line.partition("#")[0] for line in script.read_text().splitlines()]
+    assert not [line for line in code if "/tmp" in line or "mktemp -u" in line]
+
+
 @pytest.mark.parametrize("script", [SSH, TPU])
 @pytest.mark.parametrize("arguments", [[], ["--nme=x"], ["--hosts=/nowhere", "--name=x"]], ids=str)
 def test_a_wrong_command_line_is_refused(script, arguments):
@@ -155,6 +162,16 @@ def test_ssh_stops_all_when_one_fails(ssh, tmp_path, bad, code):
     assert (tmp_path / f"saved_{1 - bad}").exists() and not (tmp_path / f"saved_{bad}").exists()
 
 
+def test_ssh_keeps_its_pipes_in_a_folder_of_its_own(ssh, fakes, tmp_path):
+    real, temporary = shutil.which("mkfifo"), tmp_path / "tmp"
+    temporary.mkdir()
+    fakes("mkfifo", f'#!/bin/bash\n{real} "$@" && ls -lR "$TMPDIR" > "$RECORD/pipes"\n')
+    run(*ssh, FAKE_CODE_0="0", FAKE_CODE_1="0", TMPDIR=str(temporary))
+    kinds = [line[:10] for line in (tmp_path / "pipes").read_text().splitlines()]
+    assert kinds.count("drwx------") == 1 and kinds.count("prw-------") == 2
+    assert not list(temporary.iterdir())
+
+
 def test_ssh_names_a_host_that_cannot_be_reached(ssh, tmp_path):
     (tmp_path / "hosts").write_text("first\nlost\n")
     assert "process 1 (lost)" in run(*ssh, code=255).stderr
@@ -185,11 +202,10 @@ exec bash -c "${@: -1:1}" x
 
 
 @pytest.fixture
-def tpu(fakes, tmp_path):
+def tpu(fakes, tmp_path, monkeypatch):
     fakes("gcloud", FAKE_GCLOUD.replace("${@: -1:1}", '$(sed s/^--command=// <<< "${@: -1:1}")'))
-    name = f"test-{os.getpid()}"
-    yield ["bash", TPU, f"--name={name}", "--zone=here", f"--directory={tmp_path}", "--", *FLAGS]
-    pathlib.Path(f"/tmp/longlive_train_{name}.pid").unlink(missing_ok=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "a home"))
+    return ["bash", TPU, "--name=test", "--zone=here", f"--directory={tmp_path}", "--", *FLAGS]
 
 
 def test_tpu_starts_the_trainer_on_all_workers(tpu, tmp_path):
@@ -212,6 +228,26 @@ def test_tpu_dry_run_prints_what_it_would_start(tpu, tmp_path):
 def test_tpu_ctrl_c_saves(tpu, tmp_path):
     assert interrupt(tpu, tmp_path / "ready_0") == 130
     assert (tmp_path / "saved_0").exists()
+
+
+def test_tpu_says_which_process_it_is_where_nobody_else_can_write(tpu, tmp_path):
+    folder, found = tmp_path / "a home/.cache/longlive_jax", []
+    for _ in range(2):
+        run(*tpu, FAKE_CODE_0="0")
+        (file,) = folder.iterdir()  # the one before is of a process that has ended
+        assert file.stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
+        assert file.name[32] == "." and int(file.name[:32], 16)
+        found.append(file.name)
+    assert len(set(found)) == 2
+
+
+def test_tpu_leaves_the_files_of_runs_that_go_on(tpu, tmp_path):
+    folder = tmp_path / "a home/.cache/longlive_jax"
+    folder.mkdir(parents=True)
+    ours = folder / f"{'0' * 32}.{os.uname().nodename}.pid"
+    ours.write_text(f"{os.getpid()}\n")
+    run(*tpu, FAKE_CODE_0="0")
+    assert ours.exists() and len(list(folder.iterdir())) == 2
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -183,6 +184,12 @@ def test_what_the_checkpoint_lacks_is_named(cached, tmp_path, checkpoint):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_not_made_inside_the_checkpoint(cached, checkpoint):
+    flags = tiny_run.flags(cached, checkpoint / "run")
+    assert "which is read; give an output" in refused(flags, f"--checkpoint={checkpoint}")
+    assert not (checkpoint / "run").exists()
+
+
 def test_processes_need_each_other(cached, tmp_path):
     flags = tiny_run.flags(cached, tmp_path / "run")
     assert "need --coordinator" in refused(flags, "--num_processes=2")
@@ -214,14 +221,51 @@ def test_a_run_that_diverges_ends_and_says_on_what(tmp_path):
     assert text.startswith("error: step 2: loss None") and "Its samples: clip-" in text
 
 
-def test_told_to_stop_it_saves_and_ends(cached, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_told_to_stop_it_saves_and_ends(cached, tmp_path, number):
     run_ = tmp_path / "run"
     with Job(tmp_path / "0", tiny_run.flags(cached, run_, train__steps=10**6, **MESH)) as job:
         job.wait_for(lambda: steps(run_) >= 3)
-        job.signal(signal.SIGTERM)
+        job.signal(number)
         assert job.wait() == [0], job.text()
         assert f"step {steps(run_)} of 1000000: stopped by a signal" in job.text()
+        assert ("Ctrl-C again ends at once" in job.text()) == (number == signal.SIGINT)
     assert (run_ / "checkpoints" / str(steps(run_))).is_dir()
+
+
+def _hang_in_the_third_step():
+    from longlive_jax.training import metrics
+
+    real = metrics.Metrics.add
+
+    def add(self, number, *arguments):
+        line = real(self, number, *arguments)
+        if number == 3:
+            self.flush()
+            time.sleep(10**6)
+        return line
+
+    metrics.Metrics.add = add
+
+
+def test_a_second_ctrl_c_ends_at_once(cached, tmp_path):
+    run_, flags = tmp_path / "run", tiny_run.flags(cached, tmp_path / "run", **MESH)
+    with Job(tmp_path / "0", flags, patch=_hang_in_the_third_step) as job:
+        job.wait_for(lambda: steps(run_) >= 3)
+        job.signal(signal.SIGINT)
+        job.wait_for(lambda: "Ctrl-C again ends at once" in job.text())
+        job.signal(signal.SIGINT)
+        assert job.wait(20) == [-signal.SIGINT], job.text()
+    assert "Traceback" not in job.text()
+    assert not (run_ / "checkpoints/3").exists()
+
+
+def test_a_run_whose_steps_were_all_bad_ends_with_1(tmp_path):
+    data = tiny_run.write_cached(tmp_path / "cached", bad=tuple(tiny_run.NAMES))
+    flags = tiny_run.flags(data, tmp_path / "run", train__steps=2, **MESH)
+    for _ in range(2):  # the second has nothing left to do
+        text = refused(flags, code=1)
+        assert "the last 2 of 2 steps" in text and "raise train.steps" in text
 
 
 @pytest.mark.parametrize("name", ["train_ar_5b", "train_ar_5b_i2v", "train_ar_tiny"])

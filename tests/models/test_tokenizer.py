@@ -166,6 +166,16 @@ def test_bad_spiece_models(tmp_path):
         lib.Tokenizer.from_file(file)
 
 
+@pytest.mark.parametrize("score", [b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff"])
+def test_scores_that_are_not_finite(tmp_path, score):
+    content = (FIXTURES / "spiece.model").read_bytes()
+    size, at = content[1], content.index(b"\x15")  # the tag of the first piece's score
+    assert at < size
+    (tmp_path / "spiece.model").write_bytes(content[: at + 1] + score + content[at + 5 :])
+    with pytest.raises(InputError, match=r"cannot be read as a .* or as a spiece.model"):
+        lib.Tokenizer.from_file(tmp_path)
+
+
 def test_train_tiny(tmp_path):
     for size in (4, 20, 500):
         a, b = (lib.train_tiny(TEXTS, size, tmp_path / f"{name}.json") for name in "ab")

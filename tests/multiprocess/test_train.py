@@ -69,11 +69,16 @@ def test_killed_ten_times_and_not_a_bit_differs(data, tmp_path, undisturbed):
     kill_and_resume(data, tmp_path, undisturbed, 10)
 
 
-def test_two_processes_are_told_to_stop_and_one_goes_on(data, tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=["TERM", "INT"],
+)
+def test_two_processes_are_told_to_stop_and_one_goes_on(data, tmp_path, undisturbed, number):
     run = tmp_path / "run"
     with Job(tmp_path / "two", flags(data, tmp_path, train__steps=10**6), 2, 2) as job:
         job.wait_for(lambda: steps(run) >= 3)
-        job.signal(signal.SIGTERM, process=1)
+        job.signal(number, process=1)
         assert job.wait() == [0, 0], job.text()
         stopped = int(re.search(r"step (\d+) of 1000000: stopped by a signal", job.text(0))[1])
         assert "stopped" not in job.text(1)  # one process speaks for all

@@ -1,5 +1,7 @@
 """Evaluation with a recipe: its videos are those of the averages, quantised."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.data.video_reader import probe
-from longlive_jax.errors import NotFiniteError
+from longlive_jax.data.worlds import shapes
+from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
 from longlive_jax.sampling.session import Chunk
@@ -80,3 +83,38 @@ def test_a_diverged_average_ends_the_run_and_the_good_part_stays(monkeypatch, tm
         evaluator(1, {"dit": masters})
     (video,) = left.parent.iterdir()
     assert video.suffix == ".mp4" and probe(video).frames == 5
+
+
+def test_videos_are_graded_and_others_prompts_refused(monkeypatch, tmp_path):
+    """Of real clips of the world every chunk is right: a grade of 1."""
+    shots = next(shapes.clips(3, 1))[:2]
+    (tmp_path / "prompts.json").write_text(
+        json.dumps([{"prompt": one.caption, "chunks": 1} for one in shots])
+    )
+    settings = dict(
+        model__chunk_frames=8, train__latent_frames=16, video__height=128, video__width=192,
+        train__eval_every=1, train__eval_chunks=2, train__eval_grade="shapes",
+    )  # fmt: skip
+    cfg = tiny_run.config(data__eval_path=str(tmp_path / "prompts.json"), **settings)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    prompts = evaluate.read_prompts(cfg, mesh)
+    evaluator = evaluate.Evaluator(cfg, mesh, tmp_path, prompts, {}, lambda average: None)
+
+    def rendered(*args):
+        for index, (one, count) in enumerate(zip(shots, (29, 32))):
+            frames = jax.numpy.asarray(shapes.render(one, 0, count))[None]
+            yield Chunk(
+                index, (frames,), frames, None, jax.numpy.bool_(True), jax.numpy.float32(1), str
+            )
+
+    monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)
+    monkeypatch.setattr(evaluate.render, "render", rendered)
+    masters = params_lib.init(dit.spec(cfg.model), jax.random.key(0), mesh=mesh)
+    made = evaluator(1, {"dit": masters})
+    assert made.grade == 1.0
+    assert json.loads((made.folder / "grade.json").read_text())["summary"]["all_right"] == 1
+
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    cfg = tiny_run.config(data__eval_path=str(tmp_path / "prompts.txt"), **settings)
+    with pytest.raises(InputError, match="'a boat' is not of the world of shapes"):
+        evaluate.read_prompts(cfg, mesh)

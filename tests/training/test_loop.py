@@ -112,11 +112,13 @@ def test_a_run_that_is_done_stays_done(whole, data):
 
 def test_a_bad_step_is_left_out_and_many_stop_the_run(tmp_path):
     data = tiny_run.write_cached(tmp_path / "some", bad=("clip-3",))
-    train(tmp_path / "a", data, train__steps=4)
+    with pytest.raises(loop.DivergedError, match="the last 4 of 4 steps"):
+        train(tmp_path / "a", data, train__steps=4)  # a batch has more rows than there are clips
     lines = tiny_run.lines(tmp_path / "a")
     for line in lines:
         assert (line["loss"] is None) == ("clip-3" in line["samples"])
     assert lines[-1]["bad_steps"] == sum(line["loss"] is None for line in lines) > 0
+    assert workdir.State(tmp_path / "a").step == 4
     data = tiny_run.write_cached(tmp_path / "all", bad=tuple(tiny_run.NAMES))
     with pytest.raises(loop.DivergedError, match=r"3 steps in a row .* Its samples: clip-\d, clip"):
         train(tmp_path / "b", data, train__max_bad_steps=3)

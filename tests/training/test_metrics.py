@@ -5,10 +5,12 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.errors import InputError
 from longlive_jax.training import cost, metrics
 from longlive_jax.training.objectives.teacher_forcing import BINS, MODEL, TeacherForcing
 from longlive_jax.training.plan import Plan
@@ -68,4 +70,41 @@ def test_a_run_that_goes_on_has_one_line_a_step(tmp_path):
     assert log.read_text() == "".join(rows)
     metrics.cut(log, 2)
     assert log.read_text() == "".join(rows[:2])
+    names = json.dumps({"step": 3, "samples": ["a\u2028b", "c\u0085d"]}, ensure_ascii=False) + "\n"
+    spoilt = [
+        b'{"step": 4, "loss": \xff}\n',
+        b'{"step": "4"}\n',
+        b"[" * 10**5 + b"\n",
+        b"\0\r\x0b{}\n",
+    ]
+    log.write_bytes(
+        "".join(rows[:2]).encode() + names.encode() + b"".join(spoilt) + b'{"step": 5}\n'
+    )
+    metrics.cut(log, 5)
+    assert log.read_text().split("\n") == [
+        *"".join(rows[:2]).split("\n")[:2],
+        names[:-1],
+        '{"step": 5}',
+        "",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"\xff\xfe", b"[]", b"null", b'{"step": "1"}', b'{"step": null}', b"{", b"[" * 100_000,
+     b'{"step": 1, "samples": ["caf\xe9"]}', b'{"step": NaN'],
+)  # fmt: skip
+def test_damaged_lines_of_a_log_are_cut_off(tmp_path, bad):
+    log = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": i, "samples": ["a\u2028b"]}, ensure_ascii=False) for i in (1, 2, 3)]
+    first, second, third = (line.encode() + b"\n" for line in good)
+    log.write_bytes(first + bad + b"\n" + second + third)
+    metrics.cut(log, 2)
+    assert log.read_bytes() == first + second
+
+
+def test_a_log_that_is_no_file(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: Is a directory; move it away"):
+        metrics.cut(tmp_path / "metrics.jsonl", 2)

@@ -3,7 +3,9 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples.train_toy import SPECS, Distillation
@@ -11,6 +13,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.training import checkpoint, dry_run, loop, state
+from longlive_jax.training.objective import Network
 from longlive_jax.training.plan import Plan
 
 
@@ -97,6 +100,57 @@ def test_a_step_that_is_not_finite_leaves_its_networks_alone(tmp_path):
         pytest.raises(loop.DivergedError, match=message),
     ):
         loop.run(toy, plan, tmp_path, loop.Inputs(broken, frozen=inputs(toy).frozen), print)
+
+
+def overflowing(what):
+    """The toy, whose gradients are finite and whose critic is not after a step."""
+    toy = objective()
+    last = {
+        "weights": optax.sgd(1e30),
+        "weights after two": optax.sgd(lambda count: jnp.where(count < 2, 1e-31, 1e30)),
+        "moments": optax.adam(0.01),  # of the gradient's square
+    }[what]
+    toy.networks["critic"] = Network(SPECS, optax.chain(optax.scale(1e30), last))
+    return toy
+
+
+@pytest.mark.parametrize("what, good", [("weights", 0), ("weights after two", 2), ("moments", 0)])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, what, good):
+    toy, shown = overflowing(what), []
+    plan = Plan("toy", steps=6, save_every=6, max_bad_steps=3)
+    message = rf"step {good + 3}: critic loss \d.*\(finite, but not the weights .* 3 steps in a row"
+    with (
+        checkpoint.acquire(tmp_path, {}, network="student"),
+        pytest.raises(loop.DivergedError, match=message),
+    ):
+        loop.run(toy, plan, tmp_path, inputs(toy), shown.append)
+    assert [line["bad_in_row"] for line in lines(tmp_path)] == [0] * good + [1, 2, 3]
+    (text,) = [text for text in shown if text.startswith(f"step {good + 1}/6")]
+    assert "NOT FINITE, left out; 1 in a row" in text
+
+
+@pytest.mark.parametrize("bad, left", [((5,), 1), ((3, 4, 5), 3), ((0, 1), 0), ((4,), 0)], ids=str)
+def test_a_run_whose_last_steps_were_bad_is_not_done(tmp_path, bad, left):
+    toy = objective()
+
+    def batches(steps):
+        for step, (batch, names) in zip(steps, inputs(toy).batches(steps)):
+            yield batch * jnp.float32(np.nan if step in bad else 1), names
+
+    def run(steps=6):
+        with checkpoint.acquire(tmp_path, {}, network="student"):
+            plan = Plan("toy", steps=steps, save_every=4, max_bad_steps=5)
+            given = loop.Inputs(batches, frozen=inputs(toy).frozen)
+            return loop.run(toy, plan, tmp_path, given, print)
+
+    if not left:
+        assert run()[1] == loop.Done(6, stopped=False)
+        return
+    for _ in range(2):  # also the same command again, which has nothing left to do
+        with pytest.raises(loop.DivergedError, match=rf"the last {left} of 6 steps .* toy\.steps"):
+            run()
+    found, done = run(8)  # on from what was saved
+    assert done.step == 8 and found.bad.tolist() == [left, 0]
 
 
 def test_a_dry_run_tells_the_programs_apart():

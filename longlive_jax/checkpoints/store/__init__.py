@@ -16,7 +16,7 @@ half-written.
 """
 
 from longlive_jax.checkpoints.layout import Piece
-from longlive_jax.checkpoints.store.reader import Stored, load, load_or_init, parts
+from longlive_jax.checkpoints.store.reader import Stored, load, load_or_init, parts, sources
 from longlive_jax.checkpoints.store.writer import (
     Summary,
     copy,
@@ -37,5 +37,6 @@ __all__ = [
     "save",
     "save_tokenizer",
     "save_tree",
+    "sources",
     "tree_pieces",
 ]

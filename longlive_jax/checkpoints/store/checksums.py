@@ -16,7 +16,6 @@ from longlive_jax.errors import InputError
 
 _BLOCK = 4 << 20  # bytes read at once
 _THREADS = 8  # more find no more bandwidth
-MAX_NAME = 255  # bytes of a file's name; of every usual file system
 
 Checksums = Mapping[str, str]  # by the name of a file in a folder, with / between folders
 
@@ -34,15 +33,6 @@ def of_folder(folder: pathlib.Path) -> dict[str, str]:
     """The checksums of all files in a folder and those below it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): of_file(path) for path in files}
-
-
-def is_plain(name: str) -> bool:
-    """Whether this is the name of a file beside others, and leads nowhere else."""
-    try:
-        size = len(os.fsencode(name))
-    except UnicodeError:
-        return False
-    return 0 < size <= MAX_NAME and name[0] != "." and not {"/", "\\", "\0"} & set(name)
 
 
 def check_links(folder: pathlib.Path) -> None:

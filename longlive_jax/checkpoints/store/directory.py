@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from longlive_jax.checkpoints.store import checksums
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
 from longlive_jax.files import schema as schema_lib
+from longlive_jax.files.names import is_plain
 from longlive_jax.models import tokenizer as tokenizer_lib
 
 _FORMAT, _VERSION, _FILE = "longlive_jax weights", 1, "metadata.json"
@@ -82,7 +82,7 @@ def network(root: pathlib.Path, name: str, info: dict[str, Any]) -> dict[str, An
       InputError: it is another, or names a folder elsewhere.
     """
     wrong = schema_lib.mismatch(info, _NETWORK)
-    if not wrong and not checksums.is_plain(info["directory"]):
+    if not wrong and not is_plain(info["directory"]):
         wrong = f"directory {info['directory'][:80]!r} is not the name of a folder in it"
     if wrong:
         raise InputError(f"{root / _FILE}: is damaged (of {name}: {wrong}); {_AGAIN}")

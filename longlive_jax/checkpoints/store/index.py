@@ -13,6 +13,7 @@ from longlive_jax.checkpoints.store import checksums
 from longlive_jax.errors import InputError
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files import versioned
+from longlive_jax.files.names import is_plain
 
 FILE = "index.json"
 _SCHEMA = {
@@ -104,14 +105,14 @@ def _rows(key: str, rows: list[int]) -> Rows:
 
 def _check_names(groups: Mapping, sums: Mapping[str, checksums.Checksums]) -> None:
     for name in groups:
-        if not checksums.is_plain(name):
+        if not is_plain(name):
             raise ValueError(f"{name[:80]!r} is not the name of a folder in it")
     if sums and sums.keys() != groups.keys():
         other = sorted(sums.keys() ^ groups.keys())[0]
         raise ValueError(f"{other[:80]!r} has no group or no checksums")
     for name, files in sums.items():
         for file in files:
-            if not all(map(checksums.is_plain, file.split("/"))):
+            if not all(map(is_plain, file.split("/"))):
                 raise ValueError(f"{file[:80]!r} is not the name of a file in {name}")
 
 

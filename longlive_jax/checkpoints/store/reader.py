@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
@@ -23,6 +22,7 @@ from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files.orbax import check_read, ocp
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.recipes import Recipe
 
@@ -143,6 +143,15 @@ def parts(directory: str | os.PathLike) -> tuple[str, ...]:
       InputError: no checkpoint there, or a damaged one.
     """
     return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory))))
+
+
+def sources(directory: str | os.PathLike, name: str) -> tuple[str, ...]:
+    """What a network or the tokenizer of a checkpoint came from, as of `save`.
+
+    Raises:
+      InputError: no checkpoint there, or a damaged one.
+    """
+    return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory)))[name]["sources"])
 
 
 class Stored:
@@ -312,7 +321,12 @@ class Stored:
         context.pytree.loading.partial_load = True
         with self._damage(group), context:
             tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
-        return params_lib.flatten(tree)
+            check_read(tree)
+            arrays = params_lib.flatten(tree)
+            wanted = {path: (x.shape, x.dtype) for path, x in abstract.items()}
+            if wrong := [p for p, x in arrays.items() if (x.shape, x.dtype) != wanted.get(p)]:
+                raise ValueError(f"{'/'.join(wrong[0])} has another shape or dtype")
+        return arrays
 
     def copy(self, folder: pathlib.Path) -> None:
         """Copies the network's files, and no others, to an empty folder.

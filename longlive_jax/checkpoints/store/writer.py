@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import layout, quantized
@@ -26,6 +25,7 @@ from longlive_jax.checkpoints.store.reader import Stored
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
+from longlive_jax.files.orbax import ocp
 from longlive_jax.models import tokenizer as tokenizer_lib
 from longlive_jax.recipes import Recipe
 
@@ -66,7 +66,8 @@ def save(
         linear layers' weights come quantised, from `checkpoints.quantized.pieces`.
       section: the dataclass of the config that `spec` was made of, kept for messages.
       network: the kind, of `parts.PARTS`, if the name is none of them: a critic may be a "dit".
-      sources: names of the files the weights came from, kept for the reader.
+      sources: what the weights came from, kept for the reader: names of files, without their
+        folders, or addresses `hf://...`.
       recipe: by which the weights are quantised; None: they are not.
 
     Until the last piece is on disk, the directory keeps its old content.
@@ -81,7 +82,7 @@ def save(
         versioned.write_json(folder / index_lib.FILE, index)
         kind = parts_lib.PARTS.get(network or name)
         info = {
-            "sources": [os.path.basename(s) for s in sources],
+            "sources": [_source(s) for s in sources],
             **_summary(index, params_lib.count(spec))._asdict(),
             "config": {kind.section: dataclasses.asdict(section)} if kind and section else {},
             "index_checksum": checksums.of_file(folder / index_lib.FILE),
@@ -144,8 +145,12 @@ def _add(
     return info
 
 
-def save_tokenizer(directory: str | os.PathLike, file: str | os.PathLike) -> None:
+def save_tokenizer(
+    directory: str | os.PathLike, file: str | os.PathLike, source: str | None = None
+) -> None:
     """Adds the tokenizer of a tokenizer.json or a spiece.model to a checkpoint.
+
+    source: what it came from, as of `save`; None: the file.
 
     Raises:
       InputError: as `save`; or not UMT5's tokenizer.
@@ -154,8 +159,12 @@ def save_tokenizer(directory: str | os.PathLike, file: str | os.PathLike) -> Non
     with directory_lib.writing(directory) as (root, parts):
         with atomic_path(root / tokenizer_lib.FILE) as partial:
             partial.write_bytes(tokenizer_lib.as_json(file))
-        parts[tokenizer_lib.NAME] = {"sources": [os.path.basename(file)]}
+        parts[tokenizer_lib.NAME] = {"sources": [_source(source or os.fspath(file))]}
         directory_lib.write(root, parts)
+
+
+def _source(source: str) -> str:
+    return source if source.startswith("hf://") else os.path.basename(source)
 
 
 def tree_pieces(tree: params_lib.Tree, spec: params_lib.Tree) -> Iterator[Piece]:

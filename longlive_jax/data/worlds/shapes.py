@@ -190,7 +190,7 @@ def render(
     shot: Shot, start: int, stop: int, height: int = HEIGHT, width: int = WIDTH
 ) -> np.ndarray:
     """Frames start..stop-1 of a shot, uint8 [frame, height, width, 3]; antialiased."""
-    behind = _background(shot.background, height, width)
+    behind = background_picture(shot.background, height, width)
     frames = np.empty((stop - start, height, width, 3), np.uint8)
     for i in range(stop - start):
         picture = behind.copy()
@@ -232,7 +232,7 @@ def _wrap(phase: float, way: float, length: float, size: float, back: bool) -> f
 
 
 @functools.lru_cache(maxsize=16)
-def _background(background: Background, height: int, width: int) -> np.ndarray:
+def background_picture(background: Background, height: int, width: int) -> np.ndarray:
     """float32 [height, width, 3] in 0..255; read-only."""
     first, second = (
         np.asarray(GROUNDS[name], np.float32) for name in (background.first, background.second)
@@ -262,13 +262,13 @@ def _draw(picture: np.ndarray, thing: Object, seconds: float) -> None:
     dx = ((np.arange(left, right, dtype=np.float32) + 0.5) / height - x)[None, :] * (2 / size)
     c, s = np.cos(angle), np.sin(angle)
     u, v = (c * dx + s * dy).astype(np.float32), (c * dy - s * dx).astype(np.float32)
-    pixels = _distance(thing.shape, u, v) * np.float32(size / 2 * height)
+    pixels = distance(thing.shape, u, v) * np.float32(size / 2 * height)
     cover = np.clip(0.5 - pixels, 0, 1)[..., None]
     part = picture[top:bottom, left:right]
     part += (np.asarray(COLOURS[thing.colour], np.float32) - part) * cover
 
 
-def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Distance from the edge of a shape of radius 1, below 0 inside; v points down.
 
     Near an edge it is exact, which is all that antialiasing needs.

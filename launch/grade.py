@@ -1,0 +1,158 @@
+"""Grades videos of the tiny world against their prompts, from pixels alone.
+
+    python -m launch.grade --videos=DIR --prompts=FILE [--output=DIR]
+
+prints a table, and writes grade.json and grade.png: which objects, colours, sizes, backgrounds,
+places and motions are right, how sharp, when cuts take effect, whether what returns is the same,
+and how all of it drifts. FILE is what launch.sample had as --prompts. See docs/grading.md.
+
+    python -m launch.grade --clips=200 --seed=1
+    python -m launch.grade --clips=40 --config=configs/train_ar_tiny_world.py --checkpoint=CKPT
+
+grade the world's own clips, as they are drawn, or through a checkpoint's VAE: the grader's own
+accuracy, and the most that a model with this VAE can reach.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import flags
+from scipy import ndimage
+
+from launch import command
+from longlive_jax import config as config_lib
+from longlive_jax.data.video_reader import VideoFile
+from longlive_jax.data.worlds import shapes
+from longlive_jax.errors import InputError
+from longlive_jax.files import folders, versioned
+from longlive_jax.grading import folder as folder_lib
+from longlive_jax.grading import plot, summary, video
+from longlive_jax.prompts import shots
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("videos", None, "Folder of .mp4 files.")
+flags.DEFINE_string("prompts", None, "A .txt or .json file, or a folder of captions.")
+flags.DEFINE_string("output", None, "Folder for grade.json and grade.png; default: --videos.")
+flags.DEFINE_integer("chunks_per_shot", 0, "Of captions without durations.", lower_bound=0)
+flags.DEFINE_integer("clips", None, "Grade so many clips of the world itself.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of --clips.", lower_bound=0)
+flags.DEFINE_float("blur", 0.0, "With --clips: blur them, by so many pixels.", lower_bound=0)
+flags.DEFINE_string("checkpoint", None, "With --clips: encode and decode them by its VAE.")
+
+CHUNKS = 2  # of each shot of a clip
+
+
+def main() -> None:
+    if FLAGS.clips is None:
+        if not FLAGS.videos or not FLAGS.prompts:
+            missing = "prompts" if FLAGS.videos else "videos"
+            raise InputError(
+                f"--{missing} is missing; give --videos=DIR --prompts=FILE, or --clips=N to grade "
+                "the world's own clips"
+            )
+        if FLAGS.checkpoint or FLAGS.blur:
+            name = "checkpoint" if FLAGS.checkpoint else "blur"
+            raise InputError(f"--{name} is for --clips, the world's own clips; leave it out")
+        records, output = _videos(command.config(config_lib.Config())), FLAGS.output or FLAGS.videos
+    else:
+        if FLAGS.videos or FLAGS.prompts:
+            raise InputError("--clips grades the world's own clips; leave out --videos, --prompts")
+        if FLAGS.checkpoint:  # it needs the config of its networks
+            records = _clips(command.config())
+        else:
+            records = _clips(command.config(config_lib.Config()))
+        output = FLAGS.output
+    if output:
+        folders.make(output, "--output")
+    done = list(tqdm.tqdm(records, desc="grading", unit=" videos", disable=None))
+    total = summary.summarise(done)
+    print(summary.table(total))
+    for record in done if FLAGS.videos else ():
+        wrong = sum(not chunk["all_right"] for chunk in record["chunks"])
+        print(f"{record['name']}: {len(record['chunks']) - wrong} of {len(record['chunks'])} right")
+    if output:
+        place = pathlib.Path(output)
+        content = {"summary": total, "videos": done}
+        versioned.write(place / "grade.json", summary.FORMAT, summary.VERSION, content)
+        title = "share of chunks that are right, over time"
+        plot.save(place / "grade.png", title, *summary.over_time(done))
+        print(f"{place / 'grade.json'}, {place / 'grade.png'}")
+
+
+def _videos(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
+    """The record of each video; all names and prompts are checked before the first."""
+    files = folder_lib.videos(pathlib.Path(FLAGS.videos))
+    opened = {}
+    for file in files:
+        with VideoFile(file) as one:
+            opened[file] = len(one)
+    frames = cfg.model.chunk_frames * config_lib.TEMPORAL_COMPRESSION
+    # The length of a script that has none of its own is that of the videos that were made of it.
+    chunks = max(1, *((n + config_lib.TEMPORAL_COMPRESSION - 1) // frames for n in opened.values()))
+    prefix = cfg.sample.scene_cut_prefix
+    scripts = shots.read(
+        FLAGS.prompts, chunks=chunks, chunk_frames=cfg.model.chunk_frames, scene_cut_prefix=prefix,
+        chunks_per_shot=FLAGS.chunks_per_shot,
+    )  # fmt: skip
+    lines = [video.script_of(one.chunks, prefix) for one in scripts]
+    names = [(one.name, one.chunks[0].prompt) for one in scripts]
+    matched = folder_lib.matched(files, names)
+    for file in files:
+        video.check(str(file), opened[file], lines[matched[file]], cfg.model.chunk_frames)
+    return (_graded(file, lines[matched[file]], cfg.model.chunk_frames) for file in files)
+
+
+def _graded(file, lines, chunk_frames):
+    with VideoFile(file) as one:
+        return video.grade(file.stem, one.read, len(one), lines, chunk_frames)
+
+
+def _clips(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
+    """Records of held-out clips of the world, at the config's size; each has two shots."""
+    size = cfg.video.height, cfg.video.width
+    if not FLAGS.checkpoint and cfg == config_lib.Config():
+        size = shapes.HEIGHT, shapes.WIDTH
+    through = _vae(cfg) if FLAGS.checkpoint else lambda frames: frames
+    length = cfg.model.chunk_frames
+    for number, clip in enumerate(shapes.clips(FLAGS.seed, FLAGS.clips, held_out=True)):
+        first = video.frames_of(CHUNKS, length)
+        second = video.frames_of(2 * CHUNKS, length) - first
+        parts = [shapes.render(s, 0, n, *size) for s, n in zip(clip, (first, second))]
+        frames = through(np.concatenate(parts))
+        if FLAGS.blur:
+            frames = ndimage.gaussian_filter(frames, (0, FLAGS.blur, FLAGS.blur, 0))
+        lines = [
+            video.Line(s.caption, k == 0 and i > 0)
+            for i, s in enumerate(clip[:2])
+            for k in range(CHUNKS)
+        ]
+        yield video.grade(
+            f"clip-{number:06d}", lambda a, b, f=frames: f[a:b], len(frames), lines, length
+        )
+
+
+def _vae(cfg):
+    """A function that encodes and decodes frames, uint8 [frame, height, width, 3]."""
+    import jax
+
+    from longlive_jax import mesh as mesh_lib
+    from longlive_jax.checkpoints import networks
+    from longlive_jax.data.images import to_float
+    from longlive_jax.models import vae
+
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.ENCODER + networks.DECODER)
+
+    @jax.jit
+    def both(params, frames):
+        latents = vae.encode_video(params, cfg.vae, frames)
+        return vae.to_uint8(vae.decode_video(params, cfg.vae, latents))
+
+    return lambda frames: np.asarray(both(params, to_float(frames)[None]))[0]
+
+
+if __name__ == "__main__":
+    command.run(main)
