@@ -137,7 +137,7 @@ def open_part(
     quantized.spec(spec, own)  # refuses sides that the blocks do not divide
     used = (path,)
     if lora_source is not None:
-        adapters, lora_path = peft.read(lora_source, weights)
+        adapters, lora_path = peft.read(lora_source, weights, lora_alpha)
         tensors = lora.merge(tensors, adapters, lora_alpha, lora_path)
         used += (lora_path,)
     return Source(network, spec, section, tensors, used, own, config.compute_dtype)

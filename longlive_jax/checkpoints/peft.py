@@ -176,7 +176,9 @@ def of_run(
     return from_peft(to_peft(_adapters(state, "average")), specs, source)
 
 
-def read(source: str, weights: str = "average", alpha: float | None = None) -> tuple[Any, str]:
+def read(
+    source: str, weights: str = "average", alpha: float | None = None
+) -> tuple[Any, sources.Located]:
     """The content of a LoRA file, as `lora.merge` takes it, and the file's name.
 
     Args:
@@ -195,7 +197,8 @@ def read(source: str, weights: str = "average", alpha: float | None = None) -> t
     if not isinstance(alpha, float | int):
         raise InputError(f"--lora={source}: its run.json has no {_ALPHA}; give --lora_alpha")
     tree = _adapters(state, weights)
-    return _tensors(to_peft(tree)) | {"lora_alpha": float(alpha)}, os.path.normpath(source)
+    tensors = _tensors(to_peft(tree)) | {"lora_alpha": float(alpha)}
+    return tensors, sources.Located(os.path.normpath(source))
 
 
 def _run(source, network=None):
