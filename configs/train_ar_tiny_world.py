@@ -8,11 +8,12 @@
         --config.data.path=tiny_world --config.data.cached=False \\
         --checkpoint=vae/checkpoint --output=tiny_latents
     python -m launch.train --config=configs/train_ar_tiny_world.py --checkpoint=vae/checkpoint \\
-        --workdir=run
+        --workdir=run --config.train.eval_every=2000 --config.train.eval_grade=shapes
     python -m launch.export --config=configs/train_ar_tiny_world.py --checkpoint=run --output=CKPT
 
-Every 2000 steps held-out prompts are sampled and graded (docs/grading.md); run/best has the best
-weights by that, and stands for `run` in the last command.
+With the flags of evaluation, held-out prompts of tiny_world/eval are sampled every 2000 steps and
+graded (docs/grading.md); run/best has the best weights by that, and may stand for `run` in the last
+command.
 
 The recipe is the paper's (teacher forcing, error recycling), with the rates of a small model.
 """
@@ -35,8 +36,8 @@ def get_config():
     config.train.update(
         steps=8000, batch_size=64, latent_frames=32, text_encoder=True, learning_rate=1e-3,
         warmup_steps=200, beta1=0.9, beta2=0.98, weight_decay=0.01, max_grad_norm=1.0,
-        ema_decay=0.998, ema_start=500, remat="qkv", save_every=2000, eval_every=2000,
-        eval_steps=20, eval_chunks=8, eval_grade="shapes",
+        ema_decay=0.998, ema_start=500, remat="qkv", save_every=2000, eval_steps=20,
+        eval_chunks=8,
     )  # fmt: skip
     config.train.error_recycling.update(enabled=True, slots=8)
     return config
