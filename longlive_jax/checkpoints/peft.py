@@ -173,7 +173,8 @@ def of_run(
             f"{source}: its adapters' alpha is {alpha}, {_ALPHA} is {settings.alpha:g}; set "
             f"--config.{_ALPHA}={alpha}"
         )
-    return from_peft(to_peft(_adapters(state, "average")), specs, source)
+    weights = "average" if state.averaged else "latest"
+    return from_peft(to_peft(_adapters(state, weights)), specs, source)
 
 
 def read(

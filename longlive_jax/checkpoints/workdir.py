@@ -82,6 +82,7 @@ class State:
     Attributes:
       step: number of the state's last step.
       trained: the network's parts.
+      averaged: whether it has a moving average.
 
     Raises:
       InputError: there is no state, or it is damaged.
@@ -117,6 +118,7 @@ class State:
         except Exception as error:  # the library raises bare Exception
             raise damaged(self._path, error) from error
         self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        self.averaged = "ema" in self._keys
         self.trained = tuple(sorted({path[0] for path in self._shapes}))
 
     def shapes(self, part: str) -> dict[params_lib.Path, tuple[int, ...]]:

@@ -93,3 +93,17 @@ def test_a_run_without_adapters_or_alpha_is_refused(run_folder, tmp_path):
     workdir.write(run_folder, workdir.Run({}, None, "student"))
     with pytest.raises(InputError, match=r"has no distill\.lora\.alpha; give --lora_alpha"):
         peft.read(str(run_folder))
+
+
+def test_a_runs_networks_as_a_start(run_folder):
+    """The student's average; the critic has none, and gives its weights."""
+    workdir.write(run_folder, workdir.Run({"distill.lora.alpha": 4.0}, None, "student"))
+    specs = lora.specs(SPEC, SETTINGS)
+    for network, seed in {"student": 2, "critic": 3}.items():
+        found = peft.of_run(str(run_folder), specs, SETTINGS, network)
+        jax.tree.map(np.testing.assert_array_equal, found, drawn(seed))
+    with pytest.raises(InputError, match=r"alpha is 4\.0, distill\.lora\.alpha is 2; set"):
+        peft.of_run(str(run_folder), specs, config_lib.LoRA(rank=2, alpha=2.0), "student")
+    other = lora.specs(SPEC, config_lib.LoRA(rank=3, alpha=4.0))
+    with pytest.raises(InputError, match=r"has rank 2, expected 3; set --config"):
+        peft.of_run(str(run_folder), other, config_lib.LoRA(rank=3, alpha=4.0), "critic")

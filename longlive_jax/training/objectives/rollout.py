@@ -24,6 +24,9 @@ from longlive_jax.training.batch import Scripts
 
 # Uses of a sample's, a chunk's or a step's key.
 _NOISE, _EPS, _LEVEL, _ROUNDING, _EXIT, _LENGTH, _RENOISE = range(7)
+# What a sample's key is folded by: for the sample as a whole, or first of all for its chunks. A key
+# that is folded on is never drawn from: a draw splits it, and would give the keys of others.
+_WHOLE, _BY_CHUNK = range(2)
 
 
 def _spec(*axes: str | None) -> Any:  # a PartitionSpec, in an array's place
@@ -84,9 +87,10 @@ def draw(cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: 
 
     def one(key, row, chunk):
         sample = jax.random.fold_in(key, row)
-        here = jax.random.fold_in(sample, chunk)
+        here = jax.random.fold_in(jax.random.fold_in(sample, _BY_CHUNK), chunk)
         # The original's: one level a sample, one a chunk where the first frame is given.
-        of_level = here if cfg.video.image_to_video else sample
+        given = cfg.video.image_to_video
+        of_level = here if given else jax.random.fold_in(sample, _WHOLE)
 
         def normal(use):
             return jax.random.normal(jax.random.fold_in(here, use), shape)
@@ -116,7 +120,8 @@ def draw(cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: 
     noise, eps, level, rounding, fresh = made
     # Of a batch as a whole: all devices leave together. Its first sample's number tells it.
     whole = jax.NamedSharding(mesh, jax.P(None))
-    batch = jax.random.fold_in(key, jax.reshard(rows, whole)[0])
+    first = jax.random.fold_in(key, jax.reshard(rows, whole)[0])
+    batch = jax.random.fold_in(first, _WHOLE)
     each = chunks if d.exit == "chunk" else 1
     steps = jax.random.randint(jax.random.fold_in(batch, _EXIT), (each,), 0, cfg.sample.steps)
     least = (d.least_frames or d.latent_frames) // cfg.model.chunk_frames
