@@ -51,3 +51,7 @@ class Config(Section):
         divides("model.num_heads", model.num_heads, "mesh.seq", mesh.seq)
         divides("model.chunk_frames", model.chunk_frames, "mesh.seq", mesh.seq)
         divides("model.dim", model.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)
+        if model.actions.kind == "module":
+            divides("actions.heads", model.actions.heads, "mesh.seq", mesh.seq)
+            width, by = model.actions.width, mesh.fsdp * mesh.seq
+            divides("actions.heads * actions.head_dim", width, "mesh.fsdp * mesh.seq", by)

@@ -269,10 +269,10 @@ def settings(cfg: config_lib.Config, data: str) -> dict[str, Any]:
     Args:
       data: what tells this training data from other.
     """
-    train, names = cfg.train, _FIXED | {"model": vars(cfg.model)}
-    if train.text_encoder:
-        names["umt5"] = vars(cfg.umt5)
-    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
+    train, whole = cfg.train, ("model", "umt5")[: 1 + cfg.train.text_encoder]
+    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in _FIXED for k in _FIXED[s]}
+    for name in whole:
+        values |= {f"{name}.{k}": v for k, v in config_lib.values(getattr(cfg, name)).items()}
     values |= {
         "dtype": cfg.dtype,
         "the training data": data,
