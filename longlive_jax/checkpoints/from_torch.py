@@ -11,7 +11,16 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import four_over_six, layout, lora, names, peft, quantized, sources
+from longlive_jax.checkpoints import (
+    actions,
+    four_over_six,
+    layout,
+    lora,
+    names,
+    peft,
+    quantized,
+    sources,
+)
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
@@ -120,7 +129,7 @@ def open_part(
     saved = sources.read(path)
     tensors: dict[str, Any] = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
-        tensors = four_over_six.collect(tensors, path)
+        tensors = actions.collect(four_over_six.collect(tensors, path), path)
     spec = network.spec(section)
     if part == "vae" and "encoder" not in (found := {k.partition(".")[0] for k in tensors}):
         # A decoder alone; conv1 belongs to the encoder, but some files keep it.

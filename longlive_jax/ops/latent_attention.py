@@ -47,8 +47,8 @@ def of_chunks(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Arra
     earlier = (chunks - 1) * frames
     past = min(window - frames, earlier) if window else earlier
     latent = jnp.arange(chunks)[:, None] * frames + jnp.arange(-past, 0)[None, :]
-    before = (_before(x[:, :, 0], past) for x in (k, v))
-    return attend(q, k, v, *before, (latent >= 0)[None])
+    past_k, past_v = (_before(x[:, :, 0], past) for x in (k, v))
+    return attend(q, k, v, past_k, past_v, (latent >= 0)[None])
 
 
 def _before(x, past):

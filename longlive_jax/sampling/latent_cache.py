@@ -47,13 +47,13 @@ class LatentPast(struct.PyTreeNode):
         Returns:
           As q.
         """
-        stored = (_layer(x, layer) for x in (self.cache.k, self.cache.v))
+        stored = (_layer(x, layer) for x in self._tables)
         patch = self.cache.k.shape[4:-2]
-        before = (x.reshape(len(q), 1, *x.shape[2:]) for x in stored)
-        fresh = (x.reshape(len(x), 1, 1, self.frames, *patch, *x.shape[2:]) for x in (k, v))
+        past_k, past_v = (x.reshape(len(q), 1, *x.shape[2:]) for x in stored)
+        k, v = (x.reshape(len(x), 1, 1, self.frames, *patch, *x.shape[2:]) for x in (k, v))
         queries = q.reshape(len(q), 1, 1, self.frames, -1, *q.shape[2:])
         valid = jnp.tile(self._valid(), (self.cache.k.shape[1], 1))[:, None]
-        return latent_attention.attend(queries, *fresh, *before, valid).reshape(q.shape)
+        return latent_attention.attend(queries, k, v, past_k, past_v, valid).reshape(q.shape)
 
     def write(
         self, layer, slot: jax.Array, k: jax.Array, v: jax.Array, axis: str | None = None

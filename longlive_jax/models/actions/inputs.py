@@ -73,6 +73,20 @@ def windows(
     return jnp.take(vectors, jnp.asarray(np.maximum(index, 0)), axis=1)
 
 
+def of_chunk(vectors: np.ndarray, cfg: config_lib.Actions, chunk: int, frames: int) -> np.ndarray:
+    """The actions that chunk `chunk` of `frames` latents brings, as `advance` takes them.
+
+    vectors: [batch, action, dim], of a whole video; beyond its ends are copies.
+
+    Returns:
+      [batch, 4 * frame, dim]: with `pad` 12 those from the one that drives the chunk's first
+      picture on; in a video's first chunk copies of the first come before.
+    """
+    size = TEMPORAL_COMPRESSION
+    index = size * frames * chunk + _WINDOW - size - cfg.pad + np.arange(size * frames)
+    return np.asarray(vectors)[:, np.clip(index, 0, vectors.shape[1] - 1)]
+
+
 def start(cfg: config_lib.Actions, batch: int) -> dict[str, jax.Array]:
     """What a stream keeps of the actions before it, float32 [batch, action, dim] by path."""
     before = vectors_of(cfg) - TEMPORAL_COMPRESSION
