@@ -29,6 +29,7 @@ def start() -> None:
     if word in PROBES:
         importlib.import_module(f"launch.probes.{word}")
     elif not word.startswith("--help"):
+        sys.argv[1:] = []  # flags of no probe
         command.run(_refuse)
     if not any(x.lstrip("-").partition("=")[0] == "config" for x in sys.argv[2:]):
         sys.argv.append(f"--config={command.ROOT / _CONFIG}")

@@ -59,6 +59,24 @@ def _read(tensor: Any) -> np.ndarray:
     return tensor.read(0, None)
 
 
+def sizes(shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Any]:
+    """Settings of `config.Actions` by the shapes of a file's tensors; empty without the module.
+
+    dim: of the transformer. Heads are taken to be 64 wide, as all published ones are.
+    """
+    blocks = {key.split(".")[1] for key in shapes if f".{PARAMS}." in key}
+    if not blocks:
+        return {}
+    prefix = f"blocks.{min(blocks, key=int)}.{PARAMS}"
+    embed, keys = shapes.get(f"{prefix}.keyboard_embed.0.weight", (0, 0))
+    width = shapes.get(f"{prefix}.mouse_attn_q.weight", (0, 0))[0]
+    _, joined = shapes.get(f"{prefix}.mouse_mlp.0.weight", (0, dim))
+    return {
+        "kind": "module", "keyboard_dim": keys, "mouse_dim": (joined - dim) // 12,
+        "keyboard_embed": embed, "heads": width // 64, "layers": len(blocks),
+    }  # fmt: skip
+
+
 def norms(spec: params_lib.Tree, head_dim: int = 64) -> dict[str, np.ndarray]:
     """The original's norms, all 1, of the blocks that have an action module by this spec."""
     tree = spec.get("blocks", {}).get(PARAMS)

@@ -200,6 +200,12 @@ def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> 
 
 def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
     settings = network.overrides(network.sizes(found), section)
+    dim = settings.get("dim", getattr(section, "dim", 0))
+    if network.name == "dit" and (own := actions.sizes(found, dim)):
+        wrong = {k: v for k, v in own.items() if v != getattr(section.actions, k)}
+        if wrong:
+            flags = " ".join(f"--config.actions.{k}={v}" for k, v in wrong.items())
+            return f"The file's action module is that of {flags}"
     if not settings:
         return f"Is it the right file for --{network.name}?"
     flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())

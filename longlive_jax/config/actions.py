@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from longlive_jax.config.section import Count, Index, OneOf, Section, refuse
+from longlive_jax.config.section import Count, Index, OneOf, Probability, Section, refuse
 
 ROTATED = 8  # components of a head that turn with time, in pairs; the others stay
 PADS = (12, 11, 8)
@@ -31,6 +31,8 @@ class Actions(Section):
     # video of 4 pictures a latent, the first one's too.
     pad: Annotated[int, OneOf(PADS)] = 12
     layers: Count = 15
+    # In training, the share of clips whose actions are all zero.
+    dropout: Probability = 0.0
 
     @property
     def width(self) -> int:

@@ -45,6 +45,11 @@ def validate_distillation(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, d, mesh = config.model, config.distill, config.mesh
+    if m.actions.kind != "none":
+        refuse(
+            f"actions.kind={m.actions.kind!r}",
+            "cannot be distilled: a script has no actions; set it to 'none'",
+        )
     _trains("quant.recipe", config.quant.recipe)
     _trains("distill.critic_recipe", d.critic_recipe)
     divides("distill.latent_frames", d.latent_frames, "model.chunk_frames", m.chunk_frames)

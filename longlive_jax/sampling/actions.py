@@ -103,12 +103,12 @@ def specs(cfg: config_lib.Config) -> ActionState | None:
 
 def input_specs(cfg: config_lib.Config) -> Any:
     """A PartitionSpec for each array of `ChunkInput.actions`; None without an action path."""
-    return {name: _spec("batch", None, None) for name in dims(cfg.model.actions)} or None
+    return {name: _spec("batch", None, None) for name in lib.dims(cfg.model.actions)} or None
 
 
 def window_specs(cfg: config_lib.Config) -> Any:
     """A PartitionSpec for each array of `Window.actions`; None without an action path."""
-    return {name: _spec(*("batch", *(None,) * 4)) for name in dims(cfg.model.actions)} or None
+    return {name: _spec(*("batch", *(None,) * 4)) for name in lib.dims(cfg.model.actions)} or None
 
 
 _CACHE = (None, None, "batch", None, None)
@@ -118,20 +118,13 @@ def _spec(*axes: str | None) -> Any:
     return mesh_lib.spec(axes, mesh_lib.SAMPLING_RULES)
 
 
-def dims(cfg: config_lib.Actions) -> dict[str, int]:
-    """The dimension of each path's vectors; empty without an action path."""
-    if cfg.kind == "none":
-        return {}
-    return {lib.KEYBOARD: cfg.keyboard_dim} | ({lib.MOUSE: cfg.mouse_dim} if cfg.mouse_dim else {})
-
-
 def check(given: Vectors | None, cfg: config_lib.Actions, batch: int, frames: int) -> None:
     """Refuses a chunk's actions that the model does not take, at the time of tracing.
 
     Raises:
       InputError: actions for a model without the path, none for one with it, or other shapes.
     """
-    wanted = {name: (batch, 4 * frames, dim) for name, dim in dims(cfg).items()}
+    wanted = {name: (batch, 4 * frames, dim) for name, dim in lib.dims(cfg).items()}
     found = {name: x.shape for name, x in (given or {}).items()}
     if found == wanted:
         return

@@ -127,15 +127,12 @@ def init(
         next_chunk=jnp.zeros((batch,), jnp.int32),
         shot=jnp.full((batch,), EMPTY, jnp.int32),
         offset=jnp.zeros((batch,), jnp.int32),
-        actions=_no_actions(cfg, (batch, slots, cfg.model.chunk_frames)),
+        actions=_no_actions(cfg, (batch, slots)),
     )
 
 
 def _no_actions(cfg, lead):
-    """Zeros [*lead, action, dim] by path; None without an action path."""
-    settings = cfg.model.actions
-    if settings.kind == "none":
-        return None
-    number = actions_lib.vectors_of(settings)
-    dims = {name: x.shape[-1] for name, x in actions_lib.start(settings, 1).items()}
-    return {name: jnp.zeros((*lead, number, dim), jnp.float32) for name, dim in dims.items()}
+    """Zeros [*lead, frame, action, dim] by path; None without an action path."""
+    shapes = actions_lib.shapes(cfg.model.actions, cfg.model.chunk_frames)
+    made = {name: jnp.zeros((*lead, *shape), jnp.float32) for name, shape in shapes.items()}
+    return made or None

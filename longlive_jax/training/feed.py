@@ -73,6 +73,11 @@ class Prefetcher(prefetch.Prefetcher):
         failures: pathlib.Path,
         steps: range,
     ):
+        if cfg.model.actions.kind != "none":
+            raise InputError(
+                f"config: actions.kind={cfg.model.actions.kind!r}, and the training data has no "
+                "actions; set it to 'none', or train by TeacherForcing on batches that have them"
+            )
         self._cfg, self._encoders = cfg, encoders
         self._like = like = batch_lib.abstract(cfg, mesh)
         self._pictures = picture_abstract(cfg, like) if encoders.vae is not None else None

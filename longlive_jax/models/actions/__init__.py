@@ -15,14 +15,16 @@ from longlive_jax.models.actions.inputs import (
     Given,
     advance,
     conditioning,
+    dims,
     needed,
     of_chunk,
+    shapes,
     start,
     vectors_of,
     windows,
 )
 
 __all__ = [
-    "KEYBOARD", "MOUSE", "Given", "advance", "branches", "conditioning", "needed", "of_chunk",
-    "start", "vectors_of", "windows",
+    "KEYBOARD", "MOUSE", "Given", "advance", "branches", "conditioning", "dims", "needed",
+    "of_chunk", "shapes", "start", "vectors_of", "windows",
 ]  # fmt: skip

@@ -40,6 +40,18 @@ def vectors_of(cfg: config_lib.Actions) -> int:
     return _WINDOW if cfg.kind == "module" else _TOKEN_WINDOW
 
 
+def dims(cfg: config_lib.Actions) -> dict[str, int]:
+    """The dimension of each path's vectors; empty without an action path."""
+    if cfg.kind == "none":
+        return {}
+    return {KEYBOARD: cfg.keyboard_dim} | ({MOUSE: cfg.mouse_dim} if cfg.mouse_dim else {})
+
+
+def shapes(cfg: config_lib.Actions, frames: int) -> dict[str, tuple[int, int, int]]:
+    """By path: frame, action, dim of the actions of each latent of a chunk."""
+    return {name: (frames, vectors_of(cfg), dim) for name, dim in dims(cfg).items()}
+
+
 def needed(cfg: config_lib.Actions, latents: int) -> int:
     """How many actions, from the video's first on, `latents` latents depend on."""
     return (latents - 1) * TEMPORAL_COMPRESSION + _WINDOW - cfg.pad
@@ -90,8 +102,7 @@ def of_chunk(vectors: np.ndarray, cfg: config_lib.Actions, chunk: int, frames: i
 def start(cfg: config_lib.Actions, batch: int) -> dict[str, jax.Array]:
     """What a stream keeps of the actions before it, float32 [batch, action, dim] by path."""
     before = vectors_of(cfg) - TEMPORAL_COMPRESSION
-    dims = {KEYBOARD: cfg.keyboard_dim, MOUSE: cfg.mouse_dim}
-    return {name: jnp.zeros((batch, before, dim), jnp.float32) for name, dim in dims.items() if dim}
+    return {name: jnp.zeros((batch, before, dim), jnp.float32) for name, dim in dims(cfg).items()}
 
 
 def advance(before: jax.Array, fresh: jax.Array, begins: jax.Array) -> tuple[jax.Array, jax.Array]:
