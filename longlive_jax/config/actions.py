@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Annotated
 
-from longlive_jax.config.section import Count, Index, OneOf, Probability, Section, refuse
+from longlive_jax.config.section import (
+    Count,
+    Index,
+    OneOf,
+    Probability,
+    Range,
+    Section,
+    refuse,
+)
 
 ROTATED = 8  # components of a head that turn with time, in pairs; the others stay
 PADS = (12, 11, 8)
@@ -33,6 +41,13 @@ class Actions(Section):
     layers: Count = 15
     # In training, the share of clips whose actions are all zero.
     dropout: Probability = 0.0
+    # In sampling, away from the velocity under actions of zero; 1.0: off, one forward a step.
+    guidance: Annotated[float, Range(hint="1.0 turns it off")] = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether actions have guidance of their own."""
+        return self.kind != "none" and self.guidance != 1.0
 
     @property
     def width(self) -> int:

@@ -43,6 +43,11 @@ class Config(Section):
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
+    @property
+    def branches(self) -> int:
+        """Rows of a stream in a forward: one, and one for each guidance."""
+        return 1 + self.sample.guided + self.model.actions.guided
+
     def __post_init__(self):
         super().__post_init__()
         model, mesh = self.model, self.mesh

@@ -363,7 +363,7 @@ def _rollout(params, state, inputs, *, cfg, sharding, precision):
 
 def init_state(cfg: config_lib.Config, batch: int, height: int, width: int) -> StreamState:
     """The state before the first chunk. `height`, `width`: of the latents."""
-    branches = 2 if cfg.sample.guided else 1
+    branches = cfg.branches
     tokens = cfg.model.chunk_frames * (height // dit.PATCH) * (width // dit.PATCH)
     return StreamState(
         cache=kv_cache.init(cfg, branches, batch, tokens, cfg.model.num_heads),

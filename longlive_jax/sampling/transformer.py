@@ -38,11 +38,13 @@ class ChunkTransformer:
         cfg: config_lib.Config, sharding: dit.Sharding, precision: dit.Precision,
     ) -> "ChunkTransformer":  # fmt: skip
         """With keys and values of the chunk's text; `params` as `dit.denoise` takes them."""
-        text = inputs.text
+        rows = [inputs.text]
         if inputs.negative is not None:
-            text = jnp.concatenate([text, inputs.negative])
+            rows.append(inputs.negative)
+        if cfg.model.actions.guided:
+            rows.append(inputs.text)
         text = dit.text_keys_values(
-            params, cfg.model, text.astype(cfg.compute_dtype),
+            params, cfg.model, jnp.concatenate(rows).astype(cfg.compute_dtype),
             sharding=sharding, precision=precision,
         )  # fmt: skip
         actions = ChunkActions.of(state, inputs, cfg, sharding)
@@ -58,10 +60,14 @@ class ChunkTransformer:
             text=self.text, cache=past, inserted=self._inserted(), sharding=self.sharding,
             precision=self.precision,
         ).astype(jnp.float32)  # fmt: skip
-        if self.branches == 1:
-            return velocity
-        prompt, negative = jnp.split(velocity, 2)
-        return negative + self.cfg.sample.guidance_scale * (prompt - negative)
+        prompt, *others = jnp.split(velocity, self.branches)
+        result = prompt
+        if self.cfg.sample.guided:
+            negative = others[0]
+            result = negative + self.cfg.sample.guidance_scale * (prompt - negative)
+        if self.cfg.model.actions.guided:
+            result += (self.cfg.model.actions.guidance - 1) * (prompt - others[-1])
+        return result
 
     def commit(
         self, latents: jax.Array, positions: jax.Array, past: dit.Caches, slot: jax.Array
@@ -77,10 +83,23 @@ class ChunkTransformer:
 
     def _inserted(self):
         """Conditioning of inserted branches, of branch * batch rows."""
-        return None if self.actions is None else jax.tree.map(self._branches, self.actions.inserted)
+        if self.actions is None:
+            return None
+        given = jax.tree.map(self._branches, dict(self.actions.inserted))
+        if not self.cfg.model.actions.guided:
+            return given
+        return {name: one.replace(vectors=_last_still(one.vectors, self.branches))
+                for name, one in given.items()}  # fmt: skip
 
     def _branches(self, x):
         return x if self.branches == 1 else jnp.concatenate([x] * self.branches)
+
+
+def _last_still(vectors, branches):
+    """The vectors of branch * batch rows, zero in the last branch."""
+    rows = len(vectors)
+    kept = jnp.arange(rows) < rows - rows // branches
+    return vectors * kept.reshape(-1, *(1,) * (vectors.ndim - 1)).astype(vectors.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ class Prefetcher(prefetch.Prefetcher):
             **self._text(samples, place),
         )
 
-    def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, jax.Array]:
+    def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, Any]:
         """Embeddings of the batch's prompts, or their tokens: ids and mask."""
         like, cfg = self._like, self._cfg
         if cfg.train.text_encoder:

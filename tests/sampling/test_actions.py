@@ -1,5 +1,6 @@
 """The action path in the whole transformer: training, streams, meshes, rows, recaching, refusals."""
 
+import dataclasses
 import functools
 
 import jax
@@ -184,6 +185,29 @@ def test_recaching_under_the_same_prompt_changes_nothing():
     expected = sampler.denoise(prepared, state, last)
     again = sampler.recache(prepared, state, last)
     np.testing.assert_allclose(sampler.denoise(prepared, again, last), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_guidance_goes_away_from_no_actions():
+    """One step from an empty past: the velocity under actions, and past it."""
+    params, velocities = random_params("module"), {}
+    given = inputs(config(), 0)
+    still = {name: jnp.zeros_like(x) for name, x in given.actions.items()}
+    for name, own, scale in (
+        ("given", given, 1.0),
+        ("still", given.replace(actions=still), 1.0),
+        ("guided", given, 3.0),
+    ):
+        cfg = config()
+        settings = dataclasses.replace(cfg.model.actions, guidance=scale)
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, actions=settings))
+        state = stream.init_state(cfg, 2, *SIZE)
+        leave = jax.jit(functools.partial(exits.exit_chunk, cfg=cfg))
+        _, left = leave(dit.layers(params), state, own, jnp.int32(0))
+        velocities[name] = np.asarray((left.x - left.x0) / left.sigma)
+    expected = velocities["given"] + 2 * (velocities["given"] - velocities["still"])
+    assert np.abs(velocities["guided"] - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(velocities["guided"] - velocities["given"]).max() > 1e-2
 
 
 @pytest.mark.slow
