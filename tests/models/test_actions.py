@@ -16,6 +16,7 @@ from longlive_jax.checkpoints import layout
 from longlive_jax.errors import InputError
 from longlive_jax.models import actions, dit
 from longlive_jax.models.actions import module
+from longlive_jax.sampling import cost
 from tests import golden_files
 from tests.models.actions_oracle import oracle
 
@@ -185,6 +186,17 @@ def test_noisy_chunks_see_the_clean_past_and_themselves():
     found = jax.jit(apply)(params(), jnp.moveaxis(both, 0, 2), inserted)
     for copy, name in enumerate(("out", "out_noisy")):
         assert far(found[:, :, copy].reshape(expected[name].shape), expected[name]) < 1e-6
+
+
+def test_sizes_on_the_5b_backbone():
+    """Parameters a block, as Matrix-Game 3 has them, and the share of a forward."""
+    own = config_lib.Actions(kind="module", keyboard_dim=6, window=0)
+    cfg = config_lib.Config(model=config_lib.Model(actions=own))
+    spec = dit.spec(cfg.model)["blocks"]["action_model"]
+    assert params_lib.count(spec) == 15 * 19_969_024
+    plain = cost.chunk_flops(config_lib.Config(), 44, 80)
+    share = cost.chunk_flops(cfg, 44, 80) / plain - 1
+    assert 0.0258 < share < 0.0268, share
 
 
 @pytest.mark.parametrize("latent", [0, 300, 1_000_000])

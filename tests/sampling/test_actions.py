@@ -11,9 +11,10 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax import recipes as recipe_lib
 from longlive_jax.errors import InputError
-from longlive_jax.models import actions, dit
-from longlive_jax.sampling import exits, stream
+from longlive_jax.models import actions, dit, lora
+from longlive_jax.sampling import exits, programs, stream
 
 CHUNKS, FRAMES, SIZE = 3, 4, (4, 4)
 SETTINGS = {
@@ -225,6 +226,48 @@ def test_a_stream_is_a_function_of_its_recent_actions():
     assert same.tolist() == [[True, False, False], [True, True, True]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "training"), [("fp8", "bf16"), ("nvfp4_w4a4", "nvfp4")])
+def test_recipes_remat_and_adapters_leave_it_as_it_is(recipe, training):
+    """Traced: the path's weights are plain beside quantised ones, and have no adapters."""
+    cfg = config()
+    model = dataclasses.replace(cfg.model, dim=128, ffn_dim=256, num_heads=4)
+    cfg = dataclasses.replace(
+        cfg, model=model, quant=config_lib.Quant(recipe=recipe), dtype="bfloat16"
+    )
+    mesh, adapters = mesh_lib.make_mesh(cfg.mesh), config_lib.LoRA(rank=4)
+    params, *rest = programs.step_arguments(cfg, mesh, 1, 16, 16)
+    assert params["blocks"][0]["action_model"]["t_qkv"]["weight"].dtype == jnp.bfloat16
+    _, latents = jax.eval_shape(stream.Sampler(cfg, mesh).step, params, *rest)
+    assert latents.shape == (1, FRAMES, 16, 16, 4)
+    spec = dit.spec(model)
+    assert "action_model" not in lora.specs(spec, adapters)["blocks"]
+    params = lora.attach(
+        params_lib.abstract(spec, dtype=jnp.bfloat16),
+        params_lib.abstract(lora.specs(spec, adapters), dtype=jnp.bfloat16), adapters.scale,
+    )  # fmt: skip
+    clean = jax.ShapeDtypeStruct((1, CHUNKS, FRAMES, *SIZE, 4), jnp.bfloat16)
+    times = jax.ShapeDtypeStruct((1, CHUNKS, FRAMES), jnp.float32)
+    numbers = jnp.arange(CHUNKS * FRAMES, dtype=jnp.int32).reshape(1, CHUNKS, FRAMES)
+    shapes = actions.shapes(model.actions, FRAMES)
+    given = {name: jnp.zeros((1, CHUNKS, 1, *shape)) for name, shape in shapes.items()}
+    inserted = actions.conditioning(model.actions, given, numbers[:, :, None])
+    for remat in config_lib.REMAT:
+        precision = dit.Precision(recipe_lib.get(training), jnp.bfloat16)
+        loss = functools.partial(
+            dit.teacher_forcing, cfg=model, positions=numbers, remat=remat, precision=precision,
+            inserted=inserted,
+        )  # fmt: skip
+
+        def total(params, clean, times, text, loss=loss):
+            out = loss(params, clean=clean, noisy=clean, timesteps=times, text=text)
+            return jnp.sum(out.astype(jnp.float32))
+
+        text = jax.ShapeDtypeStruct((1, CHUNKS, 6, 8), jnp.bfloat16)
+        gradient = jax.eval_shape(jax.grad(total), params, clean, times, text)
+        assert gradient["blocks"]["action_model"]["proj_mouse"]["weight"].shape == (1, 32, 128)
+
+
 def test_actions_that_do_not_fit_are_refused():
     cfg, plain = config(), config("none")
     state, params = stream.init_state(cfg, 2, *SIZE), dit.layers(random_params("module"))
@@ -238,5 +281,12 @@ def test_actions_that_do_not_fit_are_refused():
     state, params = stream.init_state(plain, 2, *SIZE), dit.layers(random_params("none"))
     with pytest.raises(InputError, match="a model without an action path"):
         jax.eval_shape(functools.partial(stream.chunk_step, params, cfg=plain), state, given)
+    with pytest.raises(InputError, match=r"none given to a model with an action path.*'module'"):
+        clean = np.zeros((2, CHUNKS, FRAMES, *SIZE, 4), np.float32)
+        times = np.zeros((2, CHUNKS, FRAMES), np.float32)
+        positions = np.zeros((1, CHUNKS, FRAMES), np.int32)
+        text = np.zeros((2, CHUNKS, 6, 8), np.float32)
+        velocity = functools.partial(dit.block_causal, cfg=cfg.model, positions=positions)
+        jax.eval_shape(velocity, random_params("module"), latents=clean, timesteps=times, text=text)
     with pytest.raises(InputError, match=r"actions.kind='module'.*a script has no actions"):
         config_lib.validate_distillation(cfg)

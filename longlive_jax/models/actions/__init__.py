@@ -9,6 +9,7 @@ zeros, and change nothing then.
 """
 
 from longlive_jax.models.actions.branches import branches
+from longlive_jax.models.actions.cost import flops
 from longlive_jax.models.actions.inputs import (
     KEYBOARD,
     MOUSE,
@@ -25,6 +26,6 @@ from longlive_jax.models.actions.inputs import (
 )
 
 __all__ = [
-    "KEYBOARD", "MOUSE", "Given", "advance", "branches", "conditioning", "dims", "needed",
-    "of_chunk", "shapes", "start", "vectors_of", "windows",
+    "KEYBOARD", "MOUSE", "Given", "advance", "branches", "conditioning", "dims", "flops",
+    "needed", "of_chunk", "shapes", "start", "vectors_of", "windows",
 ]  # fmt: skip

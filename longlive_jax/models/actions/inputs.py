@@ -16,6 +16,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.config import TEMPORAL_COMPRESSION
 from longlive_jax.config.actions import ROTATED
 from longlive_jax.errors import InputError
+from longlive_jax.models.branch import Layer
 from longlive_jax.ops import rope
 
 KEYBOARD, MOUSE = "keyboard", "mouse"
@@ -33,6 +34,21 @@ class Given(struct.PyTreeNode):
 
     vectors: jax.Array
     angle: jax.Array
+
+
+def given(layer: Layer, name: str) -> Given | None:
+    """A branch's conditioning; None: there is no such array, as without a mouse.
+
+    Raises:
+      InputError: a forward without any actions.
+    """
+    assert layer.given is not None
+    if layer.given.inserted is None:
+        raise InputError(
+            f"actions: none given to a model with an action path (actions.kind="
+            f"{layer.cfg.actions.kind!r}); pass inserted=models.actions.conditioning(...)"
+        )
+    return layer.given.inserted.get(name)
 
 
 def vectors_of(cfg: config_lib.Actions) -> int:

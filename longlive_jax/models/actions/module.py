@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
+from longlive_jax.models.actions import inputs
 from longlive_jax.models.actions.inputs import KEYBOARD, MOUSE, vectors_of
 from longlive_jax.models.branch import Attention, Branch, Hidden, Layer
 from longlive_jax.ops import latent_attention, rope
@@ -43,7 +44,7 @@ def branches(cfg: config_lib.Actions) -> tuple[Branch, ...]:
 
 
 def _mouse(p: params_lib.Tree, x: Hidden, layer: Layer) -> Hidden:
-    given = layer.given.inserted.get(MOUSE)  # pyright: ignore[reportOptionalMemberAccess]
+    given = inputs.given(layer, MOUSE)
     if given is None:
         return x
     p, h = p[PARAMS], x.array()
@@ -61,7 +62,8 @@ def _mouse(p: params_lib.Tree, x: Hidden, layer: Layer) -> Hidden:
 
 
 def _keyboard(p: params_lib.Tree, x: Hidden, layer: Layer) -> Hidden:
-    given = layer.given.inserted[KEYBOARD]  # pyright: ignore[reportOptionalMemberAccess,reportOptionalSubscript]
+    given = inputs.given(layer, KEYBOARD)
+    assert given is not None
     p, h = p[PARAMS], x.array()
     keys = linear(p["keyboard_embed"]["0"], given.vectors.astype(h.dtype))
     keys = linear(p["keyboard_embed"]["2"], jax.nn.silu(keys))

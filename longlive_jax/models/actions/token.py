@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import TEMPORAL_COMPRESSION
+from longlive_jax.models.actions import inputs
 from longlive_jax.models.actions.inputs import KEYBOARD, MOUSE
 from longlive_jax.models.branch import Branch, Hidden, Layer
 from longlive_jax.ops.linear import linear
@@ -31,13 +32,13 @@ def branch(cfg: config_lib.Actions) -> Branch:
 
 
 def _apply(p: params_lib.Tree, x: Hidden, layer: Layer) -> Hidden:
-    inserted = layer.given.inserted  # pyright: ignore[reportOptionalMemberAccess]
     p, h = p[NAME], x.array()
-    keys = _latents(inserted[KEYBOARD].vectors)  # pyright: ignore[reportOptionalSubscript]
+    keyboard, mouse = (inputs.given(layer, name) for name in (KEYBOARD, MOUSE))
+    assert keyboard is not None
+    keys = _latents(keyboard.vectors)
     parts = [_sum(p["keys"], keys)]
     if "moves" in p:
         # Each direction of a mouse's axis has a vector of its own; one is a full move.
-        mouse = inserted.get(MOUSE)  # pyright: ignore[reportOptionalMemberAccess]
         size = p["moves"].shape[0] // 2
         moves = jnp.zeros((*keys.shape[:-1], size)) if mouse is None else _latents(mouse.vectors)
         moves = jnp.concatenate([jax.nn.relu(moves), jax.nn.relu(-moves)], axis=-1)
