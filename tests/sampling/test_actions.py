@@ -227,7 +227,7 @@ def test_a_stream_is_a_function_of_its_recent_actions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "training"), [("fp8", "bf16"), ("nvfp4_w4a4", "nvfp4")])
+@pytest.mark.parametrize(("recipe", "training"), [("fp8", "bf16"), ("nvfp4_w4a4", "fp8_train")])
 def test_recipes_remat_and_adapters_leave_it_as_it_is(recipe, training):
     """Traced: the path's weights are plain beside quantised ones, and have no adapters."""
     cfg = config()
@@ -252,7 +252,7 @@ def test_recipes_remat_and_adapters_leave_it_as_it_is(recipe, training):
     shapes = actions.shapes(model.actions, FRAMES)
     given = {name: jnp.zeros((1, CHUNKS, 1, *shape)) for name, shape in shapes.items()}
     inserted = actions.conditioning(model.actions, given, numbers[:, :, None])
-    for remat in config_lib.REMAT:
+    for remat in config_lib.REMAT[::2]:
         precision = dit.Precision(recipe_lib.get(training), jnp.bfloat16)
         loss = functools.partial(
             dit.teacher_forcing, cfg=model, positions=numbers, remat=remat, precision=precision,
