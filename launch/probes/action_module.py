@@ -120,9 +120,13 @@ def _branches(cfg):
     return [branch for branch, _ in actions.branches(cfg.actions)]
 
 
+def _attentions(cfg):
+    return {b.name: b.attention for b in _branches(cfg) if b.attention is not None}
+
+
 def _block_causal(cfg, params, given, at, x, x_noisy):
     del at, x_noisy
-    by_name = {branch.name: branch.attention for branch in _branches(cfg)}
+    by_name = _attentions(cfg)
 
     def attend(name, q, k, v):
         return by_name[name].block_causal(q, k, v, dit.Sharding())
@@ -133,7 +137,7 @@ def _block_causal(cfg, params, given, at, x, x_noisy):
 def _stream(cfg, params, given, at, x, x_noisy):
     batch, chunks, frames, positions = x.shape[:4]
     past = max(cfg.actions.past(frames, at.latents), 0)
-    by_name = {branch.name: branch.attention for branch in _branches(cfg)}
+    by_name = _attentions(cfg)
     shape = (1, 1, batch, past)
     heads = (cfg.actions.heads, cfg.actions.head_dim)
     empty = {
@@ -153,7 +157,7 @@ def _stream(cfg, params, given, at, x, x_noisy):
             def read(q, k, v):
                 out = past.attend(0, q, k, v)
                 if keep:
-                    written[name] = past.write(0, None, k, v).cache
+                    written[name] = past.write(0, jnp.zeros((batch,), jnp.int32), k, v).cache
                 return out
 
             return by_name[name].streaming(q, k, v, dit.Sharding(), read).reshape(q.shape)
