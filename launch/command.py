@@ -18,6 +18,7 @@ from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.files.atomic import partial_file, remove_abandoned
 
 FLAGS = flags.FLAGS
+ROOT = pathlib.Path(__file__).parents[1]  # of the repository
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File in configs/; override a value with --config.section.key=VALUE."
 )
@@ -184,9 +185,11 @@ def _renamed(word: str) -> str:
     """A word of the command line, with the present name of the setting that it overrides."""
     flag, *value = word.split("=", 1)
     dashes, _, name = flag.partition("config.")
-    new = config_lib.renamed(name)
+    new = config_lib.located(name)
     if new == name or dashes not in ("-", "--"):
         return word
+    if new != config_lib.renamed(name):  # a short name, no old one
+        return "=".join([f"--config.{new}", *value])
     print(f"note: {flag} is now --config.{new}", file=sys.stderr, flush=True)
     return "=".join([f"--config.{new}", *value])
 

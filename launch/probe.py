@@ -1,42 +1,46 @@
-"""Runs one part of a network on given arrays, for comparison with other implementations.
+"""A part of the model on given arrays, for comparison with other implementations.
 
-    python -m launch.probe dmd --config=... --student=CKPT --teacher=CKPT --critic=CKPT \\
-        --inputs=I.npz --output=O.npz [--gradient=stop|through] [--lora=FILE] \\
-        [--gradients=KEY,KEY] [--critic_gradients=KEY,KEY] [--config.sample.steps=4 ...]
+    python -m launch.probe actions --weights=W.safetensors --inputs=I.npz --output=O.npz --mode=full
 
-Names, shapes and layouts of the arrays are the original's; launch/probes/ says which they are.
+The first word names the probe, a file of `launch/probes/`, which has its own flags. The config is
+`configs/probe.py` unless another is given.
 """
 
 import importlib
-
-from absl import flags
+import sys
 
 from launch import command
 from longlive_jax.errors import InputError
 
-PROBES = ("dmd",)
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("inputs", None, "A .npz file of arrays.")
-flags.DEFINE_string("output", None, "The .npz file to write.")
-flags.DEFINE_string("student", None, "dmd: the student's checkpoint.")
-flags.DEFINE_string("teacher", None, "dmd: the teacher's checkpoint.")
-flags.DEFINE_string("critic", None, "dmd: the critic's checkpoint.")
-flags.DEFINE_string("lora", None, "dmd: adapters of the student, by PEFT's names.")
-flags.DEFINE_enum("gradient", "stop", ["stop", "through"], "dmd: as distill.gradient.")
-flags.DEFINE_list("gradients", [], "dmd: the student's weights whose gradients are wanted.")
-flags.DEFINE_list("critic_gradients", [], "dmd: the critic's weights.")
+# What each probe is about; its flags and its description are in its file.
+PROBES = {
+    "actions": "the action module of one block",
+    "dmd": "one step of distillation",
+}
+_CONFIG = "configs/probe.py"
 
 
 def main(name: str) -> None:
-    if name not in PROBES:
-        raise InputError(f"probe: no probe {name!r}; there are {', '.join(PROBES)}")
-    command.check_output("output", ".npz")
-    if not FLAGS.inputs:
-        raise InputError("--inputs is missing; give the .npz file of arrays")
-    command.check_apart([FLAGS.output], [FLAGS.inputs])
-    importlib.import_module(f"launch.probes.{name}").run(command.config())
+    importlib.import_module(f"launch.probes.{name}").main()
+
+
+def start() -> None:
+    """Defines the flags of the probe that the command line names, and runs it."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in PROBES:
+        importlib.import_module(f"launch.probes.{word}")
+    elif not word.startswith("--help"):
+        sys.argv[1:] = []  # flags of no probe
+        command.run(_refuse)
+    if not any(x.lstrip("-").partition("=")[0] == "config" for x in sys.argv[2:]):
+        sys.argv.append(f"--config={command.ROOT / _CONFIG}")
+    command.run(main, 1)
+
+
+def _refuse() -> None:
+    known = "; ".join(f"{name}: {about}" for name, about in PROBES.items())
+    raise InputError(f"command line: the first word must name a probe ({known})")
 
 
 if __name__ == "__main__":
-    command.run(main, arguments=1)
+    start()

@@ -61,6 +61,11 @@ flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, by laun
 def main() -> None:
     start = time.monotonic()
     cfg = command.config()
+    if cfg.model.actions.kind != "none":
+        raise InputError(
+            f"config: actions.kind={cfg.model.actions.kind!r}, and this command has no actions to "
+            "give; set it to 'none', or step the sampler from Python (docs/actions.md)"
+        )
     _check_flags()
     with contextlib.ExitStack() as stack:
         folder = None

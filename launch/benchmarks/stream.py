@@ -10,7 +10,8 @@ from absl import flags
 from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.models import dit, vae
+from longlive_jax.config import TEMPORAL_COMPRESSION
+from longlive_jax.models import actions, dit, vae
 from longlive_jax.prompts.embeddings import Embeddings
 from longlive_jax.sampling import cost, decode, stream
 from longlive_jax.sampling.session import Engine, Session, Start
@@ -166,6 +167,11 @@ def chunk_inputs(cfg, chunk, size):
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
         if cfg.video.image_to_video
         else None,
+        actions={
+            name: jnp.zeros((batch, TEMPORAL_COMPRESSION * cfg.model.chunk_frames, dim))
+            for name, dim in actions.dims(cfg.model.actions).items()
+        }
+        or None,
     )
 
 

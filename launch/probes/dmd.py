@@ -1,5 +1,9 @@
 """One step of distribution matching distillation on given noise, text and draws.
 
+    python -m launch.probe dmd --config=... --student=CKPT --teacher=CKPT --critic=CKPT \\
+        --inputs=I.npz --output=O.npz [--gradient=stop|through] [--lora=FILE] \\
+        [--gradients=KEY,KEY] [--critic_gradients=KEY,KEY] [--config.sample.steps=4 ...]
+
 Inputs: `noise`, `eps` [batch, latent frame, channel, h, w], of the rollout and of the scores;
 `text` [batch * chunk, token, dim]; `negative` [1, token, dim]; `tau` [batch, 1 or chunk], numbers
 of 0 to 999 that `schedule.score_law` maps to timesteps; `exit_step`. Optional: `cut` [chunk];
@@ -21,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
@@ -35,6 +40,15 @@ from longlive_jax.training.objectives.dmd import CRITIC, DIT, DMD, LORA, STUDENT
 from longlive_jax.training.step import Step
 
 FLAGS = flags.FLAGS
+flags.DEFINE_string("inputs", None, "A .npz file of arrays.")
+flags.DEFINE_string("output", None, "The .npz file to write.")
+flags.DEFINE_string("student", None, "The student's checkpoint.")
+flags.DEFINE_string("teacher", None, "The teacher's checkpoint.")
+flags.DEFINE_string("critic", None, "The critic's checkpoint.")
+flags.DEFINE_string("lora", None, "Adapters of the student, by PEFT's names.")
+flags.DEFINE_enum("gradient", "stop", ["stop", "through"], "As distill.gradient.")
+flags.DEFINE_list("gradients", [], "The student's weights whose gradients are wanted.")
+flags.DEFINE_list("critic_gradients", [], "The critic's weights.")
 _REQUIRED = ("noise", "eps", "text", "negative", "tau", "exit_step")
 _CRITIC = ("noise", "eps", "tau", "exit_step")
 
@@ -75,7 +89,12 @@ class _Probe(DMD):
         )(*arguments)
 
 
-def run(config: config_lib.Config) -> None:
+def main() -> None:
+    command.check_output("output", ".npz")
+    if not FLAGS.inputs:
+        raise InputError("--inputs is missing; give the .npz file of arrays")
+    command.check_apart([FLAGS.output], [FLAGS.inputs])
+    config = command.config()
     arrays = load_npz(FLAGS.inputs, _REQUIRED)
     cfg = _sized(config, arrays)
     config_lib.validate_distillation(cfg)

@@ -11,7 +11,16 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import four_over_six, layout, lora, names, peft, quantized, sources
+from longlive_jax.checkpoints import (
+    actions,
+    four_over_six,
+    layout,
+    lora,
+    names,
+    peft,
+    quantized,
+    sources,
+)
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
 from longlive_jax.errors import InputError
@@ -120,7 +129,7 @@ def open_part(
     saved = sources.read(path)
     tensors: dict[str, Any] = names.state_dict(saved, part, use_ema, path)
     if part == "dit":
-        tensors = four_over_six.collect(tensors, path)
+        tensors = actions.collect(four_over_six.collect(tensors, path), path)
     spec = network.spec(section)
     if part == "vae" and "encoder" not in (found := {k.partition(".")[0] for k in tensors}):
         # A decoder alone; conv1 belongs to the encoder, but some files keep it.
@@ -191,6 +200,12 @@ def _check(network, section, spec, tensors: Mapping[str, Tensor], path: str) -> 
 
 def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
     settings = network.overrides(network.sizes(found), section)
+    dim = settings.get("dim", getattr(section, "dim", 0))
+    if network.name == "dit" and (own := actions.sizes(found, dim)):
+        wrong = {k: v for k, v in own.items() if v != getattr(section.actions, k)}
+        if wrong:
+            flags = " ".join(f"--config.actions.{k}={v}" for k, v in wrong.items())
+            return f"The file's action module is that of {flags}"
     if not settings:
         return f"Is it the right file for --{network.name}?"
     flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())

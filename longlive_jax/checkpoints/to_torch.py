@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import four_over_six, layout, quantized, safetensors, store
+from longlive_jax.checkpoints import actions, four_over_six, layout, quantized, safetensors, store
 from longlive_jax.errors import InputError
 from longlive_jax.recipes import Recipe
 
@@ -84,12 +84,16 @@ def _write(
         for key, entry in _entries(w, dtypes[w.path]).items()
     }
 
+    extra = actions.norms(spec)
+    entries |= {prefix + key: (array.shape, array.dtype) for key, array in extra.items()}
+
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for w, rows in _weights(spec, pieces):
             array = rows[0] if len(rows) == 1 else np.concatenate(rows)
             keys = [prefix + key for key in _entries(w, dtypes[w.path])]
             yield from zip(keys, _arrays(w, array), strict=True)
             progress(len(keys))
+        yield from ((prefix + key, array) for key, array in extra.items())
 
     safetensors.write(file, entries, arrays(), {"format": "pt"} | header)
     return len(entries)

@@ -4,6 +4,7 @@ They are built from an ml_collections ConfigDict, which no other room sees: the 
 hashable and can be static arguments of `jax.jit`.
 """
 
+from longlive_jax.config.actions import Actions
 from longlive_jax.config.config import Config
 from longlive_jax.config.data import Data
 from longlive_jax.config.distill import Distill
@@ -11,6 +12,7 @@ from longlive_jax.config.io import (
     MOVED,
     from_config_dict,
     load_config,
+    located,
     renamed,
     to_config_dict,
     with_overrides,
@@ -20,6 +22,7 @@ from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
 from longlive_jax.config.quant import Quant
 from longlive_jax.config.sample import Sample, WindowSize
+from longlive_jax.config.section import values
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import REMAT, TIMESTEPS, ErrorRecycling, Train
 from longlive_jax.config.train_vae import TrainVAE
@@ -33,8 +36,9 @@ from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 
 __all__ = [
     "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
-    "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Config", "Data",
-    "Distill", "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE",
-    "Video", "WindowSize", "from_config_dict", "load_config", "renamed", "to_config_dict",
-    "validate_distillation", "validate_training", "validate_vae_training", "with_overrides",
+    "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Actions", "Config",
+    "Data", "Distill", "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train",
+    "TrainVAE", "Video", "WindowSize", "from_config_dict", "load_config", "located", "renamed",
+    "to_config_dict", "validate_distillation", "validate_training", "validate_vae_training",
+    "values", "with_overrides",
 ]  # fmt: skip

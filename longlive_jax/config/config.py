@@ -43,6 +43,11 @@ class Config(Section):
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
+    @property
+    def branches(self) -> int:
+        """Rows of a stream in a forward: one, and one for each guidance."""
+        return 1 + self.sample.guided + self.model.actions.guided
+
     def __post_init__(self):
         super().__post_init__()
         model, mesh = self.model, self.mesh
@@ -51,3 +56,7 @@ class Config(Section):
         divides("model.num_heads", model.num_heads, "mesh.seq", mesh.seq)
         divides("model.chunk_frames", model.chunk_frames, "mesh.seq", mesh.seq)
         divides("model.dim", model.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)
+        if model.actions.kind == "module":
+            divides("actions.heads", model.actions.heads, "mesh.seq", mesh.seq)
+            width, by = model.actions.width, mesh.fsdp * mesh.seq
+            divides("actions.heads * actions.head_dim", width, "mesh.fsdp * mesh.seq", by)

@@ -19,9 +19,18 @@ MOVED = {
 }
 
 
+# Sections that a command line names without the section that they are in.
+SHORT = ("actions",)
+
+
 def renamed(name: str) -> str:
     """The present name of a setting, "section.key", which may have been renamed."""
     return MOVED.get(name, name)
+
+
+def located(name: str) -> str:
+    """Where a setting of this name is: "actions.window" is "model.actions.window"."""
+    return f"model.{name}" if name.partition(".")[0] in SHORT else renamed(name)
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -73,7 +82,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _override(config_dict, name, value):
-    *sections, key = renamed(name).split(".")
+    *sections, key = located(name).split(".")
     try:
         for part in sections:
             config_dict = config_dict[part]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from longlive_jax.config.actions import Actions
 from longlive_jax.config.section import Count, Layers, Section, divides, refuse
 
 PATCH = 2  # latents a token covers, each way
@@ -23,6 +24,7 @@ class Model(Section):
     text_len: Count = 512
     freq_dim: Count = 256
     chunk_frames: Count = 8  # latent frames denoised together
+    actions: Actions = Actions()  # "actions" on the command line
 
     @property
     def head_dim(self) -> int:
@@ -43,3 +45,4 @@ class Model(Section):
                 f"model.in_dim={self.in_dim}, model.out_dim={self.out_dim}",
                 "must be equal: the model predicts the velocity of its own input",
             )
+        self.actions.check(self.chunk_frames, self.num_layers)

@@ -40,14 +40,14 @@ class Range:
 class OneOf:
     """The values a setting may have: `Annotated[str, OneOf(("width", "halo"))]`, or a table's."""
 
-    def __init__(self, values: Collection[str]):
+    def __init__(self, values: Collection[str] | Collection[int]):
         self.values = values  # not a copy: a table may gain an entry
 
-    def __contains__(self, value: str) -> bool:
+    def __contains__(self, value: str | int) -> bool:
         return value in self.values
 
     def __str__(self) -> str:
-        return f"one of {', '.join(self.values)}"
+        return f"one of {', '.join(map(str, self.values))}"
 
 
 INT32_MAX = 2**31 - 1  # positions, steps and seeds are int32 on devices
@@ -94,6 +94,21 @@ def hints(section: type[Section]) -> dict[str, Any]:
     """The fields of a section by name, each with its type and limits."""
     kinds = typing.get_type_hints(section, include_extras=True)
     return {field.name: kinds[field.name] for field in dataclasses.fields(section)}
+
+
+def values(section: Section) -> dict[str, Any]:
+    """Settings by name, for records; a section within by "section.key", if it is not the default.
+
+    So records of before a section was there are those of one that is not used.
+    """
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if not isinstance(value, Section):
+            result[field.name] = value
+        elif value != field.default:
+            result |= {f"{field.name}.{key}": x for key, x in values(value).items()}
+    return result
 
 
 def plain(kind: Any) -> Any:

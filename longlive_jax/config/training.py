@@ -50,6 +50,11 @@ def validate_distillation(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, d, mesh = config.model, config.distill, config.mesh
+    if m.actions.kind != "none":
+        refuse(
+            f"actions.kind={m.actions.kind!r}",
+            "cannot be distilled: a script has no actions; set it to 'none'",
+        )
     if config.objective == "consistency":
         validate_training(config)
     _trains("quant.recipe", config.quant.recipe)

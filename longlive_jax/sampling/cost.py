@@ -2,6 +2,7 @@
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import PATCH
+from longlive_jax.models import actions
 
 
 def forward_flops(cfg: config_lib.Model, tokens: int, keys: int, layers: int | None = None) -> int:
@@ -24,5 +25,5 @@ def chunk_flops(cfg: config_lib.Config, height: int, width: int) -> int:
     text = 2 * m.text_len * (m.text_dim * m.dim + m.dim**2 + m.num_layers * 2 * m.dim**2)
     denoise = cfg.sample.steps * forward_flops(m, tokens, keys)
     commit = forward_flops(m, tokens, keys, m.num_layers - 1) + 2 * tokens * 2 * m.dim**2
-    branches = 2 if cfg.sample.guided else 1
-    return branches * (denoise + commit + text)
+    path = (cfg.sample.steps + 1) * actions.flops(m, tokens)
+    return cfg.branches * (denoise + commit + text + path)

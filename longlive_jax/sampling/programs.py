@@ -16,7 +16,8 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.models import dit, umt5, vae, vae_spec
+from longlive_jax.config import TEMPORAL_COMPRESSION
+from longlive_jax.models import actions, dit, umt5, vae, vae_spec
 from longlive_jax.sampling import decode, stream
 
 Lower = Callable[[], jax.stages.Lowered]
@@ -90,6 +91,11 @@ def step_arguments(
         negative=text if cfg.sample.guided else None,
         first_frame=array(1, *picture) if cfg.video.image_to_video else None,
         renoise=_each_step(cfg, batch, picture),
+        actions={
+            name: array(TEMPORAL_COMPRESSION * m.chunk_frames, dim)
+            for name, dim in actions.dims(m.actions).items()
+        }
+        or None,
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))

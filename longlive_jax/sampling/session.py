@@ -424,7 +424,11 @@ _FREE = ("chunks", "height", "image_fit", "image_to_video", "negative_prompt",
 def _settings(cfg: config_lib.Config) -> dict[str, Any]:
     """All that latents depend on but the weights, by the names of the flags."""
     sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
-    made = {f"{s}.{k}": v for s, section in sections.items() for k, v in vars(section).items()}
+    made = {
+        f"{s}.{k}": v
+        for s, section in sections.items()
+        for k, v in config_lib.values(section).items()
+    }
     made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
     return made | {"dtype": cfg.dtype}
 

@@ -9,7 +9,9 @@
 be directed, saved and replayed.
 """
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,11 +26,20 @@ from longlive_jax.diffusion import solvers, unipc
 from longlive_jax.models import dit, lora
 from longlive_jax.quant import kv
 from longlive_jax.quant import weights as weights_lib
+from longlive_jax.sampling import actions as actions_lib
 from longlive_jax.sampling import kv_cache
 from longlive_jax.sampling import window as window_lib
+from longlive_jax.sampling.actions import ActionState
 from longlive_jax.sampling.kv_cache import KVCache, Past
-from longlive_jax.sampling.transformer import ChunkTransformer, GivenFrame, positions_of
+from longlive_jax.sampling.transformer import (
+    ChunkTransformer,
+    GivenFrame,
+    local_frames,
+    positions_of,
+)
 from longlive_jax.sampling.window import Window
+
+_SELF = dit.SELF_ATTENTION.name
 
 
 @struct.dataclass
@@ -43,6 +54,8 @@ class ChunkInput:
       the video's first frame is kept at. Read in chunk 0 only.
     renoise: float32 [step, batch, frame, h, w, channel], each step's new noise, if the solver
       takes any, else None; the last one is not used.
+    actions: by path, "keyboard" and "mouse", float32 [batch, 4 * frame, dim], four vectors a
+      latent, as `models.actions.of_chunk` cuts them; None without an action path.
     """
 
     noise: jax.Array
@@ -51,6 +64,7 @@ class ChunkInput:
     negative: jax.Array | None = None
     first_frame: jax.Array | None = None
     renoise: jax.Array | None = None
+    actions: Mapping[str, jax.Array] | None = None
 
 
 class StreamState(struct.PyTreeNode):
@@ -58,11 +72,15 @@ class StreamState(struct.PyTreeNode):
 
     cache: KVCache
     window: Window
+    actions: ActionState | None = None
 
     @property
-    def past(self) -> Past:
+    def past(self) -> dit.Caches:
         """The visible past, as the transformer is given it."""
-        return Past(self.cache, self.window.valid)
+        own = Past(self.cache, self.window.valid)
+        if self.actions is None:
+            return own
+        return {_SELF: own, **self.actions.pasts(self.window.next_chunk)}
 
 
 def chunk_step(
@@ -136,15 +154,26 @@ def recache(
     window = state.window.in_order()
     slots = jnp.arange(window.chunk.shape[1])
 
-    def again(slot, cache):
-        latents = window.latents[:, slot]
+    def again(slot, carry):
+        cache, actions = carry
+        latents, chunk = window.latents[:, slot], window.chunk[:, slot]
         positions = positions_of(window.position[:, slot], latents.shape[1], sharding)
-        past = Past(cache, window.valid & (slots < slot)[None, :])
-        here = jnp.full(window.chunk.shape[:1], slot, jnp.int32)
-        return transformer.commit(latents, positions, past, here)
+        past: Any = Past(cache, window.valid & (slots < slot)[None, :])
+        here = jnp.full(chunk.shape, slot, jnp.int32)
+        if actions is None or transformer.actions is None:
+            return transformer.commit(latents, positions, past, here)[_SELF].cache, actions
+        of_chunk = jax.tree.map(lambda x: x[:, slot], window.actions)
+        frames = local_frames(latents.shape[1], sharding)
+        then = dataclasses.replace(
+            transformer, actions=transformer.actions.past(cfg, of_chunk, chunk, frames)
+        )
+        after = then.commit(latents, positions, {_SELF: past, **actions.pasts(chunk)}, here)
+        return after[_SELF].cache, actions.commit(after, chunk, window.valid[:, slot])
 
-    cache = jax.lax.fori_loop(0, len(slots), again, state.cache)
-    return StreamState(cache, window)
+    # Of the latents before a gap the action path's caches have nothing then.
+    actions = None if state.actions is None else state.actions.empty()
+    cache, actions = jax.lax.fori_loop(0, len(slots), again, (state.cache, actions))
+    return StreamState(cache, window, actions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,8 +213,13 @@ def commit_latents(
     slot = window.next_slot(cfg.sample.window(cfg.model))
     first = window.next_position(cfg)
     positions = positions_of(first, latents.shape[1], transformer.sharding)
-    cache = transformer.commit(latents, positions, state.past, slot)
-    return StreamState(cache, window.commit(slot, latents, cfg))
+    after = transformer.commit(latents, positions, state.past, slot)
+    given, actions = transformer.actions, state.actions
+    if given is None or actions is None:
+        return StreamState(after[_SELF].cache, window.commit(slot, latents, cfg))
+    actions = actions.commit(after, window.next_chunk).replace(before=given.before)
+    window = window.commit(slot, latents, cfg, given.windows)
+    return StreamState(after[_SELF].cache, window, actions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,10 +242,16 @@ def _put(row, axis, whole, one):
 
 def _by_row(fn, *states):
     """The state of `fn(axis, *arrays)` of each array, `axis` being that of its batch."""
-    caches, windows = zip(*((state.cache, state.window) for state in states))
+    by_row, by_table = functools.partial(fn, 0), functools.partial(fn, 2)
+    actions = [state.actions for state in states]
+    if actions[0] is not None:
+        rest = jax.tree.map(by_row, *(x.replace(caches={}) for x in actions))
+        caches = jax.tree.map(by_table, *(dict(x.caches) for x in actions))
+        actions = [rest.replace(caches=caches)]
     return StreamState(
-        cache=jax.tree.map(functools.partial(fn, 2), *caches),
-        window=jax.tree.map(functools.partial(fn, 0), *windows),
+        cache=jax.tree.map(by_table, *(state.cache for state in states)),
+        window=jax.tree.map(by_row, *(state.window for state in states)),
+        actions=actions[0],
     )
 
 
@@ -323,11 +363,12 @@ def _rollout(params, state, inputs, *, cfg, sharding, precision):
 
 def init_state(cfg: config_lib.Config, batch: int, height: int, width: int) -> StreamState:
     """The state before the first chunk. `height`, `width`: of the latents."""
-    branches = 2 if cfg.sample.guided else 1
+    branches = cfg.branches
     tokens = cfg.model.chunk_frames * (height // dit.PATCH) * (width // dit.PATCH)
     return StreamState(
         cache=kv_cache.init(cfg, branches, batch, tokens, cfg.model.num_heads),
         window=window_lib.init(cfg, batch, height, width),
+        actions=actions_lib.init(cfg, branches, batch, tokens // cfg.model.chunk_frames),
     )
 
 
@@ -359,7 +400,9 @@ def state_specs(cfg: config_lib.Config) -> StreamState:
             next_chunk=_spec("batch"),
             shot=_spec("batch"),
             offset=_spec("batch"),
+            actions=actions_lib.window_specs(cfg),
         ),
+        actions=actions_lib.specs(cfg),
     )
 
 
@@ -373,6 +416,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         negative=text if cfg.sample.guided else None,
         first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
         renoise=_STEPS if cfg.sample.solver == "x0_renoise" else None,
+        actions=actions_lib.input_specs(cfg),
     )
 
 

@@ -9,11 +9,14 @@ Empty slots are filled from the first on, and a chunk that leaves is overwritten
 are always a prefix: attention is given their number, and reads nothing behind it.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from longlive_jax import config as config_lib
+from longlive_jax.models import actions as actions_lib
 
 EMPTY = -1
 
@@ -29,6 +32,8 @@ class Window(struct.PyTreeNode):
     next_chunk: int32 [batch], index of the chunk that comes next.
     shot: int32 [batch], first chunk of the newest shot, EMPTY before the first cut.
     offset: int32 [batch], temporal positions that cuts have skipped so far.
+    actions: by path [batch, slot, frame, action, dim], those that each latent of the chunk was made
+      under; None without an action path.
     """
 
     chunk: jax.Array
@@ -38,6 +43,7 @@ class Window(struct.PyTreeNode):
     next_chunk: jax.Array
     shot: jax.Array
     offset: jax.Array
+    actions: Mapping[str, jax.Array] | None = None
 
     @property
     def valid(self) -> jax.Array:
@@ -71,15 +77,25 @@ class Window(struct.PyTreeNode):
         age = jnp.where(self.protected(size), last, self.chunk)
         return jnp.argmin(age, axis=1).astype(jnp.int32)
 
-    def commit(self, slot: jax.Array, latents: jax.Array, cfg: config_lib.Config) -> "Window":
+    def commit(
+        self,
+        slot: jax.Array,
+        latents: jax.Array,
+        cfg: config_lib.Config,
+        actions: Mapping[str, jax.Array] | None = None,
+    ) -> "Window":
         """The next chunk, of clean `latents` [batch, frame, h, w, channel], in `slot` [batch]."""
         here = jnp.arange(self.chunk.shape[1])[None, :] == slot[:, None]
-        wide = here.reshape(*here.shape, *(1,) * (self.latents.ndim - 2))
-        latents = latents[:, None].astype(self.latents.dtype)
+
+        def put(table, fresh):
+            wide = here.reshape(*here.shape, *(1,) * (table.ndim - 2))
+            return jnp.where(wide, fresh[:, None].astype(table.dtype), table)
+
         return self.replace(
             chunk=jnp.where(here, self.next_chunk[:, None], self.chunk),
             position=jnp.where(here, self.next_position(cfg)[:, None], self.position),
-            latents=jnp.where(wide, latents, self.latents),
+            latents=put(self.latents, latents),
+            actions=jax.tree.map(put, self.actions, actions),
             next_chunk=self.next_chunk + 1,
         )
 
@@ -90,8 +106,8 @@ class Window(struct.PyTreeNode):
         def sort(x):
             return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-        names = ("chunk", "position", "latents", "pinned")
-        return self.replace(**{name: sort(getattr(self, name)) for name in names})
+        names = ("chunk", "position", "latents", "pinned", "actions")
+        return self.replace(**{name: jax.tree.map(sort, getattr(self, name)) for name in names})
 
 
 def init(
@@ -111,4 +127,12 @@ def init(
         next_chunk=jnp.zeros((batch,), jnp.int32),
         shot=jnp.full((batch,), EMPTY, jnp.int32),
         offset=jnp.zeros((batch,), jnp.int32),
+        actions=_no_actions(cfg, (batch, slots)),
     )
+
+
+def _no_actions(cfg, lead):
+    """Zeros [*lead, frame, action, dim] by path; None without an action path."""
+    shapes = actions_lib.shapes(cfg.model.actions, cfg.model.chunk_frames)
+    made = {name: jnp.zeros((*lead, *shape), jnp.float32) for name, shape in shapes.items()}
+    return made or None

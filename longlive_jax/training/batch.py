@@ -1,5 +1,6 @@
 """A batch of videos, as the objectives that learn from videos read it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flax import struct
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.models import actions as actions_lib
 
 
 class Batch(struct.PyTreeNode):
@@ -18,6 +20,8 @@ class Batch(struct.PyTreeNode):
     text: [batch, chunk, text_len, text_dim], embeddings of each chunk's prompt; None when the text
       encoder is trained too.
     ids, mask: int32 [batch, chunk, text_len], tokens of each chunk's prompt; None otherwise.
+    actions: by path, "keyboard" and "mouse", float32 [batch, chunk, frame, action, dim], those of
+      each latent, by `models.actions.windows`; None without an action path.
     """
 
     latents: jax.Array
@@ -25,6 +29,7 @@ class Batch(struct.PyTreeNode):
     text: jax.Array | None = None
     ids: jax.Array | None = None
     mask: jax.Array | None = None
+    actions: Mapping[str, jax.Array] | None = None
 
 
 def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -32,6 +37,7 @@ def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
     lead = (cfg.train.accumulation, cfg.train.batch_size, chunks(cfg))
     tokens = (*lead, cfg.model.text_len)
     trained = cfg.train.text_encoder
+    actions = actions_lib.shapes(cfg.model.actions, cfg.model.chunk_frames)
 
     def array(shape, dtype) -> Any:
         spec = jax.P(None, *mesh_lib.spec(("batch", "chunk")), *(None,) * (len(shape) - 3))
@@ -43,6 +49,7 @@ def abstract(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
         text=None if trained else array((*tokens, cfg.model.text_dim), cfg.compute_dtype),
         ids=array(tokens, jnp.int32) if trained else None,
         mask=array(tokens, jnp.int32) if trained else None,
+        actions={name: array(lead + shape, jnp.float32) for name, shape in actions.items()} or None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import PATCH, REMAT
+from longlive_jax.models import actions
 from longlive_jax.training import batch as batch_lib
 
 # Dense bfloat16 peak of a device, TFLOP/s, by the vendors' data sheets.
@@ -43,7 +44,7 @@ def video_flops(cfg: config_lib.Config, chunks: int, copies: int) -> int:
     text = 2 * n * m.text_len * 2 * d * d  # keys and values, once a chunk
     pairs = copies * (n * n + n) // 2 * chunk**2
     attention = 4 * d * (pairs + tokens * m.text_len)
-    return m.num_layers * (linears + text + attention)
+    return m.num_layers * (linears + text + attention) + actions.flops(m, tokens)
 
 
 def step_flops(cfg: config_lib.Config) -> int:

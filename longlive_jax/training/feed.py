@@ -4,7 +4,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,11 @@ class Prefetcher(prefetch.Prefetcher):
         failures: pathlib.Path,
         steps: range,
     ):
+        if cfg.model.actions.kind != "none":
+            raise InputError(
+                f"config: actions.kind={cfg.model.actions.kind!r}, and the training data has no "
+                "actions; set it to 'none', or train by TeacherForcing on batches that have them"
+            )
         self._cfg, self._encoders = cfg, encoders
         self._like = like = batch_lib.abstract(cfg, mesh)
         self._pictures = picture_abstract(cfg, like) if encoders.vae is not None else None
@@ -99,7 +104,7 @@ class Prefetcher(prefetch.Prefetcher):
             **self._text(samples, place),
         )
 
-    def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, jax.Array]:
+    def _text(self, samples: Mapping[int, Sample], place: Callable) -> dict[str, Any]:
         """Embeddings of the batch's prompts, or their tokens: ids and mask."""
         like, cfg = self._like, self._cfg
         if cfg.train.text_encoder:

@@ -1,6 +1,5 @@
 """The golden networks: their configs, and their weights under the original's keys."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -52,8 +51,8 @@ def flags(part="dit"):
     """The overrides that turn configs/tiny.py into `config()`."""
     tiny = section(part)
     return [
-        f"--config.{SECTIONS[part]}.{k}={getattr(tiny, k)}"
-        for k in (field.name for field in dataclasses.fields(tiny))
+        f"--config.{SECTIONS[part]}.{k}={value}"
+        for k, value in config_lib.values(tiny).items()
         if not k.startswith("latent") and k != "chunk_frames"
     ]
 

@@ -1,7 +1,6 @@
 """Writes our checkpoints, one group of arrays after another; see the package."""
 
 import collections
-import dataclasses
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import layout, quantized
 from longlive_jax.checkpoints import parts as parts_lib
@@ -84,7 +84,7 @@ def save(
         info = {
             "sources": [_source(s) for s in sources],
             **_summary(index, params_lib.count(spec))._asdict(),
-            "config": {kind.section: dataclasses.asdict(section)} if kind and section else {},
+            "config": {kind.section: config_lib.values(section)} if kind and section else {},
             "index_checksum": checksums.of_file(folder / index_lib.FILE),
         }
         info |= {"network": network} if network not in (None, name) else {}

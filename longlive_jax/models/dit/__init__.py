@@ -15,14 +15,21 @@ from longlive_jax.config import PATCH
 from longlive_jax.models.branch import Attention, Branch, Hidden, Layer, insert
 from longlive_jax.models.dit.block import BRANCHES, SELF_ATTENTION, over_chunks
 from longlive_jax.models.dit.spec import branches_of, layers, sampling_spec, spec
-from longlive_jax.models.dit.stream import Text, commit, denoise, hidden_states, text_keys_values
+from longlive_jax.models.dit.stream import (
+    Caches,
+    Text,
+    commit,
+    denoise,
+    hidden_states,
+    text_keys_values,
+)
 from longlive_jax.models.dit.train import PastView, block_causal, teacher_forcing
 from longlive_jax.models.precision import Precision
 from longlive_jax.models.sharding import Sharding
 
 __all__ = [
-    "BRANCHES", "PATCH", "SELF_ATTENTION", "Attention", "Branch", "Hidden", "Layer", "PastView",
-    "Precision", "Sharding", "Text", "block_causal", "branches_of", "commit", "denoise",
+    "BRANCHES", "PATCH", "SELF_ATTENTION", "Attention", "Branch", "Caches", "Hidden", "Layer",
+    "PastView", "Precision", "Sharding", "Text", "block_causal", "branches_of", "commit", "denoise",
     "hidden_states", "insert", "layers", "over_chunks", "sampling_spec", "spec",
     "teacher_forcing", "text_keys_values",
 ]  # fmt: skip

@@ -10,8 +10,8 @@ from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
 from longlive_jax.config import PATCH
 from longlive_jax.errors import InputError
-from longlive_jax.models import lora
-from longlive_jax.models.branch import Branch, Layer
+from longlive_jax.models import actions, lora
+from longlive_jax.models.branch import Branch, Layer, insert
 from longlive_jax.models.dit.block import BRANCHES
 from longlive_jax.models.dit.conditioning import BlockModulation
 from longlive_jax.models.precision import Precision
@@ -25,8 +25,10 @@ Branches = tuple[Branch, ...]
 
 def branches_of(cfg: config_lib.Model) -> Branches:
     """The branches that a config asks for; optional ones are inserted here."""
-    del cfg
-    return BRANCHES
+    branches = BRANCHES
+    for branch, before in actions.branches(cfg.actions):
+        branches = insert(branches, branch, before=before)
+    return branches
 
 
 def spec(cfg: config_lib.Model, branches: Branches | None = None) -> params_lib.Tree:

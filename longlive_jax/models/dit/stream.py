@@ -109,6 +109,8 @@ def commit(
     # Nothing reads the last layer's output: unless a later branch has a cache too, only the keys
     # and values of self-attention are left to compute there.
     whole = last + any(b.attention and b.name != _SELF for b in net.branches_at(last))
+    if net.branches_at(last)[0].name != _SELF:  # what self-attention reads is not there yet
+        whole = cfg.num_layers
 
     def layer(p, text, i, branches, carry):
         own = given.replace(text=text)

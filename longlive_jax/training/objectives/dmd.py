@@ -310,7 +310,7 @@ def settings(cfg: config_lib.Config, data: str, teacher: str | None) -> dict[str
              "least_timestep", "most_timestep", "teacher_recipe", "critic_recipe")  # fmt: skip
     values = {f"distill.{name}": getattr(d, name) for name in names}
     values |= {f"distill.lora.{k}": v for k, v in vars(d.lora).items()}
-    values |= {f"model.{k}": v for k, v in vars(cfg.model).items()}
+    values |= {f"model.{k}": v for k, v in config_lib.values(cfg.model).items()}
     sample = ("steps", "solver", "window_frames", "sink_frames", "multi_shot_sink", "rope_offset")
     values |= {f"sample.{name}": getattr(cfg.sample, name) for name in sample}
     values |= {f"video.{k}": v for k, v in vars(cfg.video).items()}

@@ -17,6 +17,7 @@ from longlive_jax.config import TIMESTEPS
 
 # Uses of a chunk's key. Error recycling folds its own, from 16 on.
 NOISE, TIMESTEP, PAST_NOISE, PAST_TIMESTEP, ROUNDING = range(5)
+_DROPPED = 2**16  # use of a sample's key, in place of a chunk's number
 
 
 class Randomness(struct.PyTreeNode):
@@ -35,6 +36,23 @@ class Randomness(struct.PyTreeNode):
 
 def _spec(*axes: str | None) -> Any:  # a PartitionSpec, in an array's place
     return mesh_lib.spec(axes)
+
+
+def kept(mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array, dropout: float) -> jax.Array:
+    """float32 [batch], 0 in a share of `dropout` of the samples `rows` and 1 in the others."""
+
+    def one(key, row):
+        own = jax.random.fold_in(jax.random.fold_in(key, row), _DROPPED)
+        return jax.random.bernoulli(own, 1 - dropout).astype(jnp.float32)
+
+    place = jax.shard_map(
+        jax.vmap(one, (None, 0)),
+        mesh=mesh,
+        in_specs=(jax.P(), mesh_lib.spec(("batch",))),
+        out_specs=mesh_lib.spec(("batch",)),
+        check_vma=False,
+    )
+    return place(key, jax.reshard(rows, mesh_lib.sharding(mesh, ("batch",))))
 
 
 def draw(

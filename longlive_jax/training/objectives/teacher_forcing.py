@@ -20,7 +20,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import losses, schedule
-from longlive_jax.models import dit, umt5
+from longlive_jax.models import actions, dit, umt5
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import cost
 from longlive_jax.training.batch import Batch
@@ -104,6 +104,12 @@ class TeacherForcing(Objective):
     def before(self, network: str, moment: Moment) -> Inputs:
         batch = moment.batch
         assert moment.rows is not None
+        if batch.actions is not None and self.cfg.model.actions.dropout:
+            kept = randomness.kept(
+                self.mesh, moment.key, moment.rows, self.cfg.model.actions.dropout
+            )
+            dropped = jax.tree.map(lambda x: x * kept[:, None, None, None, None], batch.actions)
+            batch = batch.replace(actions=dropped)
         drawn = randomness.draw(self.cfg, self.mesh, moment.key, moment.rows, batch.latents.shape)
         data = batch.latents.astype(jnp.float32)
         past = data if drawn.past_noise is None else self._noised_past(data, drawn)
@@ -189,6 +195,7 @@ class TeacherForcing(Objective):
         shared: dict[str, Any] = dict(
             text=self._text(params, inputs.batch, sharding), sharding=sharding,
             precision=precision, remat=cfg.train.remat, key=inputs.rounding,
+            inserted=self._inserted(inputs.batch, positions),
         )  # fmt: skip
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
@@ -211,6 +218,15 @@ class TeacherForcing(Objective):
             values["latent_error"] = losses.clean_of(noisy, velocity, sigma) - inputs.data
             values["noise_error"] = (velocity - target) * (1 - sigma)[..., None, None, None]
         return loss, values
+
+    def _inserted(self, batch, latents):
+        """Conditioning of the action path; a video's latents are counted through its cuts."""
+        given = batch.actions
+        if given is None:
+            return None
+        if self.cfg.train.teacher_forcing:  # for both copies
+            given, latents = {k: x[:, :, None] for k, x in given.items()}, latents[:, :, None]
+        return actions.conditioning(self.cfg.model.actions, given, latents)
 
     def _text(self, params, batch, sharding):
         """Embeddings of each chunk's prompt, [batch, chunk, text_len, text_dim]."""
@@ -269,10 +285,10 @@ def settings(cfg: config_lib.Config, data: str) -> dict[str, Any]:
     Args:
       data: what tells this training data from other.
     """
-    train, names = cfg.train, _FIXED | {"model": vars(cfg.model)}
-    if train.text_encoder:
-        names["umt5"] = vars(cfg.umt5)
-    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
+    train, whole = cfg.train, ("model", "umt5")[: 1 + cfg.train.text_encoder]
+    values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in _FIXED for k in _FIXED[s]}
+    for name in whole:
+        values |= {f"{name}.{k}": v for k, v in config_lib.values(getattr(cfg, name)).items()}
     values |= {
         "dtype": cfg.dtype,
         "the training data": data,
