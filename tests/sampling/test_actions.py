@@ -137,7 +137,7 @@ def test_a_fresh_path_changes_no_bit(kind):
     assert np.abs(moved - expected).max() > 1e-2  # and it is there
 
 
-@pytest.mark.parametrize("kind", ["module", "token"])
+@pytest.mark.parametrize("kind", ["module", pytest.param("token", marks=pytest.mark.slow)])
 def test_it_streams_as_it_trains(kind):
     """A stream's x0 again, by one teacher-forcing forward."""
     cfg, params = config(kind), random_params(kind)
