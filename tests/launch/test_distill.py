@@ -115,26 +115,26 @@ def test_a_dry_run_has_the_memory_of_both_programs(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_with_the_same_bits(checkpoint, prompts, tmp_path):
-    """SIGKILL after the second and the fifth step; then on another mesh."""
+    """SIGKILL after the second and the fifth step; and then on another mesh."""
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
-    run("train", *flags(checkpoint, prompts, whole, distill__steps=7))
+    run("train", *flags(checkpoint, prompts, whole, distill__steps=8))
     own = flags(checkpoint, prompts, killed, distill__steps=7)
     for number, last in enumerate((2, 5)):
         with Job(tmp_path / str(number), own, devices=1) as job:
-            job.wait_for(lambda last=last: steps(killed) >= last)
+            job.wait_for(lambda last=last: steps(killed) >= last, seconds=1200)
             job.signal(signal.SIGKILL)
             assert job.wait() == [-signal.SIGKILL]
     done = run("train", *own)
     assert f"of {killed}" in done.stdout and "on from step" in done.stdout
-    assert numbers(killed) == numbers(whole)
+    assert numbers(killed) == numbers(whole)[:7]
 
-    more = flags(checkpoint, prompts, killed, distill__steps=9, mesh__fsdp=2, mesh__seq=2)
-    done = run("train", *more, devices=4)
-    assert "on from step 7" in done.stdout
-    run("train", *flags(checkpoint, prompts, whole, distill__steps=9))
-    for ours, theirs in zip(numbers(killed)[7:], numbers(whole)[7:], strict=True):
-        assert ours["samples"] == theirs["samples"]
-        np.testing.assert_allclose(ours["critic_loss"], theirs["critic_loss"], rtol=1e-3)
+    more = flags(checkpoint, prompts, killed, distill__steps=8, mesh__fsdp=2, mesh__seq=2)
+    with Job(tmp_path / "mesh", more, devices=4) as job:
+        assert job.wait(1200) == [0], job.text()
+        assert "on from step 7" in job.text()
+    (ours,), (theirs,) = numbers(killed)[7:], numbers(whole)[7:]
+    assert ours["samples"] == theirs["samples"]
+    np.testing.assert_allclose(ours["critic_loss"], theirs["critic_loss"], rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
