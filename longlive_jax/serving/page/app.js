@@ -17,7 +17,7 @@ const stats = new Stats($("#numbers"));
 const schedule = new Schedule((shot, at) => film(shot, at));
 const shots = new ShotList(schedule);
 const world = new World({ player, stats, start: (body) => begin(body) });
-const image = new StartImage(server, () => info.limits);
+const image = new StartImage(server, () => info.limits, () => model.name);
 let info = { models: [], limits: {} };
 let model = null;
 const prompts = new Map(); // event -> words, until applied
@@ -40,6 +40,7 @@ async function begin(body) {
     if (live()) await end();
     choose(next);
     await attach(id, next, body);
+    image.clear(); // an upload begins one stream
     if (position) notice(`Place ${position} in the queue`);
     return true;
   } catch (error) {
@@ -57,7 +58,8 @@ async function attach(id, next, body) {
   state("live");
   await player.open(id, model);
   world.begin(model, body);
-  sessionStorage.setItem("longlive.stream", JSON.stringify({ id, model: model.name }));
+  const kept = { id, model: model.name, prompt: body?.prompt };
+  if (body) sessionStorage.setItem("longlive.stream", JSON.stringify(kept));
 }
 
 /** The stream of before a reload, if the server still has it. */
@@ -67,8 +69,9 @@ async function resume() {
   if (!next) return;
   try {
     const found = await server.json(`streams/${kept.id}`);
+    if (found.state === "ended") throw new Error(found.reason);
     choose(next);
-    schedule.begin(found.prompt ?? "The stream of before", null);
+    schedule.begin(kept.prompt ?? "A script", null);
     await attach(kept.id, next, null);
     shots.render();
   } catch {
@@ -97,6 +100,7 @@ function state(name) {
   root.dataset.state = name;
   for (const button of ["pause", "restart", "video", "script"]) $(`#${button}`).disabled = name !== "live";
   $("#seed").disabled = $("#dice").disabled = name === "live";
+  settable();
   $("#go").textContent = name === "live" ? "Send" : "Start";
   $("#prompt").placeholder = name === "live" ? "What happens next?" : "Describe the first shot";
   paused(false);
@@ -192,7 +196,7 @@ function notice(text) {
   if (text) announce(text);
 }
 
-const LINKS = { connecting: "Connecting", open: "Live", waiting: "Connecting again", closed: "Not started", gone: "Gone" };
+const LINKS = { connecting: "Connecting", open: "Live", waiting: "Connecting again", closed: "Not started", ended: "Ended", gone: "Gone" };
 function link(name) {
   $("#link").dataset.link = name;
   $("#link span").textContent = LINKS[name];
@@ -255,8 +259,9 @@ $("#restart").addEventListener("click", async () => {
   await end();
   $("#prompt").focus();
 });
-$("#full").addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : $("#frame").requestFullscreen()));
-$("#dice").addEventListener("click", () => { $("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0]; });
+$("#full").hidden = !document.fullscreenEnabled;
+$("#full").addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : $("#view").requestFullscreen()));
+$("#dice").addEventListener("click", () => { $("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1; });
 for (const name of ["#steps", "#guidance"]) {
   $(name).addEventListener("change", () => {
     if (live()) player.direct({ type: "settings", steps: number("#steps"), guidance: number("#guidance") });
@@ -299,6 +304,13 @@ addEventListener("keydown", (event) => {
 
 // ---- modes and models
 
+/** Where a model lists its choices, they are those of a whole stream, and its guidance is fixed. */
+function settable() {
+  const choices = model?.steps_choices;
+  $("#steps").disabled = Boolean(choices) && (live() || choices.length < 2);
+  $("#guidance").disabled = model?.guidance !== undefined;
+}
+
 /** Shows a model and its mode. */
 function choose(next) {
   model = next;
@@ -308,8 +320,12 @@ function choose(next) {
   const same = info.models.filter(({ kind }) => kind === next.kind);
   $("#model").replaceChildren(...same.map(({ name, title }) => element("option", { value: name, textContent: title })));
   $("#model").value = next.name;
-  $("#frame").parentElement.style.setProperty("--aspect", next.width / next.height);
+  $(".stage").style.setProperty("--aspect", next.width / next.height);
   $("#steps").value = next.steps;
+  $("#choices").replaceChildren(...(next.steps_choices ?? []).map((value) => element("option", { value })));
+  $("#guidance").value = "";
+  $("#guidance").placeholder = next.guidance ?? "model’s";
+  settable();
   $("#examples").replaceChildren(...next.prompts.slice(0, 4).map((text) => element("li", {}, element("button", {
     type: "button", textContent: text, onclick: () => {
       $("#prompt").value = text;
@@ -334,6 +350,23 @@ $("#model").addEventListener("change", async ({ target }) => {
   choose(next);
 });
 
+/** Waits until the server has compiled. */
+async function compiled() {
+  $("#go").disabled = true;
+  for (;;) {
+    try {
+      await server.request("readyz");
+      break;
+    } catch (error) {
+      if (error.status && error.status !== 503) break;
+      notice("The server compiles; it begins in a moment");
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+  notice("");
+  $("#go").disabled = false;
+}
+
 async function open() {
   theme($("#theme"));
   server.token = new URLSearchParams(location.hash.slice(1)).get("token") ?? sessionStorage.getItem("longlive.token");
@@ -350,6 +383,7 @@ async function open() {
   }
   choose(info.models[0]);
   state("idle");
+  await compiled();
   await resume();
   root.dataset.ready = "true";
 }

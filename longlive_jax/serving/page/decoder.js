@@ -21,6 +21,7 @@ export class Decoder {
     this.chain = Promise.resolve();
     this.codec = null;
     this.broken = true; // until the first key frame
+    this.missed = this.failures = 0;
     this.video = null;
   }
 
@@ -38,7 +39,11 @@ export class Decoder {
 
   push(picture) {
     if (picture.jpeg) return this.bitmap(picture, new Blob([picture.payload], { type: "image/jpeg" }));
-    if (this.broken && !picture.key) return undefined;
+    if (this.broken && !picture.key) {
+      if (++this.missed % 16 === 0) this.onkeyframe(); // the key frame that was sent did not come
+      return undefined;
+    }
+    this.missed = 0;
     if (!this.video) this.open();
     this.broken = false;
     this.headers.set(picture.index, picture);
@@ -66,6 +71,7 @@ export class Decoder {
   }
 
   fail() {
+    this.failures++;
     this.reset();
     this.onkeyframe();
   }

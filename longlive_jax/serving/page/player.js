@@ -25,7 +25,7 @@ export class Player extends EventTarget {
 
   async open(id, model) {
     this.close();
-    Object.assign(this, { id, model, paused: false, failures: 0, reported: -1, playing: null });
+    Object.assign(this, { id, model, paused: false, reported: -1, playing: null });
     const playback = this.playback = new Playback({
       kind: model.kind, fps: model.fps, chunkFrames: model.chunk_frames,
     });
@@ -64,13 +64,12 @@ export class Player extends EventTarget {
     }
     // What was on its way when the connection broke will not come.
     this.reported = frame - 1;
-    this.connection.send({ type: "seen", frame: this.reported });
     if (this.paused) this.connection.direct({ type: "pause", paused: true });
   }
 
   /** A picture that cannot be decoded: a key frame mends it; again and again, JPEG does. */
   damaged() {
-    if (++this.failures <= 3) {
+    if (this.decoder.failures <= 3) {
       this.connection.send({ type: "keyframe" });
       return;
     }

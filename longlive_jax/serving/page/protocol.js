@@ -74,7 +74,7 @@ export class Server {
 
 /**
  * The socket of one stream. Events: "message" (detail: JSON), "picture" (detail: parsed), "state"
- * (detail: connecting, open, waiting, closed, gone). What must not be lost is kept until it is
+ * (detail: connecting, open, waiting, closed, ended, gone). What must not be lost is kept until it is
  * open again; keys are not: old ones would steer now.
  */
 export class Connection extends EventTarget {
@@ -96,7 +96,6 @@ export class Connection extends EventTarget {
       for (const message of this.waiting.splice(0)) this.write(message);
     };
     socket.onmessage = ({ data }) => {
-      this.attempts = 0;
       try {
         if (typeof data === "string") this.receive(JSON.parse(data));
         else this.emit("picture", parsePicture(data));
@@ -108,7 +107,8 @@ export class Connection extends EventTarget {
   }
 
   receive(message) {
-    if (message.type === "end") this.close("closed");
+    if (message.type === "hello") this.attempts = 0;
+    if (message.type === "end") this.close("ended");
     this.emit("message", message);
   }
 
@@ -116,7 +116,6 @@ export class Connection extends EventTarget {
     if (this.over) return;
     this.emit("state", "waiting");
     this.timer = setTimeout(() => this.connect(), backoff(this.attempts++));
-    if (this.attempts < 2) return;
     try {
       await this.server.json(`streams/${this.id}`);
     } catch (error) {

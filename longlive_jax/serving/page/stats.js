@@ -83,7 +83,7 @@ export class Stats {
     bar.classList.toggle("late", late);
     bar.firstElementChild.style.scale = `${Math.min(share / 1.5, 1)} 1`;
     const text = made === undefined ? "No chunk yet"
-      : `Chunk made in ${made.toFixed(2)} s, plays ${playing.toFixed(2)} s`;
+      : `Made in ${made.toFixed(2)} s · plays ${playing.toFixed(2)} s`;
     const label = document.getElementById("deadline-text");
     if (label.textContent !== text) label.textContent = text;
     bar.setAttribute("aria-valuenow", Math.round(share * 100));

@@ -3,8 +3,8 @@
 import { $, announce, fail } from "./dom.js";
 
 export class StartImage {
-  constructor(server, limits) {
-    Object.assign(this, { server, limits, upload: null });
+  constructor(server, limits, model) {
+    Object.assign(this, { server, limits, model, upload: null });
     const frame = $("#frame"), file = $("#file");
     $("#pick").addEventListener("click", () => file.click());
     file.addEventListener("change", () => {
@@ -33,7 +33,7 @@ export class StartImage {
       return;
     }
     try {
-      const { upload, kind } = await this.server.json("uploads", { method: "POST", body: file });
+      const { upload, kind } = await this.server.json(`uploads?model=${encodeURIComponent(this.model())}`, { method: "POST", body: file });
       this.clear();
       this.upload = upload;
       const box = $("#start-image"), picture = $("img", box);

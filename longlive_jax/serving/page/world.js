@@ -15,6 +15,7 @@ export class World {
     this.input = new Input(this.screen, (keys) => {
       if (!this.replay) this.send({ type: "keys", ...keys });
       this.show(keys.codes, "held");
+      $("#take").hidden = true;
     });
     this.input.stick($("#stick-move"), "move");
     this.input.stick($("#stick-look"), "look");
@@ -117,7 +118,7 @@ export class World {
     }
     if (this.recording) $("#recorded").textContent = this.replay
       ? `Replaying: ${this.replay.events.length} to come.`
-      : `${this.recording.events.length} actions recorded.`;
+      : `${this.recording.events.length} ${this.recording.events.length === 1 ? "action" : "actions"} recorded.`;
     if (this.replay && !this.replay.at(picture.index + 1)) {
       this.replay = null;
       announce("Replay done");

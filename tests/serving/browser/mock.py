@@ -302,6 +302,7 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
     built = applications.Starlette(
         routes=[
             routing.Route("/info", info),
+            routing.Route("/readyz", lambda request: responses.JSONResponse({"ready": True})),
             routing.Route("/streams", create, methods=["POST"]),
             routing.Route("/uploads", upload, methods=["POST"]),
             routing.Route("/streams/{id}", one, methods=["GET", "DELETE"]),

@@ -23,7 +23,7 @@ def test_a_typed_prompt_becomes_moving_pictures(visit, server):
     act.until(page, lambda seen: np.abs(seen - first).mean() > 0.3, "another picture")
     assert server.newest.body["prompt"] == DUSK
     assert page.evaluate("longlive.player.format") == "h264"
-    act.true(page, "document.querySelector('#deadline-text').textContent.startsWith('Chunk made')")
+    act.true(page, "document.querySelector('#deadline-text').textContent.startsWith('Made in')")
     assert page.locator("[data-number=memory]").inner_text() == "17.3 GB"
 
 
