@@ -1,12 +1,14 @@
 // The page: what a person does, and which part of the page answers.
 
-import { $, announce, download, element, fail, opens } from "./dom.js";
+import { $, announce, fail, opens } from "./dom.js";
 import { ShotList } from "./film.js";
+import { Models } from "./models.js";
 import { Player } from "./player.js";
 import { Server } from "./protocol.js";
 import { Schedule } from "./shots.js";
 import { Stats } from "./stats.js";
 import { theme } from "./theme.js";
+import { link, notice, showPaused, transport } from "./transport.js";
 import { StartImage } from "./upload.js";
 import { World } from "./world.js";
 
@@ -17,9 +19,11 @@ const stats = new Stats($("#numbers"));
 const schedule = new Schedule((shot, at) => film(shot, at));
 const shots = new ShotList(schedule);
 const world = new World({ player, stats, start: (body) => begin(body) });
-const image = new StartImage(server, () => info.limits, () => model.name);
-let info = { models: [], limits: {} };
-let model = null;
+const models = new Models((text) => {
+  $("#prompt").value = text;
+  $("#composer").requestSubmit();
+});
+const image = new StartImage(server, () => models.limits, () => models.now.name);
 const prompts = new Map(); // event -> words, until applied
 
 const mode = () => $("input[name=mode]:checked").value;
@@ -29,7 +33,7 @@ const number = (name) => ($(name).value === "" ? undefined : Number($(name).valu
 // ---- a stream begins, is found again, ends
 
 async function begin(body) {
-  const next = info.models.find(({ name }) => name === body.model);
+  const next = models.named(body.model);
   if (!next) {
     fail(`This server has no model ${body.model}.`);
     return false;
@@ -38,10 +42,10 @@ async function begin(body) {
   try {
     const { id, position } = await server.post("streams", body);
     if (live()) await end();
-    choose(next);
+    if (next !== models.now) models.choose(next);
     await attach(id, next, body);
     image.clear(); // an upload begins one stream
-    if (position) notice(`Place ${position} in the queue`);
+    notice(position ? `Place ${position} in the queue` : "The first pictures are being made");
     return true;
   } catch (error) {
     fail(error);
@@ -52,25 +56,24 @@ async function begin(body) {
 }
 
 async function attach(id, next, body) {
-  model = next;
   stats.reset();
   prompts.clear();
   state("live");
-  await player.open(id, model);
-  world.begin(model, body);
-  const kept = { id, model: model.name, prompt: body?.prompt };
+  await player.open(id, next);
+  world.begin(next, body);
+  const kept = { id, model: next.name, prompt: body?.prompt };
   if (body) sessionStorage.setItem("longlive.stream", JSON.stringify(kept));
 }
 
 /** The stream of before a reload, if the server still has it. */
 async function resume() {
   const kept = JSON.parse(sessionStorage.getItem("longlive.stream") ?? "null");
-  const next = info.models.find(({ name }) => name === kept?.model);
+  const next = models.named(kept?.model);
   if (!next) return;
   try {
     const found = await server.json(`streams/${kept.id}`);
     if (found.state === "ended") throw new Error(found.reason);
-    choose(next);
+    models.choose(next);
     schedule.begin(kept.prompt ?? "A script", null);
     await attach(kept.id, next, null);
     shots.render();
@@ -99,11 +102,10 @@ async function end() {
 function state(name) {
   root.dataset.state = name;
   for (const button of ["pause", "restart", "video", "script"]) $(`#${button}`).disabled = name !== "live";
-  $("#seed").disabled = $("#dice").disabled = name === "live";
-  settable();
+  models.settable();
   $("#go").textContent = name === "live" ? "Send" : "Start";
   $("#prompt").placeholder = name === "live" ? "What happens next?" : "Describe the first shot";
-  paused(false);
+  showPaused(false);
   if (name === "idle") link("closed");
 }
 
@@ -120,7 +122,7 @@ function film(shot, at) {
 
 function words() {
   const text = $("#prompt").value.trim();
-  const { prompt: limit } = info.limits;
+  const { prompt: limit } = models.limits;
   if (limit && text.length > limit) throw new Error(`The prompt has ${text.length} characters; this server takes ${limit}.`);
   if (mode() !== "world" || !text || /\b(first|third)[- ]person\b/i.test(text)) return text;
   return `${$("input[name=person]:checked").value} ${text}`;
@@ -164,11 +166,11 @@ function send() {
   if (mode() === "world") world.back();
 }
 
-$("#composer").addEventListener("submit", (event) => {
+$("#composer").addEventListener("submit", async (event) => {
   event.preventDefault();
   try {
     if (live()) send();
-    else start();
+    else await start();
   } catch (error) {
     fail(error);
   }
@@ -190,22 +192,10 @@ $("#how").addEventListener("change", ({ target }) => { $("#over").hidden = targe
 
 // ---- what the server and the screen say
 
-function notice(text) {
-  $("#notice").hidden = !text;
-  $("#notice").textContent = text;
-  if (text) announce(text);
-}
-
-const LINKS = { connecting: "Connecting", open: "Live", waiting: "Connecting again", closed: "Not started", ended: "Ended", gone: "Gone" };
-function link(name) {
-  $("#link").dataset.link = name;
-  $("#link span").textContent = LINKS[name];
-}
-
 player.addEventListener("state", ({ detail }) => {
   link(detail);
   if (detail === "waiting") notice("The connection broke; trying again");
-  if (detail === "open") notice("");
+  if (detail === "open" && player.playing) notice("");
   if (detail === "gone") {
     fail("The server no longer has this stream.");
     end();
@@ -214,7 +204,7 @@ player.addEventListener("state", ({ detail }) => {
 
 player.addEventListener("message", ({ detail: message }) => {
   if (message.type === "stats") stats.message(message);
-  else if (message.type === "queue") notice(message.position ? `Place ${message.position} in the queue` : "");
+  else if (message.type === "queue") queued(message.position);
   else if (message.type === "error") fail(message.message);
   else if (message.type === "end") {
     player.playback?.finish();
@@ -230,12 +220,18 @@ player.addEventListener("message", ({ detail: message }) => {
   }
 });
 
+function queued(position) {
+  if (position) notice(`Place ${position} in the queue`);
+  else if (!player.playing) notice("The first pictures are being made");
+}
+
 player.addEventListener("received", ({ detail }) => schedule.seen(detail.chunk));
 player.addEventListener("drawn", ({ detail }) => {
+  if (detail.first) notice("");
   stats.picture(detail);
   shots.at(detail.picture.chunk);
-  if (model.kind === "world") world.drawn(detail.picture);
-  const seconds = Math.floor(detail.picture.index / model.fps);
+  if (player.model.kind === "world") world.drawn(detail.picture);
+  const seconds = Math.floor(detail.picture.index / player.model.fps);
   const time = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
   if ($("#time").textContent !== time) $("#time").textContent = time;
 });
@@ -243,48 +239,23 @@ setInterval(() => live() && !document.hidden && stats.show(player.playback), 500
 
 // ---- transport, settings, files
 
-function paused(now) {
-  const button = $("#pause");
-  $("use", button).setAttribute("href", now ? "#i-play" : "#i-pause");
-  button.setAttribute("aria-label", now ? "Play" : "Pause");
-}
-function togglePause() {
-  if (!live()) return;
-  player.pause(!player.paused);
-  paused(player.paused);
-  notice(player.paused ? "Paused" : "");
-}
-$("#pause").addEventListener("click", togglePause);
+const togglePause = transport({ server, player, live });
 $("#restart").addEventListener("click", async () => {
   await end();
   $("#prompt").focus();
 });
-$("#full").hidden = !document.fullscreenEnabled;
-$("#full").addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : $("#view").requestFullscreen()));
-$("#dice").addEventListener("click", () => { $("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1; });
 for (const name of ["#steps", "#guidance"]) {
   $(name).addEventListener("change", () => {
     if (live()) player.direct({ type: "settings", steps: number("#steps"), guidance: number("#guidance") });
   });
 }
-async function keep(file) {
-  try {
-    const response = await server.request(`streams/${player.id}/${file}`);
-    download(await response.blob(), `longlive-${player.id}-${file}`);
-  } catch (error) {
-    fail(error);
-  }
-}
-$("#video").addEventListener("click", () => keep("video.mp4"));
-$("#script").addEventListener("click", () => keep("script.json"));
 opens($("#script-load"), $("#script-file"), async (text) => {
   const script = JSON.parse(text);
   if (await begin({ model: $("#model").value, script })) {
-    schedule.begin("A script", null);
+    schedule.begin(script.shots?.[0]?.prompt ?? "A script", null);
     shots.render();
   }
 });
-$("#error button").addEventListener("click", () => { $("#error").hidden = true; });
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -304,50 +275,20 @@ addEventListener("keydown", (event) => {
 
 // ---- modes and models
 
-/** Where a model lists its choices, they are those of a whole stream, and its guidance is fixed. */
-function settable() {
-  const choices = model?.steps_choices;
-  $("#steps").disabled = Boolean(choices) && (live() || choices.length < 2);
-  $("#guidance").disabled = model?.guidance !== undefined;
-}
-
-/** Shows a model and its mode. */
-function choose(next) {
-  model = next;
-  $(`input[name=mode][value=${next.kind}]`).checked = true;
-  root.dataset.mode = next.kind;
-  if (next.kind === "world" && $("input[name=how]:checked").value === "cut") $("input[name=how][value=continue]").checked = true;
-  const same = info.models.filter(({ kind }) => kind === next.kind);
-  $("#model").replaceChildren(...same.map(({ name, title }) => element("option", { value: name, textContent: title })));
-  $("#model").value = next.name;
-  $(".stage").style.setProperty("--aspect", next.width / next.height);
-  $("#steps").value = next.steps;
-  $("#choices").replaceChildren(...(next.steps_choices ?? []).map((value) => element("option", { value })));
-  $("#guidance").value = "";
-  $("#guidance").placeholder = next.guidance ?? "model’s";
-  settable();
-  $("#examples").replaceChildren(...next.prompts.slice(0, 4).map((text) => element("li", {}, element("button", {
-    type: "button", textContent: text, onclick: () => {
-      $("#prompt").value = text;
-      $("#composer").requestSubmit();
-    },
-  }))));
-}
-
 for (const radio of document.querySelectorAll("input[name=mode]")) {
   radio.addEventListener("change", async () => {
-    if (live() && model.kind !== radio.value && !confirm("Leave the running stream?")) {
-      choose(model);
+    if (live() && models.now.kind !== radio.value && !confirm("Leave the running stream?")) {
+      models.choose(models.now);
       return;
     }
     if (live()) await end();
-    choose(info.models.find(({ kind }) => kind === radio.value));
+    models.choose(models.first(radio.value));
   });
 }
 $("#model").addEventListener("change", async ({ target }) => {
-  const next = info.models.find(({ name }) => name === target.value);
+  const next = models.named(target.value);
   if (live()) await end();
-  choose(next);
+  models.choose(next);
 });
 
 /** Waits until the server has compiled. */
@@ -370,7 +311,7 @@ async function compiled() {
 async function open() {
   theme($("#theme"));
   server.token = new URLSearchParams(location.hash.slice(1)).get("token") ?? sessionStorage.getItem("longlive.token");
-  info = await server.json("info");
+  const info = await server.json("info");
   if (info.token_required && !server.token) {
     const dialog = $("#token-dialog");
     dialog.showModal();
@@ -378,10 +319,7 @@ async function open() {
     server.token = $("#token").value;
   }
   if (server.token) sessionStorage.setItem("longlive.token", server.token);
-  for (const radio of document.querySelectorAll("input[name=mode]")) {
-    radio.disabled = !info.models.some(({ kind }) => kind === radio.value);
-  }
-  choose(info.models[0]);
+  models.take(info);
   state("idle");
   await compiled();
   await resume();

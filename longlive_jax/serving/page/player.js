@@ -8,7 +8,7 @@ const clock = () => performance.timeOrigin + performance.now(); // ms since epoc
 
 /**
  * Events: "message" (of the server), "state" (of the connection), "received" (a picture's header),
- * "drawn" (`{picture, now, latency}`: ms from encoded to drawn).
+ * "drawn" (`{picture, now, first, latency}`: ms from encoded to drawn).
  */
 export class Player extends EventTarget {
   constructor(server, canvas) {
@@ -96,13 +96,14 @@ export class Player extends EventTarget {
     if (!picture) return;
     this.context.drawImage(picture.image, 0, 0, this.canvas.width, this.canvas.height);
     picture.image.close();
+    const first = this.playing === null;
     this.playing = picture;
     const step = Math.max(1, Math.min(8, Math.floor(this.model.chunk_frames / 2)));
     if (picture.index - this.reported >= step) {
       this.reported = picture.index;
       this.connection?.send({ type: "seen", frame: picture.index });
     }
-    this.emit("drawn", { picture, now, latency: clock() - picture.time });
+    this.emit("drawn", { picture, now, first, latency: clock() - picture.time });
   }
 
   close() {

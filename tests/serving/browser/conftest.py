@@ -103,8 +103,10 @@ def visit(browser, server):
         page.on("console", lambda m: m.type == "error" and complaints.append(f"logged: {m.text}"))
         page.on(
             "request",
-            lambda r: r.url.startswith((url.split("?")[0].split("#")[0], "blob:", "data:", "ws:"))
-            or complaints.append(f"outside request: {r.url}"),
+            lambda r: (
+                r.url.startswith((url.split("?")[0].split("#")[0], "blob:", "data:", "ws:"))
+                or complaints.append(f"outside request: {r.url}")
+            ),
         )
         page.on("dialog", lambda dialog: dialog.accept())
         if script:

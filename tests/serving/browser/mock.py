@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import fractions
 import io
+import itertools
 import json
 import pathlib
 import struct
@@ -129,9 +130,7 @@ class Stream:
             elif event["type"] == "prompt":
                 self.direct(event)
             self.event = event["event_id"]
-            await self.say(
-                type="applied", event_id=self.event, chunk=self.chunk, frame=self.frame
-            )
+            await self.say(type="applied", event_id=self.event, chunk=self.chunk, frame=self.frame)
         per = self.model["chunk_frames"]
         self.keys = (codes, dx / per, dy / per)
 
@@ -172,6 +171,9 @@ class Stream:
         self.frame += 1
         return header + payload
 
+    def latent(self, first, count):
+        return [self.make(k == 0) for k in range(first, first + count)]
+
     async def run(self):
         per = self.model["chunk_frames"]
         while True:
@@ -183,11 +185,9 @@ class Stream:
             await self.apply()
             burst = min(4, per)  # pictures of one latent
             for first in range(0, per, burst):
-                pictures = await asyncio.to_thread(
-                    lambda first=first: [self.make(first + k == 0) for k in range(burst)]
-                )
-                wait = start + (first + burst) / per * per / 24 * self.speed - time.monotonic()
+                wait = start + first / 24 * self.speed - time.monotonic()
                 await asyncio.sleep(max(wait, 0))
+                pictures = await asyncio.to_thread(self.latent, first, burst)
                 for data in pictures:
                     if self.socket is not None:
                         try:
@@ -195,6 +195,7 @@ class Stream:
                         except (RuntimeError, websockets.WebSocketDisconnect):
                             self.socket = None
             self.chunk += 1
+            await asyncio.sleep(max(start + per / 24 * self.speed - time.monotonic(), 0))
             took = time.monotonic() - start
             await self.say(type="stats", chunk_s=took, playing_s=per / 24, denoised_fps=per / took * 1.4,
                            delivered_fps=per / took, action_to_picture_s=took * 1.5, memory_gb=17.3,
@@ -202,7 +203,9 @@ class Stream:
 
     def video(self) -> bytes:
         file = io.BytesIO()
-        with av.open(file, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as out:
+        with av.open(
+            file, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}
+        ) as out:
             track = out.add_stream("libx264", rate=24, options={"preset": "ultrafast"})
             track.width, track.height, track.pix_fmt = self.width, self.height, "yuv420p"
             for picture in self.kept:
@@ -214,6 +217,7 @@ class Stream:
 def app(size=(640, 352), speed=0.7, token="", page=PAGE):
     """The application; `token` is required where it is not empty. `app.state.streams` by id."""
     streams, uploads, tasks = {}, {}, set()
+    numbers = itertools.count(1)
     options = {"size": size, "speed": speed}
 
     def refused(message, status=400):
@@ -240,7 +244,7 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
             return refused("model or prompt is missing")
         if "image" in body:
             body["image"] = uploads[body["image"]]
-        stream = Stream(len(streams) + 1, body["model"], body, options)
+        stream = Stream(next(numbers), body["model"], body, options)
         name = f"s{stream.number}"
         streams[name] = stream
         task = asyncio.create_task(stream.run())

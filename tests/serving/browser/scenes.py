@@ -46,7 +46,9 @@ def landscape(colours, width, height, x, sun, level=0.62, ridges=3):
         depth = (k + 1) / ridges
         top = level + 0.05 + 0.15 * k - (0.30 - 0.06 * k) * hills(x[k], 1.3 + 2 * k, 0.4 + depth)
         mask = np.clip((rows - top[None, :]) * height / 1.2, 0, 1)[..., None]
-        colour = colours[1] * (1 - depth) ** 1.5 * 0.6 + colours[3] * (1 - depth) + colours[4] * depth
+        colour = (
+            colours[1] * (1 - depth) ** 1.5 * 0.6 + colours[3] * (1 - depth) + colours[4] * depth
+        )
         colour = np.minimum(colour, 255) * (1.06 - 0.25 * (rows - 0.5))[..., None]
         picture += (colour - picture) * mask
     return picture
@@ -87,7 +89,9 @@ class World:
         half = 0.7  # half the angle of view, radians
         angles = self.heading + np.linspace(-half, half, self.width, dtype=np.float32)
         sun = (0.5 + (0.45 - self.heading) / (2 * half), 0.26)
-        picture = landscape(colours, self.width, self.height, angles[None].repeat(2, 0), sun, 0.46, 2)
+        picture = landscape(
+            colours, self.width, self.height, angles[None].repeat(2, 0), sun, 0.46, 2
+        )
         horizon = int(self.height * 0.56)
         rows = np.arange(horizon, self.height, dtype=np.float32)[:, None]
         depth = 0.5 * self.height / (rows - horizon + 2)

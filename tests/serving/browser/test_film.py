@@ -80,7 +80,9 @@ def test_shots_ahead_are_edited_moved_saved_loaded_and_played(visit, server, tmp
     assert order() == [DUSK, KEEPER, DUNES, TRAIN]
     page.keyboard.press("ArrowDown")
     assert order() == [KEEPER, DUSK, DUNES, TRAIN]
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Move shot 2")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(
+        "Move shot 2"
+    )
     page.keyboard.press("Delete")
     assert order() == [KEEPER, DUNES, TRAIN]
     assert "Deleted" in page.locator("#live").inner_text()

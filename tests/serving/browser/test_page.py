@@ -77,6 +77,25 @@ def test_a_key_frame_that_was_lost_is_asked_for_again(visit, server):
     act.true(page, f"longlive.player.playing.index > {index} + 60")
 
 
+def test_the_page_waits_for_the_compiler(visit, server):
+    page = visit()
+    asked = []
+
+    def answer(route):
+        asked.append(route)
+        route.fulfill(status=503 if len(asked) < 3 else 200, json={"ready": False})
+
+    page.route("**/readyz", answer)
+    page.reload()
+    act.true(page, "document.querySelector('#notice').textContent.includes('compiles')")
+    assert page.locator("#go").is_disabled()
+    page.wait_for_selector("[data-ready]", state="attached")
+    assert page.locator("#go").is_enabled() and page.locator("#notice").is_hidden()
+    assert len(asked) == 3
+    assert all("503" in line for line in visit.complaints)
+    visit.complaints.clear()
+
+
 @pytest.fixture(scope="module")
 def guarded():
     yield from conftest.serve(token="a-secret")
@@ -99,7 +118,11 @@ def test_the_keyboard_alone_directs_a_film(visit, server):
     names = []
     for _ in range(14):
         page.keyboard.press("Tab")
-        names.append(page.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.className"))
+        names.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.name || document.activeElement.className"
+            )
+        )
         if names[-1] == "prompt":
             break
     assert names[0] == "skip" and names[-1] == "prompt", names
@@ -198,7 +221,9 @@ def test_screenshots(visit, server, tmp_path, mode, name):
     """Written to LONGLIVE_SCREENSHOTS, where it is set."""
     folder = pathlib.Path(os.environ.get("LONGLIVE_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
-    page = visit(color_scheme="dark" if name == "dark" else "light", **(PHONE if name == "phone" else {}))
+    page = visit(
+        color_scheme="dark" if name == "dark" else "light", **(PHONE if name == "phone" else {})
+    )
     act.start(page, DUSK if mode == "film" else PLAIN, mode)
     if mode == "film":
         page.locator("input[name=how][value=cut]").check(force=True)

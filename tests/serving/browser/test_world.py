@@ -48,7 +48,10 @@ def test_w_walks_to_the_beacon_and_s_back(world, server):
     with act.held(page, "s"):
         act.until(page, lambda s: act.beacon(s)[0] < stands, "it shrinks")
     assert near > area
-    act.true(page, "/^0\\.\\d+ s$|^\\d+\\.\\d+ s$/.test(document.querySelector('[data-number=action]').innerText)")
+    act.true(
+        page,
+        "/^0\\.\\d+ s$|^\\d+\\.\\d+ s$/.test(document.querySelector('[data-number=action]').innerText)",
+    )
 
 
 def test_the_mouse_to_the_right_turns_right(world, server):
