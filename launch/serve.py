@@ -85,8 +85,8 @@ def main() -> None:
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:
-        if server.scheduler.busy:  # it still compiles, and an interpreter cannot end meanwhile
-            print("terminated while it compiled", file=sys.stderr, flush=True)
+        if server.scheduler.busy:  # an interpreter cannot end while it computes
+            print("terminated before the device was done", file=sys.stderr, flush=True)
             os._exit(143)
 
 
@@ -95,8 +95,9 @@ def _listen() -> socket.socket:
     try:
         return socket.create_server((FLAGS.host, FLAGS.port), family=family)
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise InputError(
-            f"--host={FLAGS.host} --port={FLAGS.port}: {error.strerror}; give another --port"
+            f"--host={FLAGS.host} --port={FLAGS.port}: {why}; give another --port"
         ) from error
 
 

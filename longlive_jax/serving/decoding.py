@@ -23,6 +23,8 @@ def main(source, target, height, width, fit, chunk, limits) -> str:
     resource.setrlimit(resource.RLIMIT_FSIZE, (numbers["decode_bytes"],) * 2)
     size = int(height), int(width)
     kind = sniff(pathlib.Path(source).read_bytes()[:64])
+    if not kind:
+        raise ValueError("neither an image nor a clip")
     read = _image if kind == "image" else _clip
     frames = read(source, *size, fit, int(chunk), numbers)
     import numpy as np

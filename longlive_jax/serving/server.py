@@ -25,6 +25,7 @@ from longlive_jax.serving.scheduler import Scheduler
 from longlive_jax.serving.streams import ENDED, Stream, read_request
 from longlive_jax.serving.uploads import Uploads
 
+_COMPLETE_S = 5.0  # an ended stream's video is waited for
 PAGE = pathlib.Path(__file__).parent / "page"
 
 
@@ -112,8 +113,6 @@ class Server:
             raise Refused(503, self.scheduler.failed or "the server still compiles; see /readyz")
 
     async def upload(self, request: Request) -> Response:
-        if int(request.headers.get("content-length") or 0) > self.limits.upload_bytes:
-            raise Refused(413, f"over {self.limits.upload_bytes} bytes, the limit of an upload")
         model = self.models.get(request.query_params.get("model", "")) or next(
             iter(self.models.values())
         )
@@ -133,7 +132,9 @@ class Server:
 
     async def video(self, request: Request) -> Response:
         stream = self._stream(request)
-        path = stream.video
+        path, encoder = stream.video, stream.encoder
+        if stream.state == ENDED and encoder is not None:
+            await asyncio.to_thread(encoder.close, _COMPLETE_S)
         size = video_out.playable(path) if path.exists() else 0
         if not size:
             raise Refused(409, "no picture has been made yet")

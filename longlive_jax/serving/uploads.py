@@ -67,12 +67,16 @@ class Uploads:
         limit, size = self._limits.upload_bytes, 0
         with source.open("wb") as file:
             async for chunk in chunks:
-                if not size and chunk and not decoding.sniff(chunk[:64]):
+                if not size and len(chunk) >= 64 and not decoding.sniff(chunk[:64]):
                     raise Refused(415, "not a JPEG, PNG, WebP, AVIF, MP4, WebM or Matroska file")
                 size += len(chunk)
-                if size > limit:
-                    raise Refused(413, f"over {limit} bytes, the limit of an upload: scale it down")
-                file.write(chunk)
+                # Read on for a while: a client that is cut off does not see why.
+                if size <= limit:
+                    file.write(chunk)
+                elif size > 2 * limit:
+                    break
+        if size > limit:
+            raise Refused(413, f"over {limit} bytes, the limit of an upload: scale it down")
         if not size:
             raise Refused(400, "the upload is empty")
 

@@ -115,8 +115,9 @@ class Encoder:
 
     def finish(self) -> None:
         """Completes the file behind what has been put; does not wait for it."""
-        self._finished = True
-        self._queue.put(_DONE)
+        if not self._finished:
+            self._finished = True
+            self._queue.put(_DONE)
 
     def close(self, timeout: float | None = None) -> None:
         """As `finish`, and waits."""

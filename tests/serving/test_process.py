@@ -53,10 +53,10 @@ class Process:
 def test_killed_and_told_to_stop(tmp_path):
     """After kill -9 streams go on from their scripts; SIGTERM leaves a video that plays."""
     server = Process(tmp_path)
-    assert live_client.main(tmp_path / "client.mp4", server.url, 3) == [
-        (1, 1, 29), (2, 2, 61)
-    ] or probe(tmp_path / "client.mp4").frames  # fmt: skip
-    assert probe(tmp_path / "client.mp4").frames >= 3 * 32
+    applied = live_client.main(tmp_path / "client.mp4", server.url, 3)
+    assert [event for event, *_ in applied] == [1, 2]
+    assert all(frame == 32 * chunk - 3 for _, chunk, frame in applied)
+    assert probe(tmp_path / "client.mp4").frames > 3 * 32 - 3
     shots = [{"prompt": PROMPTS[0], "chunks": 2}, {"prompt": PROMPTS[1], "chunks": 1000}]
     id = server.get("/streams", {"shots": shots, "seed": 9})["id"]
     path = tmp_path / f"{id}.mp4"
@@ -101,3 +101,19 @@ def test_a_port_that_is_taken(tmp_path):
         port = taken.getsockname()[1]
         done = run("serve", f"--port={port}", f"--output={tmp_path}/out", check=False)
     assert done.code == 2 and "Address already in use; give another --port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"settings": {"sample.steps": 7}}, "give --config.sample.steps=7"),
+        ({"begins_with": "clip"}, "give it as --continue_from"),
+    ],
+)
+def test_a_script_under_another_config_is_refused(change, message, tmp_path):
+    script = {"format": "longlive_jax script", "shots": [{"prompt": PROMPTS[0], "chunks": 1}]}
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps(script | change))
+    flags = [f"--prompts={path}", f"--output={tmp_path}/out.mp4"]
+    done = run("sample", *SMALL[:-1], *flags, check=False)
+    assert done.code == 2 and message in done.stderr
