@@ -18,12 +18,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    chosen = "browser" in config.option.markexpr
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.browser)
-            if not chosen:
-                item.add_marker(pytest.mark.skip(reason="needs a browser; run `make browser`"))
+    mine = [item for item in items if HERE in item.path.parents]
+    for item in mine:
+        item.add_marker(pytest.mark.browser)
+    if "browser" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=mine)
+        items[:] = [item for item in items if item not in mine]
 
 
 @dataclasses.dataclass
