@@ -31,7 +31,8 @@ def ask(url, body=None, method=None):
 def main(path, url="http://127.0.0.1:8000", chunks=4):
     id = json.loads(ask(f"{url}/streams", {"prompt": FIRST, "seed": 0}))["id"]
     stream, applied = f"{url}/streams/{id}", []
-    with connect(f"{stream.replace('http', 'ws', 1)}?token={TOKEN}", compression=None) as socket:
+    address = f"{stream.replace('http', 'ws', 1)}?token={TOKEN}"
+    with connect(address, compression=None, close_timeout=1) as socket:
         for message in socket:
             if isinstance(message, str):
                 if (news := json.loads(message))["type"] == "applied":

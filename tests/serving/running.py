@@ -83,7 +83,8 @@ class Running:
     @contextlib.contextmanager
     def watch(self, id, query="", **options):
         url = f"ws://127.0.0.1:{self.port}/streams/{id}?{query}"
-        with websockets.sync.client.connect(url, compression=None, **options) as socket:
+        options = {"compression": None, "close_timeout": 0.5} | options
+        with websockets.sync.client.connect(url, **options) as socket:
             yield Watching(socket)
 
     def state(self, id):

@@ -50,6 +50,7 @@ class Process:
         return time.monotonic() - begin, self.process.returncode
 
 
+@pytest.mark.slow
 def test_killed_and_told_to_stop(tmp_path):
     """After kill -9 streams go on from their scripts; SIGTERM leaves a video that plays."""
     server = Process(tmp_path)
