@@ -28,7 +28,7 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
-from longlive_jax.prompts import embeddings, layouts, pictures
+from longlive_jax.prompts import embeddings, layouts, pictures, scripts
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
 
@@ -84,10 +84,13 @@ def _sample(cfg, folder: Folder | None, start: float) -> None:
     if FLAGS.compile_cache:
         compile_cache.use(FLAGS.compile_cache, cfg, FLAGS.batch, FLAGS.vae_device)
     noise = batches_lib.read_noise(FLAGS.noise, cfg.model) if FLAGS.noise else None
+    seed = FLAGS.seed
     if folder:
         videos, texts = folder.videos(cfg), None
     else:
         videos, texts = _videos(pipeline, noise.chunks if noise else None)
+        if videos[0].script:
+            seed = _follow_script(cfg, videos[0].script)
     batches = batches_lib.make(cfg, videos, noise, FLAGS.batch)
     if folder:
         batches = [batch for batch in batches if not folder.is_whole(batch)]
@@ -111,7 +114,7 @@ def _sample(cfg, folder: Folder | None, start: float) -> None:
     count = sum(len(batch.videos) for batch in batches)
     frames = 0
     for number, batch in enumerate(batches):
-        chunks = pipeline.render(batch, texts, FLAGS.seed)
+        chunks = pipeline.render(batch, texts, seed)
         paths = folder.paths(batch) if folder else _numbered(FLAGS.output, batch, count)
         frames += _write(cfg, chunks, batch, count, (number, len(batches)), start, paths)
         if folder:
@@ -172,6 +175,26 @@ def _videos(pipeline, chunks):
     if FLAGS.image:
         videos = [dataclasses.replace(one, image=FLAGS.image) for one in videos]
     return videos, texts
+
+
+def _follow_script(cfg, script):
+    """The seed of a stream's script; refuses a config under which it is another video."""
+    values = scripts.settings(cfg)
+    for name, value in dict(script.get("settings", {})).items():
+        if name in values and values[name] != value:
+            raise InputError(
+                f"--prompts={FLAGS.prompts}: the stream had {name}={value!r}, the config has "
+                f"{values[name]!r}; give --config.{name}={value}"
+            )
+    flags_of = {"image": "image", "clip": "continue_from"}
+    flag = flags_of.get(script.get("begins_with"))
+    if flag and not FLAGS[flag].value:
+        raise InputError(
+            f"--prompts={FLAGS.prompts}: the stream began with an {script['begins_with']} that the "
+            f"script does not hold; give it as --{flag}"
+        )
+    seed = script.get("seed", 0)
+    return FLAGS.seed if FLAGS["seed"].present or type(seed) is not int else seed
 
 
 def _latent_files(videos, batches):

@@ -183,12 +183,13 @@ class Pipeline:
         return _checked(render.render(self.engine, texts, batch, seed))
 
     def generate(
-        self, path: str | os.PathLike | Sequence[Mapping[str, Any]], *, seed: int = 0
+        self, path: str | os.PathLike | Sequence[Mapping[str, Any]], *, seed: int | None = None
     ) -> Iterator[Chunk]:
         """The chunks of one video, from its first to its last.
 
         Args:
           path: a file of shots, or the list that such a file holds: see docs/sampling.md.
+          seed: default: that of a stream's script, else 0.
 
         Raises:
           InputError: shots that cannot be read, or several videos in place of one.
@@ -199,6 +200,8 @@ class Pipeline:
             raise InputError(f"{path}: {len(videos)} videos; give the shots of one at a time")
         batches = batches_lib.make(self.cfg, videos)
         texts = self.embed(embeddings.distinct(videos))
+        if seed is None:
+            seed = int((videos[0].script or {}).get("seed", 0))
         return self.render(self.encoded(batches)[0], texts, seed)
 
     def session(

@@ -1,4 +1,4 @@
-"""Video files out: `VideoWriter`. `video_reader` reads them; no other module uses PyAV."""
+"""Video files out: `VideoWriter`. `video_reader` reads them; `serving.video_out` streams them."""
 
 import contextlib
 import functools

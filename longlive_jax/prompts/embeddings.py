@@ -29,7 +29,8 @@ class Embeddings:
 
 def distinct(videos: Iterable[Video]) -> list[str]:
     """The prompts of videos, each once, however many chunks use it."""
-    return list(dict.fromkeys(chunk.prompt for video in videos for chunk in video.chunks))
+    chunks = [chunk for video in videos for chunk in video.chunks]
+    return list(dict.fromkeys(p for c in chunks for p in (c.prompt, c.toward) if p))
 
 
 def from_embeddings(

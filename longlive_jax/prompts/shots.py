@@ -18,7 +18,8 @@ from longlive_jax.files import names, regular
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
 DURATIONS = "shot_durations.txt"
-_KEYS = ("prompt", "chunks", "seconds", "cut", "image")
+SCRIPT = "longlive_jax script"  # the format of a stream's script: shots, seed and settings
+_KEYS = ("prompt", "chunks", "seconds", "cut", "image", "recache", "toward", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +29,34 @@ class Chunk:
     prompt: as the model reads it.
     cut: whether a new shot begins with it.
     changed: whether its prompt differs from that of the chunk before it, inside a shot.
+    recache: whether the visible past is brought under the prompt; None: as `sample.recache` says,
+      where it changed.
+    toward, weight: a blend: so much of the text is this prompt's embedding.
     """
 
     prompt: str
     cut: bool
     changed: bool = False
+    recache: bool | None = None
+    toward: str = ""
+    weight: float = 0.0
+
+    def recaches(self, by_default: bool) -> bool:
+        """Whether the visible past is run again, with `sample.recache` as the default."""
+        return by_default and self.changed if self.recache is None else self.recache
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video to make. `image`, if any, is its first frame. `name` is unique in a `read`."""
+    """A video to make. `image`, if any, is its first frame. `name` is unique in a `read`.
+
+    script: of a stream's saved script (SCRIPT), all but its shots.
+    """
 
     name: str
     chunks: tuple[Chunk, ...]
     image: pathlib.Path | None = None
+    script: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,9 @@ class _Shot:
     prompt: str
     chunks: int
     cut: bool
+    recache: bool | None = None
+    toward: str = ""
+    weight: float = 0.0
 
 
 def read(
@@ -112,7 +130,13 @@ def _read(path, chunks, chunk_frames, prefix, per_shot) -> list[Video]:
     if path.is_dir():
         return _read_folder(path, chunks, per_shot, prefix)
     if path.suffix.lower() == ".json":
-        return [_shot_list(path, _json(path), chunks, chunk_frames, prefix)]
+        content = _json(path)
+        script = None
+        if isinstance(content, dict) and content.get("format") == SCRIPT:
+            script = {key: value for key, value in content.items() if key != "shots"}
+            content = content.get("shots")
+        video = _shot_list(path, content, chunks, chunk_frames, prefix)
+        return [dataclasses.replace(video, script=script)]
     if path.suffix.lower() in (".txt", ""):
         return _read_lines(path, chunks, prefix)
     raise InputError(
@@ -202,7 +226,13 @@ def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, pref
         length = entry.get("chunks", chunks)
         if "seconds" in entry:
             length = _chunks_of(entry["seconds"], chunk_frames, first=i == 0)
-        shots.append(_Shot(entry["prompt"].strip(), length, i > 0 and entry.get("cut", True)))
+        cut, toward = i > 0 and entry.get("cut", True), entry.get("toward", "").strip()
+        shots.append(
+            _Shot(
+                entry["prompt"].strip(), length, cut, entry.get("recache"), toward,
+                float(entry.get("weight", 0)),
+            )
+        )  # fmt: skip
         if "image" in entry:
             image = _first_image(path, entry["image"], i, where)
     total = sum(shot.chunks for shot in shots)
@@ -224,9 +254,11 @@ def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
         plain = shot.prompt.removeprefix(prefix)
         first = prefix + plain if shot.cut else plain if out else shot.prompt
         changed = before is not None and not shot.cut and plain.strip() != before
-        out.append(Chunk(first, shot.cut, changed))
+        blend = (shot.toward, shot.weight) if shot.weight else ("", 0.0)
+        out.append(Chunk(first, shot.cut, changed, shot.recache, *blend))
         before = plain.strip()
-        out.extend([Chunk(plain, False)] * (shot.chunks - 1))
+        recache = None if shot.recache is None else False  # once, where it is said
+        out.extend([Chunk(plain, False, False, recache, *blend)] * (shot.chunks - 1))
     return tuple(out)
 
 
@@ -326,16 +358,24 @@ def _check_entry(entry, where: str) -> None:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}")
     if "prompt" not in entry:
         raise InputError(f'{where} has no "prompt"; write what the shot shows')
-    wanted = {"prompt": str, "chunks": int, "seconds": (int, float), "cut": bool, "image": str}
+    wanted = {"prompt": str, "chunks": int, "seconds": (int, float), "cut": bool, "image": str,
+              "recache": bool, "toward": str, "weight": (int, float)}  # fmt: skip
     names = {"prompt": "text", "chunks": "a whole number", "seconds": "a number",
-             "cut": "true or false", "image": "a path"}  # fmt: skip
+             "cut": "true or false", "image": "a path", "recache": "true or false",
+             "toward": "text", "weight": "a number"}  # fmt: skip
     for key, value in entry.items():
-        if not isinstance(value, wanted[key]) or (isinstance(value, bool) and key != "cut"):
+        if not isinstance(value, wanted[key]) or (
+            isinstance(value, bool) and wanted[key] is not bool
+        ):
             raise InputError(f'{where}: "{key}": {value!r} must be {names[key]}')
     if not entry["prompt"].strip():
         raise InputError(f'{where}: "prompt" is empty; write what the shot shows')
     if "chunks" in entry and "seconds" in entry:
         raise InputError(f'{where} has both "chunks" and "seconds"; give one of them')
+    if ("toward" in entry) != ("weight" in entry) or not 0 <= entry.get("weight", 0) <= 1:
+        raise InputError(
+            f'{where}: a blend needs "toward", a prompt, and "weight", 0 to 1: how much of it'
+        )
     if not 1 <= entry.get("chunks", 1) <= MAX_CHUNKS:
         raise InputError(f'{where}: "chunks": {entry["chunks"]} must be 1 to {MAX_CHUNKS}')
     if not 0 < entry.get("seconds", 1) <= MAX_CHUNKS:

@@ -182,9 +182,9 @@ def make(
 
 def _alike(cfg, a: Video, b: Video) -> bool:
     """Whether two videos can be in a batch, each as it would be alone."""
-    changed = ([chunk.changed for chunk in video.chunks] for video in (a, b))
+    again = ([chunk.recaches(cfg.sample.recache) for chunk in v.chunks] for v in (a, b))
     alike = len(a.chunks) == len(b.chunks) and bool(a.image) == bool(b.image)
-    return alike and (not cfg.sample.recache or next(changed) == next(changed))
+    return alike and next(again) == next(again)
 
 
 def _check_images(cfg, videos, noise):

@@ -70,6 +70,10 @@ class Decoder:
             yield now, frames
             first = False
 
+    def pieces(self, latents: jax.Array) -> int:
+        """How many pieces a call for these latents yields."""
+        return len(list(vae.pieces(latents.shape[1], self._cfg.sample.vae_latents_per_call)))
+
     def init_state(self, batch: int, height: int, width: int) -> vae.DecodeState:
         """The state before a video's first latents. `height`, `width`: of the latents."""
         cfg = self._cfg

@@ -39,6 +39,9 @@ def _chunks(engine, texts, batch, seed):
             yield session.step()
     for chunks in zip(*(video.chunks for video in batch.videos)):
         # What changes inside a shot is the same for all of a batch.
-        recache = engine.cfg.sample.recache and chunks[0].changed
-        session.direct([c.prompt for c in chunks], [c.cut for c in chunks], recache)
+        recache = chunks[0].recaches(engine.cfg.sample.recache)
+        session.direct(
+            [c.prompt for c in chunks], [c.cut for c in chunks], recache,
+            [c.toward or c.prompt for c in chunks], [c.weight for c in chunks],
+        )  # fmt: skip
         yield session.step()

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,11 +20,12 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
 from longlive_jax.sampling import finite as finite_lib
 from longlive_jax.sampling import saved, stream
+from longlive_jax.sampling.chunk import Chunk, Direction, Frames, Making
 from longlive_jax.sampling.decode import Decoder
 
 
@@ -81,53 +82,6 @@ class Start:
     past: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Direction:
-    """What a chunk is made under.
-
-    prompts: of each row, as the model reads them; they stay until there are others.
-    cut: whether each row starts a new shot with this chunk.
-    recache: whether the visible past is brought under the prompts first.
-    """
-
-    chunk: int
-    prompts: tuple[str, ...]
-    cut: tuple[bool, ...]
-    recache: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chunk:
-    """A chunk of a stream; its arrays have not been waited for.
-
-    frames: uint8 [row, frame, height, width, 3], in pieces as the VAE gives them; none without a
-      decoder.
-    latents: float32 [row, frame, h, w, channel].
-    applied: what the chunk was made under.
-    finite: bool [], whether the latents are finite, and the frames before they were rounded.
-    largest: float32 [], the largest magnitude among the latents.
-    cause: finds the likely cause of numbers that are not finite.
-    """
-
-    index: int
-    frames: tuple[jax.Array, ...]
-    latents: jax.Array
-    applied: Direction
-    finite: jax.Array
-    largest: jax.Array
-    cause: Callable[[], str]
-
-    def check(self) -> None:
-        """Waits for the chunk. Warns, once a run, of latents that can be no video.
-
-        Raises:
-          NotFiniteError: it has numbers that are not finite; its frames must not be shown.
-        """
-        if not np.asarray(self.finite):
-            raise NotFiniteError(f"chunk {self.index} is not finite, and not shown: {self.cause()}")
-        finite_lib.warn_of_latents(f"chunk {self.index}", self.largest)
-
-
 @struct.dataclass
 class Carried:
     """The arrays that a chunk leaves to the next; decoding is None before the first frames."""
@@ -146,7 +100,6 @@ class Session:
     Attributes:
       index: of the next chunk.
       script: the directions of the chunks so far, where they changed.
-      carried: the arrays of the stream, a pytree on the mesh or on the host; `step` donates it.
     """
 
     def __init__(self, engine: Engine, texts: Texts, start: Start):
@@ -159,8 +112,20 @@ class Session:
         self._placed: tuple[Any, ...] | None = None  # prompts, and their embeddings on the mesh
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
-        self.carried = Carried(state)
+        self._carried = Carried(state)
+        self._making: Making | None = None  # the last chunk, until all of it is dispatched
         self._on_host = False
+
+    @property
+    def carried(self) -> Carried:
+        """The arrays of the stream, a pytree on the mesh or on the host; `step` donates it."""
+        if self._making is not None:
+            self._making.finish()
+        return self._carried
+
+    @carried.setter
+    def carried(self, carried: Carried) -> None:
+        self._carried = carried
 
     @property
     def rows(self) -> int:
@@ -192,28 +157,46 @@ class Session:
         self._later = plain
 
     def direct(
-        self, prompts: Sequence[str], cut: Sequence[bool] | None = None, recache: bool = False
+        self,
+        prompts: Sequence[str],
+        cut: Sequence[bool] | None = None,
+        recache: bool = False,
+        toward: Sequence[str] = (),
+        weights: Sequence[float] = (),
     ) -> None:
-        """As `prompt`, of prompts as the model reads them: one a row, with prefixes or without."""
+        """As `prompt`, of prompts as the model reads them: one a row, with prefixes or without.
+
+        Args:
+          toward, weights: of `Direction`, for the next chunk alone.
+        """
         cut = (False,) * self.rows if cut is None else tuple(cut)
-        self._next = Direction(self.index, tuple(prompts), cut, recache)
+        if not any(weights):
+            toward, weights = (), ()
+        self._next = Direction(
+            self.index, tuple(prompts), cut, recache, tuple(toward), tuple(weights)
+        )
         self._later = self._next.prompts
 
     def step(self) -> Chunk:
         """Makes the next chunk: of the past that the stream goes on from, or a new one.
+
+        Its latents are dispatched; its frames when they are asked for, and the clean pass behind
+        the last of them, or when the stream goes on. (With `Start.whole` all of it at once.)
 
         Raises:
           InputError: there is no prompt yet, or no noise left.
         """
         if self._next is None:
             raise InputError("session: no prompt yet; call session.prompt(text) before step")
+        carried = self.carried  # donated; what is left of the chunk before is dispatched here
         if self._on_host:
             self.to_device()
+            carried = self._carried
         now, sampler, params = self._next, self._sampler, self.engine.params
         past = self._piece(self.start.past, self.index)
         noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
         inputs = self._inputs(now, noise)
-        state, decoding = self.carried.stream, self.carried.decoding  # donated
+        state = carried.stream
         if now.recache:
             state = sampler.recache(params, state, inputs)
         committed = self.start.whole and past is None
@@ -221,24 +204,28 @@ class Session:
             state, latents = sampler.step(params, state, inputs)
         else:
             latents = inputs.noise if past is not None else sampler.denoise(params, state, inputs)
-        frames, (finite, largest) = [], finite_lib.measure(latents)
-        if self.engine.decoder is not None:
-            flags = [finite]
-            for after, piece in self.engine.decoder(decoding, latents):
-                decoding = after
-                frames.append(piece.frames)
-                flags.append(piece.finite)
-            finite = finite_lib.all_of(flags, self.engine.decoder.mesh)
-        if not committed:
-            state = sampler.commit(params, state, latents, inputs)
-        self.carried = Carried(state, decoding)
-        if any(now.cut) or now.recache or now.prompts != self._current():
+        finite, largest = finite_lib.measure(latents)
+
+        def finish(decoding):
+            after = state if committed else sampler.commit(params, state, latents, inputs)
+            self._carried, self._making = Carried(after, decoding), None
+
+        decoder, pieces, decoding = self.engine.decoder, 0, iter(())
+        if decoder is not None:
+            pieces, decoding = decoder.pieces(latents), decoder(carried.decoding, latents)
+        making = self._making = Making(pieces, decoding, finish)
+        del carried, decoding
+        if self.start.whole:
+            making.finish()
+        if any(now.cut) or now.recache or now.text != self._current_text():
             self.script.append(now)
         self.index += 1
         self.direct(self._later)
         rows = {prompt: self._rows[prompt] for prompt in now.prompts}
         cause = functools.partial(_cause, self.engine, self.start, rows, self._negative)
-        return Chunk(now.chunk, tuple(frames), latents, now, finite, largest, cause)
+        return Chunk(
+            now.chunk, Frames(making), latents, now, finite, largest, cause, making, decoder
+        )
 
     def replay(self) -> Iterator[Chunk]:
         """The same stream once more, from its beginning to where this one stands."""
@@ -247,14 +234,18 @@ class Session:
         script = {direction.chunk: direction for direction in self.script}
         for index in range(self.index):
             if now := script.get(index):
-                again.direct(now.prompts, now.cut, now.recache)
+                again.direct(now.prompts, now.cut, now.recache, now.toward, now.weights)
+            elif index:
+                last = again.script[-1]
+                again.direct(last.prompts, None, False, last.toward, last.weights)
             yield again.step()
 
     def copy(self) -> "Session":
         """A stream that goes its own way from here."""
+        carried = self.carried  # all that is left of the last chunk is dispatched
         other = copy.copy(self)
         other.script, other._rows = list(self.script), dict(self._rows)
-        other.carried = jax.tree.map(lambda x: x.copy(), self.carried)
+        other.carried = jax.tree.map(lambda x: x.copy(), carried)
         return other
 
     def to_host(self) -> None:
@@ -288,7 +279,7 @@ class Session:
         facts = {
             "settings": _settings(self.engine.cfg),
             "start": {k: v for k, v in vars(self.start).items() if k not in _ARRAYS},
-            "script": [dataclasses.asdict(direction) for direction in self.script],
+            "script": [dataclasses.asdict(d) for d in self.script],
             "index": self.index,
             "next": self._next and dataclasses.asdict(self._next),
             "later": self._later,
@@ -310,8 +301,8 @@ class Session:
         start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
         session = cls(engine, texts, start)
         session.index = facts["index"]
-        session.script = [_direction(fields) for fields in facts["script"]]
-        session._next = facts["next"] and _direction(facts["next"])
+        session.script = [direction(fields) for fields in facts["script"]]
+        session._next = facts["next"] and direction(facts["next"])
         session._later = tuple(facts["later"])
         session._negative = arrays.get("negative")
         for i, prompt in enumerate(facts["prompts"]):
@@ -338,6 +329,9 @@ class Session:
         """The prompts that the last chunk was made under."""
         return self.script[-1].prompts if self.script else None
 
+    def _current_text(self):
+        return self.script[-1].text if self.script else None
+
     def _plain(self):
         prefix = self.engine.cfg.sample.scene_cut_prefix
         return tuple(t.removeprefix(prefix).strip() for t in self._current() or ())
@@ -353,8 +347,8 @@ class Session:
 
     def _inputs(self, now, noise):
         placed = self._placed
-        if placed is None or placed[0] != now.prompts:
-            placed = now.prompts, *self._embed(now.prompts)
+        if placed is None or placed[0] != now.text:
+            placed = now.text, *self._embed(*now.text)
         first = self.start.first_frame
         inputs = self._sampler.place(
             stream.ChunkInput(
@@ -366,15 +360,20 @@ class Session:
                 renoise=self._renoise(),
             )
         )
-        self._placed = now.prompts, inputs.text, inputs.negative
+        self._placed = now.text, inputs.text, inputs.negative
         return inputs
 
-    def _embed(self, prompts) -> tuple[Any, Any]:
+    def _embed(self, prompts, toward, weights) -> tuple[Any, Any]:
         """Embeddings of each row, and of the negative prompt, in compute dtype."""
-        if new := [p for p in dict.fromkeys(prompts) if p not in self._rows]:
+        if new := [p for p in dict.fromkeys(prompts + toward) if p not in self._rows]:
             self._rows.update(zip(new, self.texts(new)))
         dtype = self.engine.cfg.compute_dtype
-        text = np.stack([self._rows[prompt] for prompt in prompts]).astype(dtype)
+        text = np.stack([self._rows[prompt] for prompt in prompts])
+        if toward:
+            there = np.stack([self._rows[prompt] for prompt in toward]).astype(np.float32)
+            share = np.asarray(weights, np.float32)[:, None, None]
+            text = (1 - share) * text.astype(np.float32) + share * there
+        text = text.astype(dtype)
         if not self.engine.cfg.sample.guided:
             return text, None
         if self._negative is None:
@@ -448,9 +447,11 @@ def _cause(engine: Engine, start: Start, rows, negative) -> str:
     )  # fmt: skip
 
 
-def _direction(fields):
+def direction(fields: Mapping[str, Any]) -> Direction:
+    """A direction of its fields, as JSON has them."""
+    rest = (tuple(fields.get(name, ())) for name in ("toward", "weights"))
     return Direction(
-        fields["chunk"], tuple(fields["prompts"]), tuple(fields["cut"]), fields["recache"]
+        fields["chunk"], tuple(fields["prompts"]), tuple(fields["cut"]), fields["recache"], *rest
     )
 
 

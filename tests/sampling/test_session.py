@@ -128,6 +128,61 @@ def test_a_replay_by_the_solver_that_renoises(tmp_path):
         Session.restore(unipc, None, tmp_path / "s")
 
 
+class Spy:
+    """A sampler that notes which of its programs is dispatched."""
+
+    def __init__(self, sampler, calls):
+        self._sampler, self._calls = sampler, calls
+
+    def __getattr__(self, name):
+        self._calls.append(name)
+        return getattr(self._sampler, name)
+
+
+def test_frames_leave_before_the_clean_pass():
+    session, _ = made()
+    session, calls = session.copy(), []
+    expected = session.copy().step()
+    session._sampler = Spy(session._sampler, calls)
+    chunk = session.step()
+    assert "denoise" in calls and "commit" not in calls
+    first, *rest = (np.asarray(piece) for piece in chunk.frames[:1])
+    assert not rest and "commit" not in calls
+    for piece in chunk.frames:
+        calls.append(piece.shape[1])
+    assert calls[-3:] == [4, 28, "commit"]
+    np.testing.assert_array_equal(chunk.frames[0], first)
+    equal([expected], [chunk])
+    calls.clear()
+    session.step()  # nobody asks for its frames
+    session.copy()
+    assert calls.count("commit") == 1
+
+
+def test_a_blend_of_two_prompts(tmp_path):
+    cfg = test_stream.make_config()
+    session = begin(cfg, decodes=False)
+    session.prompt("a boat")
+    session.step()
+    for weight in (0.5, 0.5, 1.0):
+        session.direct(["a boat"], toward=["a cat"], weights=[weight])
+        last = session.step()
+    session.prompt("a cat")
+    session.step()
+    other = begin(cfg, decodes=False)
+    other.prompt("a boat")
+    other.step()
+    other.direct(["a boat"], toward=["a cat"], weights=[0.5])
+    assert [d.weights for d in session.script] == [(), (0.5,), (1.0,), ()]
+    session.save(tmp_path / "s")
+    again = list(Session.restore(engine_of(cfg, False), None, tmp_path / "s").replay())
+    equal([last], [again[3]])
+    half, plain = other.copy().step(), other
+    plain.direct(["a boat"])
+    assert np.abs(np.asarray(half.latents) - plain.step().latents).max() > 1e-4
+    np.testing.assert_array_equal(half.latents, again[1].latents)
+
+
 def test_a_stream_by_whole_chunks_is_the_same():
     cfg = test_stream.make_config(recache=True, vae_latents_per_call=8)
     equal(made()[1], direct(begin(cfg, whole=True)))

@@ -1,0 +1,71 @@
+"""The script of a stream as a file that `shots.read` reads: the same video, once more."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from longlive_jax import config as config_lib
+from longlive_jax.prompts import shots
+
+# What a script's latents depend on beside the checkpoint, by the names of the flags.
+_SETTINGS = (
+    "sample.steps", "sample.solver", "sample.guidance_scale", "sample.negative_prompt",
+    "video.height", "video.width", "video.shift", "quant.recipe", "quant.kv", "dtype",
+)  # fmt: skip
+
+
+def settings(cfg: config_lib.Config) -> dict[str, Any]:
+    """The settings that are compared when a script is played again."""
+    values = {}
+    for name in _SETTINGS:
+        value: Any = cfg
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    return values
+
+
+def make(
+    cfg: config_lib.Config,
+    directions: Sequence[Any],
+    chunks: int,
+    *,
+    seed: int,
+    begins_with: str | None = None,
+) -> dict[str, Any]:
+    """A JSON object of one stream (row 0).
+
+    Args:
+      directions: `Session.script`.
+      chunks: how many the stream has made.
+      begins_with: "image" or "clip", which the script does not hold.
+    """
+    return {
+        "format": shots.SCRIPT,
+        "version": 1,
+        "seed": seed,
+        "begins_with": begins_with,
+        "settings": settings(cfg),
+        "shots": _shots(cfg.sample.scene_cut_prefix, directions, chunks),
+    }
+
+
+def _shots(prefix: str, directions, chunks: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    ends = [d.chunk for d in directions[1:]] + [chunks]
+    for direction, end in zip(directions, ends):
+        length = end - direction.chunk
+        cut, blend = bool(direction.cut[0]), dict[str, Any]()
+        prompt = direction.prompts[0]
+        if entries:
+            prompt = prompt.removeprefix(prefix)
+        if direction.weights:
+            blend = {"toward": direction.toward[0], "weight": direction.weights[0]}
+        plain = entries and entries[-1]["cut"] and "toward" not in entries[-1]
+        if plain and entries[-1]["prompt"] == prompt and not (cut or direction.recache or blend):
+            entries[-1]["chunks"] += length  # the second chunk of a shot: without the prefix
+            continue
+        entry = {"prompt": prompt, "chunks": length, "cut": cut} | blend
+        if entries and not cut:
+            entry["recache"] = direction.recache
+        entries.append(entry)
+    return entries

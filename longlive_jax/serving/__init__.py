@@ -1,0 +1,1 @@
+"""Streams over HTTP and WebSockets, directed while they are made."""

@@ -1,0 +1,101 @@
+"""Decodes an uploaded picture or clip, in a process of its own with limits.
+
+    python -m longlive_jax.serving.decoding SOURCE TARGET HEIGHT WIDTH FIT CHUNK LIMITS
+
+The bytes are a stranger's, and decoders have had holes. The server reads only what this process
+leaves: an .npy of uint8 [frame, HEIGHT, WIDTH, 3].
+"""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+
+
+def main(source, target, height, width, fit, chunk, limits) -> str:
+    """Writes TARGET; returns "image" or "clip"."""
+    numbers = json.loads(limits)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    seconds = int(numbers["decode_s"]) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (numbers["decode_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (numbers["decode_bytes"],) * 2)
+    size = int(height), int(width)
+    kind = sniff(pathlib.Path(source).read_bytes()[:64])
+    if not kind:
+        raise ValueError("neither an image nor a clip")
+    read = _image if kind == "image" else _clip
+    frames = read(source, *size, fit, int(chunk), numbers)
+    import numpy as np
+
+    np.save(target, np.ascontiguousarray(frames, np.uint8), allow_pickle=False)
+    return kind
+
+
+def sniff(head: bytes) -> str:
+    """ "image" or "clip" by the first bytes of a file, "" for what is not taken."""
+    if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "image"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "image"
+    if head[4:8] == b"ftyp":
+        return "image" if head[8:12] == b"avif" else "clip"
+    return "clip" if head[:4] == b"\x1aE\xdf\xa3" else ""  # Matroska, WebM
+
+
+def _image(source, height, width, fit, chunk, limits):
+    del chunk
+    import warnings
+
+    from PIL import Image
+
+    from longlive_jax.data.images import read_image
+    from longlive_jax.errors import InputError
+
+    with warnings.catch_warnings(), Image.open(source) as image:
+        warnings.simplefilter("ignore")
+        if image.width * image.height > limits["pixels"]:
+            raise InputError(
+                f"an image of {image.height}x{image.width} pixels; the limit is "
+                f"{limits['pixels']} pixels: scale it down"
+            )
+    return read_image(source, height, width, fit)[None]
+
+
+def _clip(source, height, width, fit, chunk, limits):
+    """The last frames of the clip that are whole chunks."""
+    del fit
+    import numpy as np
+
+    from longlive_jax.data.video_reader import VideoFile
+    from longlive_jax.errors import InputError
+
+    with VideoFile(source, height, width) as file:
+        if file.info.height * file.info.width > limits["pixels"]:
+            raise InputError(f"the clip's frames have over {limits['pixels']} pixels: scale it")
+        indices = file.info.indices(fps=24)[-limits["clip_frames"] :]
+        count = (len(indices) + 3) // chunk * chunk - 3
+        if count < 1:
+            raise InputError(
+                f"a clip of {len(indices)} frames at 24 a second; it needs {chunk - 3} or more"
+            )
+        return np.stack(list(file.pick(indices[-count:])))
+
+
+def command(source, target, size, fit, chunk, limits) -> list[str]:
+    """The words that start this process."""
+    numbers = {f: getattr(limits, f) for f in ("decode_s", "decode_bytes", "pixels", "clip_frames")}
+    return [sys.executable, "-m", "longlive_jax.serving.decoding", os.fspath(source),
+            os.fspath(target), *map(str, size), fit, str(chunk), json.dumps(numbers)]  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        print(main(*sys.argv[1:]))
+    except Exception as problem:
+        # A message of ours says what is wrong; it starts with the file's name on this server.
+        text = str(problem).removeprefix(sys.argv[1]).lstrip(": ")
+        ours = type(problem).__name__ == "InputError"
+        print(text if ours else "it cannot be decoded", file=sys.stderr)
+        sys.exit(2)

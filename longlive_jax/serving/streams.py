@@ -1,0 +1,328 @@
+"""A stream of the server: what it is to show, and how far it is."""
+
+import dataclasses
+import json
+import pathlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longlive_jax.errors import InputError
+from longlive_jax.files.atomic import atomic_path
+from longlive_jax.prompts import scripts, shots
+from longlive_jax.sampling import session as session_lib
+from longlive_jax.sampling.session import Direction, Session
+from longlive_jax.serving.limits import Limits, Refused
+from longlive_jax.serving.messages import prompt, whole
+from longlive_jax.serving.models import Model
+from longlive_jax.serving.video_out import Encoder
+from longlive_jax.serving.viewers import Viewer
+
+WAITING, ACTIVE, ENDED = "queued", "active", "ended"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a stream was asked to be; with its script all that its latents depend on.
+
+    shots: as in a file of shots. scripted: it is made without a viewer, as long as they are.
+    given: "image" or "clip" that it begins with, or "".
+    """
+
+    model: str
+    shots: tuple[Mapping[str, Any], ...]
+    seed: int
+    steps: int
+    scripted: bool
+    given: str = ""
+
+
+@dataclasses.dataclass
+class Order:
+    """A prompt on its way to a chunk. at: the chunk, 0 for the next. since: when it came."""
+
+    text: str
+    mode: str
+    chunks: int
+    at: int
+    event: int
+    since: float
+
+
+class Stream:
+    """One stream; its fields are the scheduler's, changed under its lock.
+
+    made: pictures that were handed to the encoder. replayed: chunks that a killed server had made.
+    """
+
+    def __init__(self, model: Model, request: Request, folder: pathlib.Path, number: int,
+                 id: str | None = None):  # fmt: skip
+        self.id, self.number = id or secrets.token_urlsafe(9), number
+        self.model, self.request, self.folder = model, request, folder
+        self.state, self.reason = WAITING, ""
+        self.session: Session | None = None
+        self.encoder: Encoder | None = None
+        self.viewers: list[Viewer] = []
+        self.orders: list[Order] = []
+        self.paused = self.parked = False
+        self.event = self.made = self.turn = 0
+        self.born = self.active_since = self.lively = time.monotonic()
+        self.replayed, self._past = 0, tuple[Direction, ...]()
+        self.last_end, self.rested = 0.0, True  # of the newest chunk; whether it paused since
+        self.first_at = 0.0  # when the first picture was encoded
+        self.action: tuple[int, float] | None = None  # chunk, and since when its order waits
+        self.action_s = 0.0
+        self.encoded: list[float] = []  # when the newest pictures were
+        entries = [dict(shot) for shot in request.shots]
+        video = model.pipeline.videos(entries)[0]
+        self._plan, self._starts, start = video.chunks, set(), 0
+        for shot in request.shots:
+            self._starts.add(start)
+            start += shot.get("chunks", 1)
+        self._free = False  # a live prompt goes on until the plan's next entry
+        self._blend: tuple[str, str, int, int] | None = None
+
+    # Files.
+
+    @property
+    def video(self) -> pathlib.Path:
+        return self.folder / f"{self.id}.mp4"
+
+    @property
+    def given(self) -> pathlib.Path:
+        return self.folder / f"{self.id}.npy"
+
+    @property
+    def index(self) -> int:
+        if self.session is not None:
+            return self.session.index
+        return self.replayed if self.state == ENDED else 0
+
+    def script(self) -> dict[str, Any]:
+        """What `launch.sample` makes the same latents from."""
+        return scripts.make(
+            self.model.configured(self.request.steps), self._directions, self.index,
+            seed=self.request.seed, begins_with=self.request.given or None,
+        )  # fmt: skip
+
+    @property
+    def _directions(self):
+        made = self.session.script if self.session is not None else ()
+        return self._past if self.index < self.replayed or not made else made
+
+    def close(self, reason: str) -> None:
+        """Keeps the script, and lets go of the arrays."""
+        if self.session is not None and self.index >= self.replayed:
+            self._past, self.replayed = tuple(self.session.script), self.index
+        self.state, self.reason, self.session = ENDED, reason, None
+
+    def save(self) -> None:
+        """Writes what another server needs to go on with the stream."""
+        content = {
+            "format": "longlive_jax stream", "version": 1, "id": self.id, "number": self.number,
+            "request": dataclasses.asdict(self.request), "index": max(self.index, self.replayed),
+            "script": [dataclasses.asdict(d) for d in self._directions],
+            "ended": self.reason,
+        }  # fmt: skip
+        with atomic_path(self.folder / f"{self.id}.json") as path:
+            path.write_text(json.dumps(content))
+
+    @classmethod
+    def load(cls, path: pathlib.Path, models: Mapping[str, Model]) -> "Stream":
+        """A stream that a server left; it replays its script and goes on.
+
+        Raises:
+          ValueError, KeyError, TypeError: a file of another kind.
+        """
+        content = json.loads(path.read_text())
+        request = Request(**content["request"])
+        stream = cls(models[request.model], request, path.parent, content["number"], content["id"])
+        stream._past = tuple(session_lib.direction(fields) for fields in content["script"])
+        stream.replayed = content["index"]
+        if content["ended"]:
+            stream.state, stream.reason = ENDED, content["ended"]
+        return stream
+
+    # Directing: from the device's thread.
+
+    def take(self) -> list[Order]:
+        """The orders that are due with the next chunk."""
+        if (index := self.index) < self.replayed:
+            return []
+        due = [order for order in self.orders if order.at <= index]
+        self.orders = [order for order in self.orders if order.at > index]
+        return due
+
+    def direct(
+        self, session: Session, due: list[Order]
+    ) -> tuple[list[Order], list[tuple[Order, str]]]:
+        """Gives the session what the next chunk is made under.
+
+        Returns:
+          The orders that act with this chunk, and those that are refused with why.
+        """
+        index = session.index
+        if index < self.replayed:
+            self._follow(session, index)
+            return [], []
+        if index == self.replayed and index:
+            self._go_on(session)
+        if index in self._starts:
+            self._free, self._blend = False, None
+        if not self._free and index < len(self._plan):
+            c = self._plan[index]
+            recache = c.recaches(self.model.cfg.sample.recache)
+            session.direct([c.prompt], [c.cut], recache, [c.toward or c.prompt], [c.weight])
+        elif not self._free and self._plan and index == len(self._plan):
+            session.direct([self._plain(self._plan[-1].prompt)])
+        refused = []
+        for order in list(due):
+            try:  # also whether the text encoder can read it: it stays embedded
+                session.texts([order.text])
+            except InputError as error:
+                due.remove(order)
+                refused.append((order, str(error)))
+        if due:
+            self._obey(session, due[-1])
+        if self._blend is not None:
+            here, there, done, steps = self._blend
+            done += 1
+            self._blend = (here, there, done, steps)
+            if done < steps:
+                session.direct([here], None, False, [there], [done / steps])
+            else:
+                session.prompt(there, recache=False)
+                self._blend = None
+        return due, refused
+
+    def _obey(self, session, order):
+        self._blend = None
+        current = session.script[-1].prompts[0] if session.script else ""
+        if order.mode == "blend" and current and order.chunks > 1:
+            self._blend = (self._plain(current), order.text, 0, order.chunks)
+        else:
+            recache = {"recache": True, "blend": False}.get(order.mode)
+            session.prompt(order.text, cut=order.mode == "cut", recache=recache)
+        self._free = True
+
+    def _follow(self, session, index):
+        """As `Session.replay`, from what the file says."""
+        for direction in self._past:
+            if direction.chunk == index:
+                d = direction
+                session.direct(d.prompts, d.cut, d.recache, d.toward, d.weights)
+                return
+        last = session.script[-1]
+        session.direct(last.prompts, None, False, last.toward, last.weights)
+
+    def _go_on(self, session):
+        """After the replay: plain prompts; a blend that was under way has arrived."""
+        last = session.script[-1]
+        session.direct([self._plain(p) for p in last.toward or last.prompts])
+        before = [start for start in self._starts if start <= self.replayed - 1]
+        here = [self._plain(c.prompt) for c in self._plan[max(before, default=0) : self.replayed]]
+        self._free = not here or here[-1] != self._plain(last.prompts[0])
+
+    def _plain(self, prompt: str) -> str:
+        return prompt.removeprefix(self.model.cfg.sample.scene_cut_prefix).strip()
+
+    # Whether it may run.
+
+    def runnable(self, limits: Limits) -> bool:
+        if self.state != ACTIVE or self.paused:
+            return False
+        if self.encoder is not None and self.encoder.backlog > 16:
+            return False
+        if self.index < self.replayed:
+            return True
+        if not self.viewers:
+            return self.request.scripted and self.index < len(self._plan)
+        unseen = self.made - max(viewer.seen for viewer in self.viewers)
+        return unseen <= (limits.unseen_chunks - 1) * self.model.pictures
+
+    @property
+    def done(self) -> bool:
+        """A script without a viewer is at its end."""
+        at_end = self.request.scripted and self.index >= max(len(self._plan), self.replayed)
+        return at_end and not self.viewers and not self.orders
+
+    def describe(self, position: int) -> dict[str, Any]:
+        return {
+            "id": self.id, "number": self.number, "state": self.state, "position": position,
+            "reason": self.reason, "model": self.model.name, "chunk": self.index,
+            "frame": self.made, "viewers": len(self.viewers), "paused": self.paused,
+            "seed": self.request.seed, "steps": self.request.steps,
+        }  # fmt: skip
+
+    def stats(self, chunk_s: float, memory_gb: float) -> dict[str, Any]:
+        now = time.monotonic()
+        self.encoded = [t for t in self.encoded if now - t < 10][-1000:]
+        span = now - self.encoded[0] if len(self.encoded) > 1 else 0
+        return {
+            "type": "stats", "chunk_s": round(chunk_s, 4),
+            "playing_s": round(self.model.playing_s, 4),
+            "denoised_fps": round(self.model.pictures / max(chunk_s, 1e-9), 2),
+            "delivered_fps": round(len(self.encoded) / span, 2) if span else 0.0,
+            "action_to_picture_s": round(self.action_s, 4), "memory_gb": round(memory_gb, 3),
+            "viewers": len(self.viewers),
+        }  # fmt: skip
+
+
+def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: str) -> Request:
+    """The request in the body of POST /streams.
+
+    given: "image" or "clip" of the upload that it names, or "".
+
+    Raises:
+      Refused: anything wrong with it.
+    """
+    known = ("model", "prompt", "seed", "steps", "guidance", "shots", "image", "script")
+    if not isinstance(body, dict) or not set(body) <= set(known):
+        raise Refused(400, f"a stream is a JSON object with some of: {', '.join(known)}")
+    name = body.get("model") or next(iter(models))
+    if not isinstance(name, str) or name not in models:
+        raise Refused(400, f"no such model; there are {', '.join(models)}")
+    model = models[name]
+    script = body.get("script")
+    if script is not None and (
+        not isinstance(script, dict) or script.get("format") != shots.SCRIPT
+    ):
+        raise Refused(400, f"script must be an object of format {shots.SCRIPT!r}")
+    script = script or {}
+    if script.get("begins_with") and not given:
+        raise Refused(400, f"the script begins with an {script['begins_with']}: upload it first")
+    steps = body.get("steps") or dict(script.get("settings") or {}).get("sample.steps")
+    if (steps := steps or model.choices[0]) not in model.choices:
+        raise Refused(400, f"steps must be one of {', '.join(map(str, model.choices))}")
+    guidance = body.get("guidance")
+    if guidance is not None and guidance != model.cfg.sample.guidance_scale:
+        raise Refused(400, f"guidance is {model.cfg.sample.guidance_scale:g} on this server")
+    seed = whole("seed", body.get("seed", script.get("seed", 0)), 0, 2**31 - 1)
+    entries = body.get("shots", script.get("shots"))
+    listed = _entries(entries, limits) if entries is not None else []
+    if not listed:
+        listed = [{"prompt": prompt(body.get("prompt"), limits), "chunks": 1}]
+    try:  # what `launch.sample` would say of it
+        model.pipeline.videos([dict(shot) for shot in listed])
+    except InputError as error:
+        raise Refused(400, str(error)) from error
+    return Request(model.name, tuple(listed), seed, int(steps), entries is not None, given)
+
+
+def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
+    if not isinstance(entries, list) or not 1 <= len(entries) <= limits.shots:
+        raise Refused(400, f"shots must be a list of 1 to {limits.shots} shots")
+    listed = []
+    for entry in entries:
+        known = {"prompt", "chunks", "cut", "recache", "toward", "weight"}
+        if not isinstance(entry, dict) or not set(entry) <= known:
+            raise Refused(400, f"a shot is an object with some of: {', '.join(sorted(known))}")
+        shot: dict[str, Any] = dict(entry, prompt=prompt(entry.get("prompt"), limits))
+        if "toward" in shot:
+            shot["toward"] = prompt(shot["toward"], limits)
+        shot["chunks"] = whole("chunks", shot.get("chunks", 1), 1, limits.chunks)
+        listed.append(shot)
+    if (total := sum(shot["chunks"] for shot in listed)) > limits.chunks:
+        raise Refused(400, f"{total} chunks; the limit is {limits.chunks}")
+    return listed
