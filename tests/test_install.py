@@ -21,6 +21,8 @@ def test_the_installed_package_opens_its_front_door_anywhere(tmp_path):
         str(source),
     ]
     subprocess.run(pip, check=True, timeout=300)
+    served = tmp_path / "longlive_jax/serving"
+    assert (served / "openapi.json").is_file() and (served / "page/index.html").is_file()
     code = (
         "import longlive_jax, sys; "
         f"assert longlive_jax.__file__.startswith({str(tmp_path)!r}), longlive_jax.__file__; "

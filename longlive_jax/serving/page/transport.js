@@ -9,7 +9,7 @@ export function notice(text) {
 }
 
 const LINKS = {
-  connecting: "Connecting", open: "Live", waiting: "Connecting again", closed: "Not started", ended: "Ended", gone: "Gone",
+  connecting: "Connecting", open: "Live", waiting: "Connecting again", closed: "Ready", ended: "Ended", gone: "Gone",
 };
 export function link(name) {
   $("#link").dataset.link = name;

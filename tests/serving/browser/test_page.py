@@ -210,6 +210,8 @@ def test_nothing_hangs_out_of_the_page(visit, width, mode):
     page = visit(viewport={"width": width, "height": 800})
     page.locator(f"input[name=mode][value={mode}]").check(force=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    mark, theme = (page.locator(s).bounding_box() for s in (".mark", "#theme"))
+    assert abs(theme["y"] - mark["y"]) < 30 or width < 390, "the head is one line"
 
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
