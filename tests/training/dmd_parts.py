@@ -52,7 +52,7 @@ class Parts:
         return self.goal.scores(_moment(params, frozen), inputs)
 
     def _differentiated(self, network, params, frozen, inputs):
-        return self._step._gradient(network, _moment(params, frozen), inputs)
+        return self._step.gradient(network, _moment(params, frozen), inputs)
 
 
 def _moment(params, frozen, scripts=None):
