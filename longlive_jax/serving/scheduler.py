@@ -250,8 +250,8 @@ class Scheduler:
         """The stream whose turn it is; ends and parks those whose time is over."""
         now, limits = time.monotonic(), self.limits
         for stream in list(self.streams.values()):
-            if stream.state == WAITING and stream.viewers:
-                stream.lively = now
+            if (stream.state == WAITING and stream.viewers) or stream.runnable(limits):
+                stream.lively = now  # it waits for the device, not for a viewer
             if stream.state != ENDED and (reason := self._over(stream, now)):
                 self.end(stream, reason)
         ready = [s for s in self.streams.values() if s.runnable(limits)]

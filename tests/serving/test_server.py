@@ -324,3 +324,20 @@ def test_no_path_of_a_client_is_opened(server):
     for path in ("/static/../limits.py", "/static/%2e%2e/limits.py", "/streams/..%2f..%2fx/video.mp4",
                  "/streams/%2fetc%2fpasswd/script.json"):  # fmt: skip
         assert server.ask(path)[0] == 404
+
+
+def test_a_stream_that_waits_for_its_turn_is_not_idle(server):
+    """Only one that could not run for so long is."""
+    id = server.begin()
+    stream, scheduler = server.scheduler.streams[id], server.scheduler
+    with server.watch(id) as viewer:
+        viewer.chunk(0)
+        until(lambda: not stream.runnable(scheduler.limits))  # unseen pictures: it rests
+        with scheduler._wake:
+            stream.lively = 0.0
+            assert scheduler._over(stream, 1e9).startswith("limit")  # of time, in all
+            assert scheduler._over(stream, stream.born + 61) == "idle"
+            viewer_seen, stream.viewers[0].seen = stream.viewers[0].seen, stream.made
+            scheduler._choose()
+            assert stream.lively > 0 and scheduler._over(stream, stream.lively + 1) == ""
+            stream.viewers[0].seen = viewer_seen
