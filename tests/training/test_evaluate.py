@@ -14,7 +14,8 @@ from longlive_jax.data.worlds import shapes
 from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
-from longlive_jax.sampling.session import Chunk
+from longlive_jax.sampling.chunk import Chunk, Frames, Making
+from longlive_jax.sampling.decode import Pictures
 from longlive_jax.training import evaluate
 from tests.training import tiny_run
 
@@ -58,6 +59,15 @@ def test_the_average_is_quantised(monkeypatch, tmp_path):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def chunk_of(index, frames, good):
+    """A chunk of these frames, in one piece."""
+    finite = jax.numpy.bool_(good)
+    making = Making(1, iter([(None, Pictures(frames, finite))]), lambda state: None)
+    return Chunk(
+        index, Frames(making), frames, None, finite, jax.numpy.float32(1), str, making, None
+    )
+
+
 def test_a_diverged_average_ends_the_run_and_the_good_part_stays(monkeypatch, tmp_path):
     """The second chunk is not finite: the first one's frames are there, and no contact sheet."""
     (tmp_path / "prompts.txt").write_text("a boat\n")
@@ -72,9 +82,7 @@ def test_a_diverged_average_ends_the_run_and_the_good_part_stays(monkeypatch, tm
     def render(*args):
         for index, good in enumerate((True, False)):
             frames = jax.numpy.zeros((1, 5, *prompts.batch.pixels, 3), "uint8")
-            yield Chunk(
-                index, (frames,), frames, None, jax.numpy.bool_(good), jax.numpy.float32(1), str
-            )
+            yield chunk_of(index, frames, good)
 
     monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)
     monkeypatch.setattr(evaluate.render, "render", render)
@@ -103,9 +111,7 @@ def test_videos_are_graded_and_others_prompts_refused(monkeypatch, tmp_path):
     def rendered(*args):
         for index, (one, count) in enumerate(zip(shots, (29, 32))):
             frames = jax.numpy.asarray(shapes.render(one, 0, count))[None]
-            yield Chunk(
-                index, (frames,), frames, None, jax.numpy.bool_(True), jax.numpy.float32(1), str
-            )
+            yield chunk_of(index, frames, True)
 
     monkeypatch.setattr(evaluate.decode, "Decoder", lambda *args: None)
     monkeypatch.setattr(evaluate.render, "render", rendered)
