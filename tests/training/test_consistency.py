@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
@@ -76,6 +77,7 @@ def test_the_student_learns_and_only_its_adapters_change():
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 def test_levels_fall_to_clean_and_the_lowest_step_aims_at_the_teachers_clean_latents():
     goal, frozen, state, batches = begin()
     assert goal.sigmas[0] > 0.99 and goal.sigmas[-1] == 0
