@@ -208,14 +208,7 @@ class _Run:
 
     def student(self, draws: rollout.Draws) -> dict[str, np.ndarray]:
         goal = self.goal
-
-        def one(params, frozen, scripts, draws):
-            moment = self._moment(params, frozen, scripts)
-            inputs = goal.inputs(STUDENT, moment, draws)
-            gradient, (loss, _), _ = Step(goal).gradient(STUDENT, moment, inputs)
-            return inputs, goal.scores(moment, inputs), loss, gradient
-
-        inputs, scores, loss, gradient = jax.jit(one)(*self._arguments, draws)
+        inputs, scores, loss, gradient = self._run(STUDENT, goal.scores, draws)
         clip = inputs.clip
         # Of a given frame only the loss is not aware.
         given = np.asarray(clip.timestep) > 0
@@ -238,15 +231,8 @@ class _Run:
         }
 
     def critic(self, draws: rollout.Draws) -> dict[str, np.ndarray]:
-        goal = self.goal
-
-        def one(params, frozen, scripts, draws):
-            moment = self._moment(params, frozen, scripts)
-            inputs = goal.inputs(CRITIC, moment, draws)
-            gradient, (loss, _), _ = Step(goal).gradient(CRITIC, moment, inputs)
-            return inputs, goal.critic_flow(moment, inputs), loss, gradient
-
-        inputs, (x_t, timestep, flow), loss, gradient = jax.jit(one)(*self._arguments, draws)
+        inputs, found, loss, gradient = self._run(CRITIC, self.goal.critic_flow, draws)
+        x_t, timestep, flow = found
         return {
             "critic_x": _frames(inputs.clip.x0),
             "critic_t": _frames(timestep),
@@ -256,15 +242,19 @@ class _Run:
             **self._gradients("critic_grad", FLAGS.critic_gradients, gradient),
         }
 
-    @property
-    def _arguments(self):
-        return self.params, self.frozen, self.scripts
+    def _run(self, network, look, draws):
+        """The inputs of a network's loss, what `look(moment, inputs)` says, loss and gradient."""
 
-    def _moment(self, params, frozen, scripts):
-        return Moment(
-            step=jnp.int32(0), key=jax.random.key(0), params=params, frozen=frozen, carried=None,
-            over_step=None, batch=scripts,
-        )  # fmt: skip
+        def one(params, frozen, scripts, draws):
+            moment = Moment(
+                step=jnp.int32(0), key=jax.random.key(0), params=params, frozen=frozen,
+                carried=None, over_step=None, batch=scripts,
+            )  # fmt: skip
+            inputs = self.goal.inputs(network, moment, draws)
+            gradient, (loss, _), _ = Step(self.goal).gradient(network, moment, inputs)
+            return inputs, look(moment, inputs), loss, gradient
+
+        return jax.jit(one)(self.params, self.frozen, self.scripts, draws)
 
     def _gradients(self, prefix, keys, gradient):
         """Those of the wanted weights, by the original's keys and in its layouts."""

@@ -57,22 +57,14 @@ class Draws(struct.PyTreeNode):
     renoise: jax.Array | None = None
 
 
-class Clip(struct.PyTreeNode):
-    """A rollout, as one teacher-forcing forward takes it; latents as in `exits.Exit`.
+class Clip(exits.Exit):
+    """A rollout, as one teacher-forcing forward takes it: the exits of all chunks.
 
     x, x0, final: float32 [batch, chunk, frame, h, w, channel].
     timestep: float32 [batch, chunk, frame], of x. sigma: float32 [batch, chunk], of x0.
     position: int32 [batch, chunk], of each chunk's first frame.
     visible: int32 [batch, chunk, slot].
     """
-
-    x: jax.Array
-    x0: jax.Array
-    final: jax.Array
-    timestep: jax.Array
-    sigma: jax.Array
-    position: jax.Array
-    visible: jax.Array
 
 
 def draw(cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, rows: jax.Array) -> Draws:
