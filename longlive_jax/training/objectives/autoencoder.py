@@ -30,6 +30,7 @@ from longlive_jax.training.optimizer import adamw
 
 ROWS = ("data", "fsdp")  # mesh axes that clips are spread over
 NETWORK = "autoencoder"
+ALIGNMENT = 128  # numbers: 256 bytes in bfloat16
 _WHOLE = jax.P()
 # Settings that a run may be continued with other values of.
 _FREE = ("train_vae.memory_gib", "train_vae.save_every", "train_vae.log_every")
@@ -82,8 +83,7 @@ class Autoencoder(Objective):
         train = cfg.train_vae
         self.cfg, self.mesh = cfg, mesh
         self.seed, self.batch_size = train.seed, train.batch_size
-        count = params_lib.count(vae.spec(cfg.vae))
-        specs = {"vector": params_lib.ParamSpec((count,), (None,))}
+        specs = {"vector": params_lib.ParamSpec((_length(cfg.vae),), (None,))}
         self.networks = {NETWORK: Network(specs, optimizer(train), self._ema_decay)}
         self._arrays = {"frames": videos.frames, "windows": videos.windows(train.frames, 1)}
         whole = jax.NamedSharding(mesh, _WHOLE)
@@ -173,6 +173,7 @@ def settings(cfg: config_lib.Config, videos: Videos) -> dict[str, Any]:
     sections = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("vae", "train_vae")}
     values = {f"{s}.{k}": value for s, section in sections.items() for k, value in section.items()}
     values |= {"videos.files": len(videos.paths), "videos.shape": videos.frames.shape}
+    values |= {"vector": _length(cfg.vae)}  # runs of before ALIGNMENT have another
     return {name: v for name, v in values.items() if name not in _FREE} | {"dtype": cfg.dtype}
 
 
@@ -180,8 +181,12 @@ def settings(cfg: config_lib.Config, videos: Videos) -> dict[str, Any]:
 
 
 def flat(params: params_lib.Tree) -> jax.Array:
-    """A tree of `vae.spec` as one vector, in the order of the paths: JAX reorders dicts."""
-    return jnp.concatenate([x.reshape(-1) for _, x in _ordered(params)])
+    """A tree of `vae.spec` as one vector, in the order of the paths: JAX reorders dicts.
+
+    Each array begins at a multiple of ALIGNMENT, after zeros: matrix products read their weights
+    where they lie in the vector, and cuBLAS refuses addresses that are no multiple of 16 bytes.
+    """
+    return jnp.concatenate([jnp.pad(x.reshape(-1), (0, _gap(x.size))) for _, x in _ordered(params)])
 
 
 def tree(vector: jax.Array, cfg: config_lib.VAE) -> params_lib.Tree:
@@ -190,8 +195,17 @@ def tree(vector: jax.Array, cfg: config_lib.VAE) -> params_lib.Tree:
     for path, s in _ordered(vae.spec(cfg)):
         size = math.prod(s.shape)
         leaves[path] = vector[start : start + size].reshape(s.shape)
-        start += size
+        start += size + _gap(size)
     return params_lib.unflatten(leaves)
+
+
+def _length(cfg: config_lib.VAE) -> int:
+    sizes = [math.prod(s.shape) for _, s in _ordered(vae.spec(cfg))]
+    return sum(size + _gap(size) for size in sizes)
+
+
+def _gap(size: int) -> int:
+    return -size % ALIGNMENT
 
 
 def _ordered(tree: params_lib.Tree) -> list[tuple[params_lib.Path, Any]]:
