@@ -24,7 +24,7 @@ from configs import train_vae_tiny_world
 def get_config():
     config = train_vae_tiny_world.get_config()
     config.model.update(
-        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, in_dim=32, out_dim=32, text_dim=128,
+        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, in_dim=16, out_dim=16, text_dim=128,
         text_len=64, freq_dim=128,
     )  # fmt: skip
     config.umt5.update(
@@ -34,9 +34,9 @@ def get_config():
     config.sample.update(steps=20, rope_offset=0.0, vae_latents_per_call=8)
     config.data.update(path="tiny_latents", cached=True, workers=8, eval_path="tiny_world/eval")
     config.train.update(
-        steps=12000, batch_size=32, latent_frames=32, text_encoder=True, learning_rate=1e-3,
+        steps=8000, batch_size=64, latent_frames=32, text_encoder=True, learning_rate=1e-3,
         warmup_steps=200, beta1=0.9, beta2=0.98, weight_decay=0.01, max_grad_norm=1.0,
-        ema_decay=0.999, ema_start=500, remat="qkv", save_every=2000, eval_steps=20,
+        ema_decay=0.998, ema_start=500, remat="qkv", save_every=2000, eval_steps=20,
         eval_chunks=8,
     )  # fmt: skip
     config.train.error_recycling.update(enabled=True, slots=8)

@@ -1,4 +1,4 @@
-"""A VAE of the Wan2.2 architecture, 1/180 of its size, trained on the tiny world from scratch.
+"""A VAE of the Wan2.2 architecture, 1/190 of its size, trained on the tiny world from scratch.
 
     python -m launch.make_tiny_world --output=tiny_world --clips=256 --seed=0
     python -m launch.train_vae --config=configs/train_vae_tiny_world.py --workdir=DIR
@@ -8,7 +8,7 @@ DIR/checkpoint then is a checkpoint that `launch.encode` and `launch.decode` rea
 
 from longlive_jax import config as lib
 
-Z_DIM = 32
+Z_DIM = 16
 
 
 def get_config():
@@ -23,6 +23,6 @@ def get_config():
             ),
             video=lib.Video(height=128, width=192),
             data=lib.Data(path="tiny_world"),
-            train_vae=lib.TrainVAE(steps=9000, kl_weight=3e-4),
+            train_vae=lib.TrainVAE(steps=5300),
         )
     )
