@@ -33,7 +33,7 @@ TESTS = pathlib.Path(__file__).parent
 # would be all that runs.
 LONGEST = (
     "multiprocess", "training", "launch", "sampling", "kernels", "examples", "checkpoints", "models",
-    "quant", "ops", "formats",
+    "quant", "ops", "formats", "serving", "fuzz", "grading",
 )  # fmt: skip
 
 

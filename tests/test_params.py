@@ -16,6 +16,7 @@ CFG = config_lib.from_config_dict(tiny.get_config())
 SPECS = dit.spec(CFG.model)
 
 
+@pytest.mark.slow
 def test_initial_values_do_not_depend_on_the_mesh():
     values = params.init(SPECS, jax.random.key(0))
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=2, fsdp=2, seq=2))

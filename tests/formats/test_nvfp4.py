@@ -395,6 +395,7 @@ def test_stacks_scan_index_donate_and_map():
     assert stack.values.is_deleted()
 
 
+@pytest.mark.slow
 def test_sharded_like_the_array_it_stands_for():
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "fsdp", "seq"), axis_types=(jax.sharding.AxisType.Explicit,) * 3

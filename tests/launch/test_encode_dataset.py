@@ -189,6 +189,7 @@ def test_files_that_went_while_it_was_stopped(encode, tmp_path):
     assert "latents-00000.arrayrecord: is gone" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mesh_encodes_the_same(encoded, encode, tmp_path):
     flags = "--config.mesh.data=3", "--config.mesh.seq=2", "--config.train.batch_size=3"
     # Between two attempts, the mesh may change.

@@ -64,7 +64,8 @@ def test_it_has_all_parts(quantized, checkpoint):
     assert infos[1]["dit"]["bytes"] < infos[0]["dit"]["bytes"] / 2
 
 
-@pytest.mark.parametrize("recipe", ["fp8", pytest.param(RECIPE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp8", RECIPE])
 def test_it_samples_what_quantising_at_load_does(recipe, checkpoint, tmp_path):
     made = f"--checkpoint={checkpoint}", f"--recipe={recipe}", f"--output={tmp_path}/ckpt"
     run("convert", "--config=configs/tiny.py", *made)

@@ -91,6 +91,7 @@ def test_samples_from_the_run(online, tmp_path):
     assert done.code == 2 and "num_heads is 4 by the config, 8 in the run" in done.stderr
 
 
+@pytest.mark.slow
 def test_samples_from_a_run_made_before(checkpoint, tmp_path):
     """Its state is of the first version; see tests/training/test_loop.py."""
     root = shutil.copytree(tiny_run.RUN_BEFORE, tmp_path / "run")

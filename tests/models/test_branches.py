@@ -150,6 +150,7 @@ def test_a_zero_branch_changes_no_bit_in_training(plain, extended):
     assert np.abs(other - expected).max() > 1e-3  # and it is there
 
 
+@pytest.mark.slow
 def test_a_zero_branch_changes_no_bit_in_streaming(plain, extended):
     branches = with_branch(SPEED)
     expected = stream(plain, MODEL, empty_past(MODEL))

@@ -69,9 +69,10 @@ def test_killed_ten_times_and_not_a_bit_differs(data, tmp_path, undisturbed):
     kill_and_resume(data, tmp_path, undisturbed, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    [signal.SIGTERM, signal.SIGINT],
     ids=["TERM", "INT"],
 )
 def test_two_processes_are_told_to_stop_and_one_goes_on(data, tmp_path, undisturbed, number):

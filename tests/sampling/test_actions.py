@@ -121,7 +121,8 @@ def teacher_forcing(cfg, params, clean, noisy, timesteps):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["module", pytest.param("token", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["module", "token"])
 def test_a_fresh_path_changes_no_bit(kind):
     """In training, whose layers are a scan, and in a stream."""
     clean, noisy = (draw(s, 2, CHUNKS, FRAMES, *SIZE, 4) for s in (1, 2))

@@ -54,7 +54,8 @@ def test_the_error_is_that_of_the_format(recipe, limit):
     assert 0 < error(run(make_config(recipe)), run(make_config("bf16"))) < limit
 
 
-@pytest.mark.parametrize("recipe", ["fp8", pytest.param("nvfp4_w4a4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4_w4a4"])
 def test_the_mesh_changes_nothing(recipe):
     """But for last bits of sums, which now and then round to another code."""
     mesh = config_lib.Mesh(fsdp=2, seq=2)

@@ -167,7 +167,11 @@ def one_step(due, mesh=None, change=lambda text: text):
 BOTH = pytest.param((STUDENT, CRITIC), marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=[(STUDENT,), BOTH], ids=["student", "both"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((STUDENT,), marks=pytest.mark.slow), BOTH],
+    ids=["student", "both"],
+)
 def first(request):
     return request.param, one_step(request.param)
 

@@ -94,7 +94,8 @@ def encoders(tmp_path_factory):
     return feed.Encoders(random_params(vae.spec(cfg.vae)), texts, read)
 
 
-@pytest.mark.parametrize("encode", ["width", pytest.param("halo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encode", ["width", "halo"])
 def test_pictures_are_encoded_as_whole_videos_are(encode, encoders, tmp_path):
     # Long enough that the second half does not depend on the beginning.
     cfg = tiny_run.config(

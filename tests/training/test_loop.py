@@ -95,6 +95,7 @@ def test_goes_on_with_the_same_bits(whole, half, data, tmp_path):
     assert tiny_run.equal(saved(root), saved(whole))
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(whole, half, data, tmp_path):
     root = shutil.copytree(half, tmp_path / "run")
     train(root, data, mesh=(1, 1, 2))
@@ -134,6 +135,7 @@ def test_other_settings_are_refused_by_name(whole, data, tmp_path):
         train(whole, other)
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_run_made_before_there_were_several_networks(data, tmp_path):
     """tests/training/run_before: three steps, whose state has its only network's arrays at the top;
     the losses are those that the program of then went on with.

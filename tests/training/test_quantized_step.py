@@ -29,6 +29,7 @@ def test_the_loss_falls_as_unquantised(recipe):
     assert quantised[-5:].mean() < 0.8 * quantised[:5].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8_train", SLOW_NVFP4])
 def test_the_mesh_changes_nothing(recipe):
     """Scales are agreed on, and rounding is by keys that no device has a part in."""

@@ -122,7 +122,8 @@ def test_micro_batches_are_one_batch(twenty_steps):
     np.testing.assert_allclose(figures, twenty_steps[:3], rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("block", marks=pytest.mark.slow), "output"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["block", "output"])
 def test_what_is_kept_for_the_gradient_changes_nothing(remat, twenty_steps):
     _, figures = tiny.run(tiny.config(remat=remat), 2)
     np.testing.assert_allclose(figures, twenty_steps[:2], rtol=1e-5)
@@ -173,6 +174,7 @@ def test_the_text_encoder_learns_when_asked():
     assert all(change > 0 for path, change in flat.items()), flat
 
 
+@pytest.mark.slow
 def test_noise_on_the_context_and_no_clean_copy_are_other_losses(twenty_steps):
     _, noisy = tiny.run(tiny.config(context_levels=300), 1)
     _, causal = tiny.run(tiny.config(teacher_forcing=False), 1)
