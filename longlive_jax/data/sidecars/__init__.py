@@ -7,5 +7,9 @@ canonical  our own files, NAME.actions.npz and NAME.actions.jsonl beside NAME.mp
 
 from longlive_jax.data.sidecars.actions import MAX_DEGREES, VIEWS, Actions
 from longlive_jax.data.sidecars.canonical import beside, path_for, read, write
+from longlive_jax.data.sidecars.vectors import check_model, model_keys, vectors
 
-__all__ = ["MAX_DEGREES", "VIEWS", "Actions", "beside", "path_for", "read", "write"]
+__all__ = [
+    "MAX_DEGREES", "VIEWS", "Actions", "beside", "check_model", "model_keys", "path_for", "read",
+    "vectors", "write",
+]  # fmt: skip
