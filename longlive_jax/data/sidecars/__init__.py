@@ -7,9 +7,11 @@ canonical  our own files, NAME.actions.npz and NAME.actions.jsonl beside NAME.mp
 
 from longlive_jax.data.sidecars.actions import MAX_DEGREES, VIEWS, Actions
 from longlive_jax.data.sidecars.canonical import beside, path_for, read, write
-from longlive_jax.data.sidecars.vectors import check_model, model_keys, vectors
+from longlive_jax.data.sidecars.resample import to_rate
+from longlive_jax.data.sidecars.strings import parse
+from longlive_jax.data.sidecars.vectors import aligned, check_model, model_keys, vectors
 
 __all__ = [
-    "MAX_DEGREES", "VIEWS", "Actions", "beside", "check_model", "model_keys", "path_for", "read",
-    "vectors", "write",
+    "MAX_DEGREES", "VIEWS", "Actions", "aligned", "beside", "check_model", "model_keys", "parse",
+    "path_for", "read", "to_rate", "vectors", "write",
 ]  # fmt: skip

@@ -1,9 +1,11 @@
 """Actions as a model reads them: one vector a picture for each of its paths.
 
 A model's array of actions has its own alignment, `actions.pad`: its entry p + 11 - pad drives
-picture p, of a video whose first latent is one picture. Of a sidecar row p - 1 does with pad 12,
-row p otherwise. `vectors` moves the rows, so that any sidecar drives its own pictures.
+picture p, of a video whose first latent is one picture. In a sidecar row p - 1 does so with pad 12,
+row p with 11 or 8. `vectors` moves the rows, so that any sidecar drives its own pictures.
 """
+
+import dataclasses
 
 import numpy as np
 
@@ -66,29 +68,50 @@ def check_model(actions: Actions, cfg: config_lib.Actions) -> None:
         )
 
 
-def vectors(actions: Actions, cfg: config_lib.Actions) -> dict[str, np.ndarray]:
-    """By path, float32 [action, dim] in the order of a model's array of actions.
+def aligned(actions: Actions, cfg: config_lib.Actions) -> Actions:
+    """The same, in the model's keys and alignment: its record, when they are applied to it.
 
-    That is what `models.actions.windows` and `of_chunk` take, with a batch axis before. What is
-    before the first row, or after the last, is a copy of it.
+    What is before the first row, or after the last, is a copy of it.
 
     Raises:
       InputError: as `check_model`.
     """
     check_model(actions, cfg)
-    index = rows(len(actions), actions.pad, cfg)
-    keyboard = np.zeros((len(actions), cfg.keyboard_dim), np.float32)
-    for column, name in enumerate(model_keys(cfg)):
+    names = model_keys(cfg)
+    index = np.arange(len(actions)) + lag(cfg.pad) - lag(actions.pad)
+    index = np.clip(index, 0, len(actions) - 1)
+    keyboard = np.zeros((len(actions), len(names)), np.float32)
+    for column, name in enumerate(names):
         if name in actions.keys:
-            keyboard[:, column] = actions.keyboard[:, actions.keys.index(name)]
-    made = {KEYBOARD: keyboard[index]}
+            keyboard[:, column] = actions.keyboard[index, actions.keys.index(name)]
+    return dataclasses.replace(
+        actions, keyboard=keyboard, mouse=actions.mouse[index], keys=names, pad=cfg.pad
+    )
+
+
+def vectors(actions: Actions, cfg: config_lib.Actions) -> dict[str, np.ndarray]:
+    """By path, float32 [action, dim] in the order of a model's array of actions.
+
+    That is what `models.actions.windows` and `of_chunk` take, with a batch axis before. With
+    `actions.pad` 8 it has three entries more than pictures, in front: a video that begins with one
+    picture has one latent more than its pictures by fours.
+
+    Raises:
+      InputError: as `check_model`.
+    """
+    made = aligned(actions, cfg)
+    more = max(0, 11 - cfg.pad)
+    return {name: x[np.r_[(0,) * more, : len(x)]] for name, x in of_rows(made, cfg).items()}
+
+
+def of_rows(actions: Actions, cfg: config_lib.Actions) -> dict[str, np.ndarray]:
+    """By path, float32 [picture, dim], of rows that `aligned` made."""
+    made = {KEYBOARD: actions.keyboard}
     if cfg.mouse_dim:
-        made[MOUSE] = (actions.mouse / np.float32(cfg.mouse_degrees))[index]
+        made[MOUSE] = actions.mouse / np.float32(cfg.mouse_degrees)
     return made
 
 
-def rows(pictures: int, pad: int, cfg: config_lib.Actions) -> np.ndarray:
-    """int [action]: the row of a sidecar of `pad` for each entry of a model's array."""
-    last = pictures - 1 + max(0, 11 - cfg.pad)  # what drives the last picture, and the unused one
-    picture = np.arange(last + 1) - (11 - cfg.pad)  # that an entry drives
-    return np.clip(picture - int(pad == PADS[0]), 0, pictures - 1)
+def lag(pad: int) -> int:
+    """By how many pictures a row comes before the picture that it drives."""
+    return int(pad == PADS[0])
