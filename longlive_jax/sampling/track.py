@@ -17,7 +17,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from longlive_jax.data import sidecars
 from longlive_jax.data.sidecars import actions as sidecar
-from longlive_jax.data.sidecars import vectors as vectors_lib
+from longlive_jax.data.sidecars import for_model
 from longlive_jax.errors import InputError
 from longlive_jax.sampling import controls as controls_lib
 from longlive_jax.sampling.controls import Accepted, Applied, Command, Controls
@@ -99,7 +99,7 @@ class Track:
         Returns:
           By path, float32 [row, 4 * frame, dim], as `ChunkInput.actions`; the receipts of commands.
         """
-        size, lag = TEMPORAL_COMPRESSION * self.frames, vectors_lib.lag(self.cfg.pad)
+        size, lag = TEMPORAL_COMPRESSION * self.frames, for_model.lag(self.cfg.pad)
         # A video's first chunk has three pictures less, and with a lag its first is not driven.
         first = size * chunk - (TEMPORAL_COMPRESSION - 1) - lag
         stop = max(1, first + size)
@@ -123,9 +123,9 @@ class Track:
                     applied.setdefault(event, Applied(event, chunk, begin + at + lag))
         index = np.maximum(first + np.arange(size), 0)
         rows = np.stack([np.stack([made[i] for i in index]) for made in self._made])
-        given = {vectors_lib.KEYBOARD: rows[..., :-2]}
+        given = {for_model.KEYBOARD: rows[..., :-2]}
         if self.cfg.mouse_dim:
-            given[vectors_lib.MOUSE] = rows[..., -2:] / np.float32(self.cfg.mouse_degrees)
+            given[for_model.MOUSE] = rows[..., -2:] / np.float32(self.cfg.mouse_degrees)
         return given, tuple(applied[event] for event in sorted(applied))
 
     def record(self, chunks: int, row: int = 0) -> sidecars.Actions:

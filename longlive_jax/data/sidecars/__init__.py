@@ -8,7 +8,7 @@ Beside NAME.mp4 that is NAME.actions.npz or NAME.actions.jsonl:
   strings    actions in a line of text, "w*48, yaw+3*24, still*10"
   resample   the same actions at another rate
   join       one video's after another's
-  vectors    what a model reads of them
+  for_model  what a model reads of them
 """
 
 from longlive_jax.data.sidecars.actions import MAX_DEGREES, VIEWS, Actions
@@ -21,10 +21,10 @@ from longlive_jax.data.sidecars.canonical import (
     rows,
     write,
 )
+from longlive_jax.data.sidecars.for_model import aligned, check_model, model_keys, vectors
 from longlive_jax.data.sidecars.join import join
 from longlive_jax.data.sidecars.resample import to_rate
 from longlive_jax.data.sidecars.strings import parse
-from longlive_jax.data.sidecars.vectors import aligned, check_model, model_keys, vectors
 
 __all__ = [
     "MAX_DEGREES", "VIEWS", "Actions", "aligned", "beside", "check_model", "is_file", "join",

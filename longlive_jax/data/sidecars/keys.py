@@ -51,9 +51,9 @@ def check(names: Iterable[str], where: str) -> tuple[str, ...]:
     names = tuple(names)
     for i, name in enumerate(names):
         if name not in _ALL:
-            near = difflib.get_close_matches(str(name), CODES, 1) or ["KeyW"]
+            near = named(str(name)) or (*difflib.get_close_matches(str(name), CODES, 1), "KeyW")[0]
             raise InputError(
-                f"{where}: unknown key {name!r:.60}; keys are W3C codes such as {near[0]!r}, and "
+                f"{where}: unknown key {name!r:.60}; keys are W3C codes such as {near!r}, and "
                 "Mouse0 to Mouse4"
             )
         if name in names[:i]:

@@ -100,8 +100,8 @@ def vectors(actions: Actions, cfg: config_lib.Actions) -> dict[str, np.ndarray]:
       InputError: as `check_model`.
     """
     made = aligned(actions, cfg)
-    more = max(0, 11 - cfg.pad)
-    return {name: x[np.r_[(0,) * more, : len(x)]] for name, x in of_rows(made, cfg).items()}
+    index = np.maximum(np.arange(-max(0, 11 - cfg.pad), len(made)), 0)
+    return {name: x[index] for name, x in of_rows(made, cfg).items()}
 
 
 def of_rows(actions: Actions, cfg: config_lib.Actions) -> dict[str, np.ndarray]:
