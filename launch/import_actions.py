@@ -4,9 +4,10 @@
     python -m launch.import_actions --format=canonical --input=DIR --output=DIR24 --fps=24
 
 Formats: gamefactory, vpt, mind, abot, fastvideo, and canonical, our own at another rate. Each
-recording is held against its video: as many pictures, and their rate. docs/actions.md has the table.
+recording is held against its video: as many pictures, and their rate. See docs/actions.md.
 """
 
+import collections
 import pathlib
 
 from absl import flags, logging
@@ -22,8 +23,12 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("format", None, list(FORMATS), "What the recordings are of.")
 flags.DEFINE_string("input", None, "A recording, or a folder of them.")
 flags.DEFINE_string("output", None, "A folder for the sidecars; default: beside the videos.")
-flags.DEFINE_float("fps", None, "Resample to so many pictures a second; needs --output.")
-flags.DEFINE_float("source_fps", None, "Of recordings without a video, where they do not say.")
+flags.DEFINE_float(
+    "fps", None, "Resample to so many pictures a second; needs --output.", 0.1, 1000.0
+)
+flags.DEFINE_float(
+    "source_fps", None, "Of recordings without a video, where they do not say.", 0.1, 1000.0
+)
 flags.DEFINE_string("keys", None, "Of arrays: the key of each column, KeyW,KeyS,KeyA,KeyD.")
 flags.DEFINE_enum("view", None, sidecars.VIEWS, "Default: as the format has it.")
 flags.DEFINE_bool("skip_bad", False, "Leave out recordings that do not fit, with a warning.")
@@ -38,11 +43,9 @@ def main() -> None:
     source = pathlib.Path(FLAGS.input)
     recordings = FORMATS[FLAGS.format].find(source)
     paths = [_path(recording, source) for recording in recordings]
-    twice = (
-        {path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else ()
-    )
-    if twice:
-        raise InputError(f"{min(twice)}: the sidecar of two recordings; give one of them at a time")
+    path, count = collections.Counter(paths).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: the sidecar of {count} recordings; give one of them at a time")
     read = [path for one in recordings for path in (one.actions, one.video)]
     command.check_apart(map(str, paths), read)
     made = pictures = clipped = 0
@@ -58,10 +61,9 @@ def main() -> None:
         made, pictures, clipped = made + 1, pictures + len(actions), clipped + actions.clipped
     if not made:
         raise InputError(f"--input={source}: none of {len(recordings)} recordings can be taken")
-    left = len(recordings) - made
     print(
-        f"{made} sidecar{'s' if made > 1 else ''}, {pictures} pictures, the mouse cut in {clipped}"
-        f"{f', {left} left out' if left else ''}: {as_text(paths[0])}{' and on' if made > 1 else ''}"
+        f"{made} of {len(recordings)} recordings, {pictures} pictures, the mouse cut in {clipped} "
+        f"of them: {as_text(FLAGS.output or source)}"
     )
 
 

@@ -241,7 +241,7 @@ def test_pickles_are_refused_and_nothing_runs(tmp_path, capsys):
     np.save(path, np.asarray({"keyboard": Evil()}, object), allow_pickle=True)
     with pytest.raises(InputError, match=r"evil.npy: holds pickled objects.*np\.savez\('NEW.npz'"):
         read("fastvideo", path, fps=25.0)
-    with pytest.raises(InputError, match="not a .npy file of an array"):
+    with pytest.raises(InputError, match=r"not a .npy file of an array"):
         read("fastvideo", write(tmp_path / "p.npy", pickle.dumps(Evil())), fps=25.0)
     assert "it ran" not in capsys.readouterr().out
 
@@ -268,13 +268,13 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=f"{name}: .*{message}"):
             load_npy(write(tmp_path / name, data))
-    with pytest.raises(InputError, match="none.npy: no such file"):
+    with pytest.raises(InputError, match=r"none.npy: no such file"):
         load_npy(tmp_path / "none.npy")
 
 
 def test_folders_without_recordings_are_named(tmp_path):
     for name, module in FORMATS.items():
-        with pytest.raises(InputError, match="no recording of this format in it.*--format"):
+        with pytest.raises(InputError, match=r"no recording of this format in it.*--format"):
             module.find(tmp_path)
         with pytest.raises(InputError, match=f"none-{name}: no such file or folder"):
             module.find(tmp_path / f"none-{name}")

@@ -1,8 +1,8 @@
 """FastVideo's arrays for Matrix-Game 2: `keyboard` [N, K] and perhaps `mouse` [N, 2].
 
-They are an .npz, or one .npy of the keyboard alone. FastVideo's own .npy files are mostly pickles of
-a dict, which could run code: these are refused with the line that makes an .npz of them. Its parquet
-files are not read. The mouse is pitch (up) and yaw (right), 1.0 being 15 degrees.
+They are an .npz, or one .npy of the keyboard alone. FastVideo's own .npy files are mostly pickles
+of a dict, which could run code: these are refused, with the line that makes an .npz of them. Its
+parquet files are not read. The mouse is pitch (up) and yaw (right), 1.0 being 15 degrees.
 """
 
 import pathlib
