@@ -12,7 +12,7 @@ from longlive_jax.errors import InputError
 
 VIEWS = ("first", "third")
 MAX_DEGREES = 20.0  # of the mouse a picture, either way; more is cut
-POSE = 7  # position x, y, z and a quaternion
+POSE = 7  # x, y, z and a quaternion w, x, y, z, in the axes of their source
 MAX_RATE = 1000.0  # pictures a second, as of videos
 
 
@@ -26,7 +26,7 @@ class Actions:
     fps: pictures a second.
     keys: names of the keyboard's columns, W3C codes (`sidecars.keys`).
     view: of whom the video is: "first" person or "third".
-    pose: float32 [picture, 7], position and quaternion, or None.
+    pose: float32 [picture, 7], x, y, z and a quaternion w, x, y, z, or None.
     pad: 12: row f drives picture f + 1; 11 and 8: picture f.
     source: where they are from, in words.
     where: what messages begin with, such as the name of a file; not kept in files.
