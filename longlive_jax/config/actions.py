@@ -7,6 +7,7 @@ from longlive_jax.config.section import (
     Count,
     Index,
     OneOf,
+    Positive,
     Probability,
     Range,
     Section,
@@ -15,6 +16,8 @@ from longlive_jax.config.section import (
 
 ROTATED = 8  # components of a head that turn with time, in pairs; the others stay
 PADS = (12, 11, 8)
+# The keys of Matrix-Game 2's presets "gta" and "universal", by keyboard_dim.
+_PRESETS = {2: ("KeyW", "KeyS"), 4: ("KeyW", "KeyS", "KeyA", "KeyD")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Actions(Section):
     kind: Annotated[str, OneOf(("none", "module", "token"))] = "none"
     keyboard_dim: Count = 4
     mouse_dim: Index = 2  # 0: there is no mouse
+    # W3C codes of the keyboard's entries, "KeyW,KeyS,KeyA,KeyD"; empty: Matrix-Game 2's of 2 or 4.
+    keyboard_keys: str = ""
+    mouse_degrees: Positive = 15.0  # of a picture, that the mouse's vector has as 1
     heads: Count = 16
     head_dim: Count = 64
     keyboard_embed: Count = 128  # what the module embeds a picture's keys in
@@ -50,6 +56,13 @@ class Actions(Section):
         return self.kind != "none" and self.guidance != 1.0
 
     @property
+    def key_names(self) -> tuple[str, ...]:
+        """The name of each of the keyboard's entries; empty if nothing says them."""
+        if self.keyboard_keys:
+            return tuple(name.strip() for name in self.keyboard_keys.split(","))
+        return _PRESETS.get(self.keyboard_dim, ())
+
+    @property
     def width(self) -> int:
         """Width of the module within: that of all heads."""
         return self.heads * self.head_dim
@@ -60,6 +73,13 @@ class Actions(Section):
             refuse(
                 f"actions.head_dim={self.head_dim}",
                 f"must be even and at least {ROTATED}, the components that rotary positions turn",
+            )
+
+        if self.keyboard_keys and len(self.key_names) != self.keyboard_dim:
+            refuse(
+                f"actions.keyboard_keys={self.keyboard_keys!r}",
+                f"names {len(self.key_names)} keys, actions.keyboard_dim is {self.keyboard_dim}; "
+                "name one key for each of the keyboard's entries",
             )
 
     def past(self, chunk_frames: int, all_frames: int) -> int:

@@ -5,7 +5,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +84,36 @@ def load_npz(
     return arrays
 
 
+def load_npy(path: str | os.PathLike) -> np.ndarray:
+    """The array of an .npy file, which holds one.
+
+    Raises:
+      InputError: the file is missing, damaged or not .npy; it holds pickled objects, which could
+        run code.
+    """
+    path = pathlib.Path(path)
+    try:
+        regular.check(path)
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                raise InputError(f"{path}: not a .npy file of an array ({_found(path)})")
+            file.seek(0)
+            _check_header(file, path.stat().st_size)
+        return np.load(path, allow_pickle=False)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except Exception as error:  # NumPy parses an array's head as Python, which raises anything
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{path}: holds pickled objects, which are refused: they could run code. Where you "
+                f"trust it, a dict of arrays becomes an .npz by np.savez('NEW.npz', "
+                f"**np.load({path.name!r}, allow_pickle=True).item())"
+            ) from error
+        raise InputError(f"{path}: cannot be read: {str(error)[:200]}") from error
+
+
 def _check_size(path: pathlib.Path, archive: zipfile.ZipFile, names: list[str]) -> None:
     """Refuses a small file that unpacks to a large one, and large ones that are compressed."""
     members = [_member(archive, name) for name in names]
@@ -134,12 +164,17 @@ def _check_member(archive: zipfile.ZipFile, name: str) -> None:
         if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
             return  # another kind of file
         file.seek(0)
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0
-        if version > (1, 0):
-            header = np.lib.format.read_array_header_2_0
-        shape, _, dtype = header(file)
-        declared, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        _check_header(file, info.file_size)
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """Refuses an array of a file of `size` bytes that declares more or less of them."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0
+    if version > (1, 0):
+        header = np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    declared, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if not dtype.hasobject and declared != there:
         raise ValueError(f"it declares {declared} bytes, {shape} {dtype}, and has {there}")
 

@@ -20,10 +20,11 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.fuzz import checkpoint, media, texts, weights
+from tests.fuzz import checkpoint, media, sidecars, texts, weights
 from tests.fuzz.runner import BAD, OK, REFUSED, Runner
 
-KINDS = {k.name: k for k in (*weights.KINDS, *checkpoint.KINDS, *media.KINDS, *texts.KINDS)}
+_FILES = weights, checkpoint, media, sidecars, texts
+KINDS = {k.name: k for file in _FILES for k in file.KINDS}
 _CLASSES = (OK, REFUSED, *BAD)
 
 
