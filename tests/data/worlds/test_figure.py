@@ -87,7 +87,12 @@ def test_what_was_held_gives_the_same_frames_again_to_the_bit():
         frames, poses = world.replay(shot.figure, take.actions, 32, 64)
         np.testing.assert_array_equal(frames, take.frames)
         np.testing.assert_array_equal(poses, take.actions.pose)
-        assert take.actions.view == "third" and take.actions.keys == ("KeyW", "KeyS", "KeyA", "KeyD")
+        assert take.actions.view == "third" and take.actions.keys == (
+            "KeyW",
+            "KeyS",
+            "KeyA",
+            "KeyD",
+        )
 
 
 def test_an_action_drives_the_next_frame():

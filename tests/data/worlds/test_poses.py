@@ -53,4 +53,6 @@ def test_moves_are_those_of_who_walks(track, ahead, right):
 
 
 def test_angles_are_wrapped():
-    np.testing.assert_array_equal(wrap(np.asarray([-180, 180, 190, -190, 720])), [-180, -180, -170, 170, 0])
+    np.testing.assert_array_equal(
+        wrap(np.asarray([-180, 180, 190, -190, 720])), [-180, -180, -170, 170, 0]
+    )

@@ -28,7 +28,7 @@ UNIT = 360 / 2**16  # degrees; the game turns by whole ones
 SPEED = 8.3  # units of the map a picture: the fastest walk, ahead
 VIEWS = ("first", "third")
 _SETTLE = 20  # tics before a player can move, and after which he stands
-_WIDE = 90.0  # degrees of the game's field of view, by which it is asked for
+_HIGH = 0.75  # half the height of what is seen a unit ahead, as by default
 # Nothing that is walked over changes the world: one picks nothing up, is not hurt, goes nowhere.
 _PLAYER = (
     ("DECORATE", "actor Walker : DoomPlayer { -PICKUP +INVULNERABLE +NOTELEPORT }"),
@@ -101,6 +101,11 @@ class Size:
                 raise InputError(f"{name}={value} must be a multiple of 32, such as 160 or 256")
         if not 1 <= self.supersample <= 4:
             raise InputError(f"supersample={self.supersample} must be 1 to 4")
+
+    @property
+    def focal(self) -> float:
+        """The focal length in pixels, at any size two thirds of the height."""
+        return self.height / (2 * _HIGH)
 
     def drawn(self, known: list[tuple[int, int]]) -> tuple[int, int]:
         """(width, height) of the smallest of the game's sizes that holds a picture.
@@ -223,23 +228,17 @@ class Game:
         game.set_doom_map(place.map)
         game.new_episode()
         self._act(STILL, _SETTLE)
-        commands = [f"warp {start.x} {-start.y}"]
-        if self._third != (start.view == "third"):
-            commands.append("chase")
-            self._third = not self._third
-        share = self.size.width * self.size.supersample / self._drawn[0]
-        if share < 1:  # the sides are cut off, so the game has to show more
-            wide = 2 * math.degrees(math.atan(math.tan(math.radians(_WIDE / 2)) / share))
-            commands.append(f"fov {wide:.3f}")
-        for command in commands:
-            game.send_game_command(command)
-        self._act(STILL)
-        _, pose = self._seen()
-        if math.hypot(pose.x - start.x, pose.y - start.y) > 1:
+        self._warp(start)
+        if not self._can_move(start):
             raise BlockedError(
                 f"x={start.x}, y={start.y}: nobody can stand there in {place.name}; give another "
                 "start"
             )
+        if self._third != (start.view == "third"):
+            game.send_game_command("chase")
+            self._third = not self._third
+        game.send_game_command(f"fov {self._fov():.4f}")
+        pose = self._warp(start)
         self._act(snap(STILL._replace(yaw=wrap(start.yaw - pose.yaw))))
         self._act(STILL, _SETTLE)
         return self._seen()
@@ -255,6 +254,30 @@ class Game:
 
     def close(self) -> None:
         self._end()
+
+    def _warp(self, start: Start) -> Pose:
+        self._game.send_game_command(f"warp {start.x} {-start.y}")
+        self._act(STILL)
+        return self._seen()[1]
+
+    def _can_move(self, start: Start) -> bool:
+        """Whether one can walk from where one is; in a wall or a tree one cannot, either way."""
+        for key in (0, 1):
+            self._act(Held(tuple(key == i for i in range(4))), 6)
+            pose = self._seen()[1]
+            if math.hypot(pose.x - start.x, pose.y - start.y) > 1:
+                break
+        else:
+            return False
+        self._act(STILL, _SETTLE)
+        return True
+
+    def _fov(self) -> float:
+        """Degrees to ask the game for, to see as much of the world's height at any size."""
+        width, height = self._drawn
+        shown = _HIGH * width / (self.size.height * self.size.supersample)  # half, with the margins
+        # The game's degrees are of a screen of 4 to 3, and it adds what is to its sides.
+        return 2 * math.degrees(math.atan(shown / (width / height / (4 / 3))))
 
     def __enter__(self) -> "Game":
         return self

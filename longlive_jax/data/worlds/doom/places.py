@@ -32,7 +32,8 @@ class Place:
 
     map: of freedoom2.wad, or of `scenario`, a file of ViZDoom's.
     words: what a caption says of it, after "First person view, ".
-    starts: where a walk begins, within `spread`.
+    starts: where a walk begins, within `spread` each way. Walls are 16 away at least, and who can
+      stand behind one is 32 away: too far for `spread`.
     rooms: that captions name.
     ways: straight ways between points, each with those that it leads to.
     share: how often it is filmed, against 1 of another place.
@@ -43,7 +44,7 @@ class Place:
     map: str
     words: str
     starts: tuple[Point, ...]
-    spread: int = 24
+    spread: int = 20
     scenario: str = ""
     rooms: tuple[Room, ...] = ()
     ways: Mapping[Point, Sequence[Point]] = dataclasses.field(default_factory=dict)
@@ -137,7 +138,6 @@ PLACES = {
             starts=(
                 (-1264, -776), (-4368, -848), (-520, -584), (-1472, -3024), (-2160, -872),
                 (-3784, 136), (-1840, -720), (-2896, 368), (912, -1456), (-1312, -368),
-                (-1536, -976),
             ),
         ),
         Place(
