@@ -34,7 +34,7 @@ class Actions(Section):
     keyboard_dim: Count = 4
     mouse_dim: Index = 2  # 0: there is no mouse
     # W3C codes of the keyboard's entries, "KeyW,KeyS,KeyA,KeyD"; empty: Matrix-Game 2's of 2 or 4.
-    keys: str = ""
+    keyboard_keys: str = ""
     mouse_degrees: Positive = 15.0  # of a picture, that the mouse's vector has as 1
     heads: Count = 16
     head_dim: Count = 64
@@ -58,8 +58,8 @@ class Actions(Section):
     @property
     def key_names(self) -> tuple[str, ...]:
         """The name of each of the keyboard's entries; empty if nothing says them."""
-        if self.keys:
-            return tuple(name.strip() for name in self.keys.split(","))
+        if self.keyboard_keys:
+            return tuple(name.strip() for name in self.keyboard_keys.split(","))
         return _PRESETS.get(self.keyboard_dim, ())
 
     @property
@@ -75,9 +75,9 @@ class Actions(Section):
                 f"must be even and at least {ROTATED}, the components that rotary positions turn",
             )
 
-        if self.keys and len(self.key_names) != self.keyboard_dim:
+        if self.keyboard_keys and len(self.key_names) != self.keyboard_dim:
             refuse(
-                f"actions.keys={self.keys!r}",
+                f"actions.keyboard_keys={self.keyboard_keys!r}",
                 f"names {len(self.key_names)} keys, actions.keyboard_dim is {self.keyboard_dim}; "
                 "name one key for each of the keyboard's entries",
             )

@@ -102,15 +102,23 @@ TINY = ["--config=configs/tiny.py", "--config.sample.chunks=2", "--config.sample
         "--config.sample.vae_latents_per_call=1"]  # fmt: skip
 
 
-def tiny_config() -> config_lib.Config:
+# The same with keys and a mouse.
+ACTIONS = {"actions.kind": "module", "actions.heads": 4, "actions.head_dim": 8,
+           "actions.keyboard_embed": 8, "actions.layers": 1, "actions.window": 8}  # fmt: skip
+
+
+def tiny_config(overrides=()) -> config_lib.Config:
     from configs import tiny
 
-    return config_lib.from_config_dict(tiny.get_config())
+    cfg = config_lib.from_config_dict(tiny.get_config())
+    return config_lib.with_overrides(cfg, dict(overrides))
 
 
-def save_tiny(directory: pathlib.Path, parts=("dit", "vae", "umt5"), trees=("",)) -> pathlib.Path:
+def save_tiny(
+    directory: pathlib.Path, parts=("dit", "vae", "umt5"), trees=("",), overrides=()
+) -> pathlib.Path:
     """Random weights, large enough that pictures are not grey; `trees`: top-level names' starts."""
-    cfg, draw = tiny_config(), np.random.default_rng(0)
+    cfg, draw = tiny_config(overrides), np.random.default_rng(0)
 
     def weight(spec):
         ones = spec.init is params_lib.ones

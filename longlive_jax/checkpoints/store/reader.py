@@ -248,12 +248,19 @@ class Stored:
         other_heads = had is not None and heads not in (None, had)
         if other_heads:
             wrong += [f"num_heads is {heads} by the config, {had} in the checkpoint"]
+        acting = {} if grown else _other_actions(config, made)
+        wrong = [
+            f"{name} is {value!r} by the config, {there!r} in the checkpoint"
+            for name, (value, there) in acting.items()
+        ] + wrong
         if wrong:
             sizes = self.network.sizes(layout.torch_shapes(spec)) if self.network else {}
             differing = {k: made[k] for k, v in sizes.items() if made.get(k, v) != v}
             if had is not None and (heads is None or other_heads):
                 differing["num_heads"] = had
-            flags = " ".join(f"--config.{section}.{k}={v}" for k, v in differing.items())
+            fits = [f"--config.{section}.{k}={v}" for k, v in differing.items()]
+            fits += [f"--config.{name}={there}" for name, (_, there) in acting.items()]
+            flags = " ".join(fits)
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise InputError(
                 f"{where}: its {name} has other sizes than the config: "
@@ -362,3 +369,23 @@ class Stored:
                 arrays = self.read(group, abstract)
                 for path, (start, _) in rows.items():
                     yield Piece(path, start, np.asarray(arrays.pop(path)))
+
+
+# Of an action path, what says which presets' weights these are.
+_PRESET = (
+    "kind", "keyboard_dim", "mouse_dim", "keyboard_keys", "mouse_degrees", "pad", "heads",
+    "head_dim", "keyboard_embed", "layers",
+)  # fmt: skip
+
+
+def _other_actions(config: Any, made: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of the action path that differ: by name that of the config, and the stored one."""
+    own = getattr(config, "actions", None)
+    had = {name: made[f"actions.{name}"] for name in _PRESET if f"actions.{name}" in made}
+    if own is None or own.kind == "none" or not had:
+        return {}
+    other = {k: (getattr(own, k), v) for k, v in had.items() if getattr(own, k) != v}
+    with contextlib.suppress(InputError, TypeError):  # of a record that somebody edited
+        if own.key_names == type(own)(**had).key_names:
+            other.pop("keyboard_keys", None)
+    return {f"actions.{name}": pair for name, pair in other.items()}

@@ -28,9 +28,9 @@ def model_keys(cfg: config_lib.Actions) -> tuple[str, ...]:
     if not cfg.key_names:
         raise InputError(
             f"config: actions.keyboard_dim={cfg.keyboard_dim} and no names for its keys; give "
-            "actions.keys, such as 'KeyW,KeyS,KeyA,KeyD,Space'"
+            "actions.keyboard_keys, such as 'KeyW,KeyS,KeyA,KeyD,Space'"
         )
-    return keys_lib.check(cfg.key_names, "config: actions.keys")
+    return keys_lib.check(cfg.key_names, "config: actions.keyboard_keys")
 
 
 def check_model(actions: Actions, cfg: config_lib.Actions) -> None:

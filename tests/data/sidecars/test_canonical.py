@@ -205,7 +205,7 @@ def test_vectors_are_in_the_models_order_and_units():
     assert made["keyboard"].tolist() == [[0, 0, 0, 1], [1, 0, 0, 0.5]]
     np.testing.assert_allclose(made["mouse"], [[0.2, -1], [0, 0]], rtol=1e-6)
     assert made["keyboard"].dtype == made["mouse"].dtype == np.float32
-    other = sidecars.vectors(actions, own(keyboard_dim=3, keys="Space, KeyW,KeyD"))
+    other = sidecars.vectors(actions, own(keyboard_dim=3, keyboard_keys="Space, KeyW,KeyD"))
     assert other["keyboard"].tolist() == [[0, 0, 1], [0, 1, 0.5]]
     still = make(2, ("KeyD", "Space"), keyboard=[[1, 0], [0, 0]], mouse=np.zeros((2, 2)))
     made = sidecars.vectors(still, own(mouse_dim=0))  # a key that is never held may be unknown
@@ -226,7 +226,10 @@ def test_alignment_twice_is_alignment_once():
         (config_lib.Actions(), "walk: actions for a model without an action path"),
         (own(keyboard_dim=2), "walk: key 'KeyA' is held in picture 1, .*; its keys are KeyW, KeyS"),
         (own(keyboard_dim=7), "config: actions.keyboard_dim=7 and no names for its keys; give act"),
-        (own(keyboard_dim=1, keys="keyw"), "config: actions.keys: unknown key 'keyw'"),
+        (
+            own(keyboard_dim=1, keyboard_keys="keyw"),
+            "config: actions.keyboard_keys: unknown key 'keyw'",
+        ),
         (own(mouse_dim=0), "walk: the mouse moves in picture 0, and the model has no mouse"),
         (own(mouse_dim=3), "config: actions.mouse_dim=3; a sidecar's mouse is pitch and yaw"),
     ],
@@ -240,7 +243,7 @@ def test_a_model_that_cannot_be_given_them_says_so(cfg, message):
 
 def test_names_of_keys_must_be_as_many_as_the_keyboard():
     with pytest.raises(InputError, match=r"names 2 keys, actions.keyboard_dim is 4"):
-        own(keys="KeyW,KeyS")
+        own(keyboard_keys="KeyW,KeyS")
 
 
 def test_videos_are_joined():
