@@ -92,7 +92,7 @@ def test_chunks_sharded_over_seq_give_the_same_training_forward_and_gradient(wei
     for path, g_expected in params.flatten(expected[1]).items():
         got = params.flatten(gradient)[path]
         scale = np.abs(g_expected).max() + 1e-12  # sums cancel: float32 noise is above 1e-5 of it
-        assert np.abs(np.asarray(got) - np.asarray(g_expected)).max() < 3e-4 * scale, path
+        assert np.abs(np.asarray(got) - np.asarray(g_expected)).max() < 1e-3 * scale, path
         assert got.sharding.spec == params.flatten(put)[path].sharding.spec, path
 
 
