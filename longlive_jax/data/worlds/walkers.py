@@ -156,10 +156,14 @@ def wander(w: _Walker, pose: Pose) -> Steps:
         keys = tuple(bool(x) for x in w.rng.random(4) < (0.55, 0.15, 0.2, 0.2))
         yaw = w.angle(0, w.rate()) if w.chance(0.6) else 0.0
         pitch = w.angle(0, 3) if w.world.pitch and w.chance(0.25) else 0.0
+        begun = pose
         for _ in range(w.count(4, 30)):
             if abs(pose.pitch + pitch) > PITCH:
                 pitch = -pitch
             pose = yield Held(keys, pitch, yaw)
+        gone = math.hypot(pose.x - begun.x, pose.y - begun.y)
+        if any(keys) and gone < w.world.speed:  # it has seen enough of this wall
+            pose = yield from w.turn(pose, w.angle(60, 180), keys)
         if w.world.pitch and abs(pose.pitch) > 8 and w.chance(0.5):
             pose = yield from w.look(pose, 0, keys)
 

@@ -112,7 +112,7 @@ def test_the_third_person_is_seen_and_the_first_has_nothing_before_it(games):
     same = {}
     for view in ("first", "third"):
         pictures = []
-        for place in ("maze", "island", "canyon"):
+        for place in ("maze", "lava", "canyon"):
             for point in PLACES[place].starts[:3]:
                 for yaw in (0, 120):
                     start = Start(place, *map(int, point), yaw, view=view)
@@ -237,6 +237,9 @@ def test_captions_say_view_place_and_rooms():
     assert maze.caption("first", along[3:8]) == "First person view, a maze of brown brick."
     everywhere = np.asarray([point for point in maze.ways for _ in range(3)])
     assert maze.caption("first", everywhere).count("wall") <= 3
+    hell = PLACES["lava"]
+    at_the_keep = ["keep" in hell.caption("first", np.asarray([point])) for point in hell.starts]
+    assert at_the_keep == [False] * 8 + [True] * 3
     words = [place.words for place in PLACES.values()]
     assert len(set(words)) == len(words)
 

@@ -119,17 +119,12 @@ PLACES = {
         Place(
             "lava",
             "MAP29",
-            "white rocks in a lake of lava under a red sky",
+            "a lake of lava and white rocks under a red sky",
             starts=(
                 (4256, -1248), (4600, -320), (992, 2336), (3952, -936), (2728, -560),
-                (3232, -1472), (1360, 1608), (992, 1696),
+                (3232, -1472), (1360, 1608), (992, 1696), (3784, 1008), (3680, 416), (3896, 1496),
             ),
-        ),
-        Place(
-            "island",
-            "MAP29",
-            "a lawn with a keep of green stone under a red sky",
-            starts=((3784, 1008), (3680, 416), (3896, 1496), (3680, 2376)),
+            rooms=(Room("a lawn and a keep of green stone", 2624, 256, 4224, 1984),),
         ),
         Place(
             "canyon",
