@@ -127,7 +127,8 @@ def replay(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The true frames and poses of actions: uint8 [frame, height, width, 3], float32 [frame, 7].
 
-    Entry f of the actions drives frame f + 1, the last one none.
+    Raises:
+      InputError: they are of another rate.
     """
     poses = [figure.start]
     for held in held_of(actions)[:-1]:

@@ -12,7 +12,7 @@ from longlive_jax.data import sidecars
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.data.worlds import poses as poses_lib
 from longlive_jax.data.worlds.poses import Pose
-from longlive_jax.data.worlds.walkers import KEYS, Held
+from longlive_jax.data.worlds.walkers import KEYS, STILL, Held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,21 @@ def actions_of(
 
 
 def held_of(actions: sidecars.Actions) -> list[Held]:
-    """What was held in each picture; a key counts from half way down, one not in KEYS does not."""
+    """What makes the next picture of each, as our worlds read it (`pad` 12), the last one nothing.
+
+    A key counts from half way down; keys that are not in KEYS do nothing.
+
+    Raises:
+      InputError: they are of another rate than a world's pictures.
+    """
+    actions.check_video(fps=FRAMES_PER_SECOND)
     columns = [actions.keys.index(key) if key in actions.keys else None for key in KEYS]
     down = actions.keyboard >= 0.5
-    return [
+    held = [
         Held(tuple(i is not None and bool(keys[i]) for i in columns), float(pitch), float(yaw))
         for keys, (pitch, yaw) in zip(down, actions.mouse)
     ]
+    return held if actions.pad == 12 else [*held[1:], STILL]  # otherwise row f makes picture f
 
 
 def write(folder: pathlib.Path, name: str, takes: Sequence[Take]) -> int:
@@ -58,8 +66,8 @@ def write(folder: pathlib.Path, name: str, takes: Sequence[Take]) -> int:
     videos, captions = folder / "video" / name, folder / "caption" / name
     captions.mkdir(parents=True, exist_ok=True)
     for number, take in enumerate(takes):
-        path, count = videos / f"{number:06d}.mp4", len(take.frames)
-        with VideoWriter(path, *take.frames.shape[1:3], FRAMES_PER_SECOND, frames=count) as writer:
+        path, (count, height, width, _) = videos / f"{number:06d}.mp4", take.frames.shape
+        with VideoWriter(path, height, width, FRAMES_PER_SECOND, frames=count) as writer:
             writer.write(take.frames)
         sidecars.write(sidecars.path_for(path), take.actions)
         caption = json.dumps({"caption": take.caption})

@@ -21,10 +21,10 @@ PITCH = 25.0  # degrees up or down that they look at most
 class Held(NamedTuple):
     """What is held, and how far the mouse is moved, while a picture is shown.
 
-    keys: of KEYS. pitch (up is positive), yaw (right is positive): degrees.
+    keys: whether each of KEYS is. pitch (up is positive), yaw (right is positive): degrees.
     """
 
-    keys: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    keys: tuple[bool, ...] = (False, False, False, False)
     pitch: float = 0.0
     yaw: float = 0.0
 

@@ -310,7 +310,9 @@ def test_a_pixel_is_a_mean_of_what_is_drawn():
         (lambda: Size(1088, 1920).drawn(game_lib.sizes()), "would draw 3840x2176 pixels"),
         (lambda: Start("mars", 0, 0), "place='mars' must be one of maze, lava"),
         (lambda: Start("maze", 0, 0, view="top"), "view='top' must be one of first, third"),
-        (lambda: Start("maze", float("nan"), 0), "must be numbers below"),
+        (lambda: Start("maze", 0.5, 0), "x=0.5 must be a whole number, -32768 to 32767"),
+        (lambda: Start("maze", 0, 0, seed=-1), "seed=-1 must be a whole number, 0 to"),
+        (lambda: Start("maze", 0, 0, float("nan")), "yaw=nan must be a number of degrees"),
         (lambda: Start.of_text("Minecraft"), "no start in Doom: it does not begin with"),
         (lambda: Start.of_text("doom {"), "no start in Doom"),
         (lambda: Start.of_text('doom {"place": "maze", "height": 3}'), "no start in Doom"),
@@ -361,9 +363,11 @@ def test_a_package_without_its_maps_is_refused(monkeypatch, tmp_path):
 
 
 def test_an_engine_leaves_no_files(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    here = tmp_path / "a folder"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("tempfile.tempdir", str(here))
     with Game(size=SMALL) as game:
         game.begin(HALL)
-        assert pathlib.Path.cwd() == tmp_path
-    assert os.listdir(tmp_path) == []
+        assert pathlib.Path.cwd() == here
+    assert os.listdir(here) == []

@@ -58,10 +58,18 @@ class Start:
                 raise InputError(
                     f"{name}={getattr(self, name)!r:.60} must be one of {', '.join(known)}"
                 )
-        numbers = [self.x, self.y, self.yaw, self.seed]
-        wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, int | float)]
-        if wrong or not all(math.isfinite(x) and abs(x) < 2**31 for x in numbers):
-            raise InputError(f"start={numbers}: x, y, yaw and seed must be numbers below 2^31")
+        for name, least, most in (
+            ("x", -(2**15), 2**15),
+            ("y", -(2**15), 2**15),
+            ("seed", 0, 2**31),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < most:
+                raise InputError(
+                    f"{name}={value!r:.60} must be a whole number, {least} to {most - 1}"
+                )
+        if not (isinstance(self.yaw, int | float) and math.isfinite(self.yaw)):
+            raise InputError(f"yaw={self.yaw!r:.60} must be a number of degrees")
 
     def text(self) -> str:
         """As the `source` of a sidecar."""
@@ -206,7 +214,7 @@ class Game:
         game.set_episode_timeout(0)
         game.set_doom_config_path(str(folder / "vizdoom.ini"))
         _write_wad(folder / "walker.wad", _PLAYER)
-        game.add_game_args(f"{_ARGUMENTS} -file {folder / 'walker.wad'}")
+        game.add_game_args(f"{_ARGUMENTS} -file walker.wad")
         with contextlib.chdir(folder):  # the engine makes folders where it is started
             game.init()
         return drawn

@@ -128,11 +128,11 @@ def film(games: Games, shot: Shot) -> Take:
 def replay(games: Games, start: Start, actions: sidecars.Actions) -> tuple[np.ndarray, np.ndarray]:
     """The true pictures and poses of actions: uint8 [picture, height, width, 3], float32 [., 7].
 
-    The same actions from the same start give the same ones, bit for bit. Entry f of the actions
-    drives picture f + 1, the last one none.
+    The same actions from the same start give the same ones, bit for bit.
 
     Raises:
-      InputError: nobody can stand at the start; the episode ends before the actions do.
+      InputError: nobody can stand at the start; the episode ends before the actions do; they are
+        of another rate.
     """
     frames, poses = [], []
     try:
