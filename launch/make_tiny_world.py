@@ -4,29 +4,30 @@
 
 DIR/video and DIR/caption are what `data.path` of a training config names. DIR/eval holds captions
 of combinations that never occur in them, for `data.eval_path` and `launch.sample --prompts`.
+
+With --figure a shape is driven by keys and a mouse: beside each video lies its sidecar of actions,
+and DIR/eval has video/ and caption/ of figures that never occur in training (docs/worlds.md).
 """
 
-import concurrent.futures
 import json
-import multiprocessing
-import os
 import pathlib
 
 from absl import flags
 
-from launch import command
+from launch import command, processes
 from longlive_jax.config import FRAMES_PER_SECOND
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.data.worlds import shapes
+from longlive_jax.data.worlds import figure, shapes, takes
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", None, "Folder to write; it must hold no such data yet.")
-flags.DEFINE_integer("clips", 64, "Training clips, of 2 to 4 shots each.")
+flags.DEFINE_integer("clips", 64, "Training clips, of 2 to 4 shots each; of a figure, 1 or 2.")
 flags.DEFINE_integer("seed", 0, "Decides everything.")
 flags.DEFINE_integer("height", shapes.HEIGHT, "Pixels.")
 flags.DEFINE_integer("width", shapes.WIDTH, "Pixels.")
+flags.DEFINE_bool("figure", False, "Clips of a figure that is driven, with its actions.")
 
 EVAL_CLIPS = 16
 CHUNK = 32  # frames of a chunk: eight latents
@@ -34,29 +35,37 @@ CHUNK = 32  # frames of a chunk: eight latents
 
 def main() -> None:
     _check_flags()
-    output = pathlib.Path(FLAGS.output)
-    clips = shapes.clips(FLAGS.seed, FLAGS.clips)
-    names = [f"clip-{number:06d}" for number in range(FLAGS.clips)]
-    size = FLAGS.height, FLAGS.width
-    # Each process draws and encodes whole clips. Threads of JAX and absl forbid a fork.
-    with concurrent.futures.ProcessPoolExecutor(
-        min(os.cpu_count(), FLAGS.clips), multiprocessing.get_context("spawn")
-    ) as pool:
-        tasks = [pool.submit(write, output, *task, size) for task in zip(names, clips)]
-        try:
-            frames = sum(task.result() for task in tasks)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for number, shots in enumerate(shapes.clips(FLAGS.seed, EVAL_CLIPS, held_out=True)):
-        folder = output / "eval" / f"clip-{number:06d}"
-        _write_captions(folder, shots)
-        durations = " ".join(str(max(1, shot.frames // CHUNK)) for shot in shots)
-        (folder / "shot_durations.txt").write_text(f"{durations}\n")
+    output, size = pathlib.Path(FLAGS.output), (FLAGS.height, FLAGS.width)
+    frames = (_make_figures if FLAGS.figure else _make_shapes)(output, size)
+    what = "clips" if FLAGS.figure else "captions"
     print(
         f"wrote {FLAGS.clips} clips, {frames / FRAMES_PER_SECOND:.0f} s of video, and "
-        f"{EVAL_CLIPS} held-out captions in {output / 'eval'}"
+        f"{EVAL_CLIPS} held-out {what} in {output / 'eval'}"
     )
+
+
+def _make_shapes(output: pathlib.Path, size: tuple[int, int]) -> int:
+    clips = enumerate(shapes.clips(FLAGS.seed, FLAGS.clips))
+    frames = sum(processes.run(write, [(output, clip_name(n), shots, size) for n, shots in clips]))
+    for number, shots in enumerate(shapes.clips(FLAGS.seed, EVAL_CLIPS, held_out=True)):
+        folder = output / "eval" / clip_name(number)
+        _write_captions(folder, shots)
+        takes.write_durations(folder, [shot.frames for shot in shots], CHUNK)
+    return frames
+
+
+def _make_figures(output: pathlib.Path, size: tuple[int, int]) -> int:
+    tasks = [
+        (folder, clip_name(number), shots, size, folder != output)
+        for folder, count in ((output, FLAGS.clips), (output / "eval", EVAL_CLIPS))
+        for number, shots in enumerate(figure.clips(FLAGS.seed, count, held_out=folder != output))
+    ]
+    return sum(processes.run(write_figure, tasks)[: FLAGS.clips])
+
+
+def clip_name(number: int) -> str:
+    """The folder of a clip."""
+    return f"clip-{number:06d}"
 
 
 def write(
@@ -68,6 +77,21 @@ def write(
             writer.write(shapes.render(shot, 0, shot.frames, *size))
     _write_captions(output / "caption" / name, shots)
     return sum(shot.frames for shot in shots)
+
+
+def write_figure(
+    output: pathlib.Path,
+    name: str,
+    shots: tuple[figure.Shot, ...],
+    size: tuple[int, int],
+    held_out: bool,
+) -> int:
+    """Writes a clip's videos, sidecars and captions; returns the number of its frames."""
+    frames = takes.write(output, name, [figure.film(shot, *size) for shot in shots])
+    if held_out:
+        counts = [shot.frames for shot in shots]
+        takes.write_durations(output / "caption" / name, counts, CHUNK)
+    return frames
 
 
 def _write_captions(folder: pathlib.Path, shots: tuple[shapes.Shot, ...]) -> None:

@@ -50,11 +50,11 @@ def imported(*folders):
     }
 
 
-# jaxlib is jax's own; huggingface_hub is for hf:// alone, and its absence is told.
+# jaxlib is jax's own; huggingface_hub is for hf:// alone, vizdoom for Doom, and their absence is told.
 @pytest.mark.parametrize(
     "file, folders, others",
     [
-        ("requirements.txt", ["longlive_jax"], {"jaxlib", "huggingface_hub"}),
+        ("requirements.txt", ["longlive_jax"], {"jaxlib", "huggingface_hub", "vizdoom"}),
         ("requirements-dev.txt", ["launch", "configs", "examples"], set()),
     ],
 )

@@ -138,8 +138,8 @@ def _time_taps(weight, x, padding):
     together = jnp.moveaxis(weight, 0, -2).reshape(*kernel, in_dim, taps * out_dim)
     y = _conv_2d(together, x.astype(jnp.float32), 1, *padding)  # sums are rounded once, at the end
     frames = x.shape[1] - taps + 1
-    y = sum(y[:, t : t + frames, ..., t * out_dim : (t + 1) * out_dim] for t in range(taps))
-    return y.astype(x.dtype)
+    by_tap = [y[:, t : t + frames, ..., t * out_dim : (t + 1) * out_dim] for t in range(taps)]
+    return sum(by_tap[1:], by_tap[0]).astype(x.dtype)
 
 
 def _conv_2d(weight, x, stride, pad_h, pad_w):

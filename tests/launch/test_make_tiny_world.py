@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import sidecars
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.video_reader import probe, read_video
-from longlive_jax.data.worlds import shapes
+from longlive_jax.data.worlds import figure, shapes
 from longlive_jax.prompts import shots as shots_lib
 from tests.launch.commands import run
 
@@ -69,6 +70,28 @@ def test_a_sampler_reads_the_held_out_captions(made):
         assert first == min(4, max(1, shots[0].frames // 32)) or len(shots) == 1
     trained = {caption for folder in (made / "caption").iterdir() for caption in captions(folder)}
     assert not trained & {chunk.prompt for video in videos for chunk in video.chunks}
+
+
+def test_figures_have_their_actions_beside_them(tmp_path):
+    done = run("make_tiny_world", f"--output={tmp_path}/new", "--figure", *SMALL)
+    assert done.stdout.startswith("wrote 3 clips, ") and "16 held-out clips" in done.stdout
+    made = tmp_path / "new"
+    for folder, clips in (
+        (made, figure.clips(4, 3)),
+        (made / "eval", figure.clips(4, 16, held_out=True)),
+    ):
+        for number, shots in enumerate(clips):
+            name = f"clip-{number:06d}"
+            assert captions(folder / "caption" / name) == [s.figure.caption for s in shots]
+            videos = sorted((folder / "video" / name).glob("*.mp4"))
+            assert len(videos) == len(shots)
+            for path, shot in zip(videos, shots):
+                info = probe(path)
+                actions = sidecars.read(sidecars.beside(path), info.frames, info.fps)
+                assert len(actions) == shot.frames and actions.pose is not None
+    test_a_trainer_reads_it(made)
+    read = shots_lib.read(made / "eval/caption", chunks=4, chunk_frames=8, scene_cut_prefix="Cut. ")
+    assert len(read) == 16
 
 
 @pytest.mark.parametrize(

@@ -152,14 +152,19 @@ def shot(rng: np.random.Generator, held_out: bool = False) -> Shot:
 @functools.cache
 def _kinds(background: Background, unseen: bool) -> list[tuple[str, str, str]]:
     """(shape, colour, motion) of all objects that stand out from the background."""
-    behind = np.asarray([GROUNDS[background.first], GROUNDS[background.second]])
     return [
         (shape, colour, motion)
         for shape, colour, motion in itertools.product(SHAPES, COLOURS, MOTIONS)
         if not (motion == "spin" and shape in _ROUND)
         and held_out(shape, colour, motion) == unseen
-        and np.linalg.norm(behind - COLOURS[colour], axis=1).min() >= _CONTRAST
+        and stands_out(colour, background)
     ]
+
+
+def stands_out(colour: str, background: Background) -> bool:
+    """Whether the colour is far from both of the background's."""
+    behind = np.asarray([GROUNDS[background.first], GROUNDS[background.second]])
+    return bool(np.linalg.norm(behind - COLOURS[colour], axis=1).min() >= _CONTRAST)
 
 
 def _object(rng: np.random.Generator, kind, place: int, count: int) -> Object:
@@ -195,7 +200,8 @@ def render(
     for i in range(stop - start):
         picture = behind.copy()
         for thing in reversed(shot.objects):
-            _draw(picture, thing, (start + i) / FRAMES_PER_SECOND)
+            seconds = (start + i) / FRAMES_PER_SECOND
+            paint(picture, thing.shape, COLOURS[thing.colour], state(thing, seconds))
         frames[i] = picture + np.float32(0.5)
     return frames
 
@@ -248,24 +254,29 @@ def background_picture(background: Background, height: int, width: int) -> np.nd
     return picture
 
 
-def _draw(picture: np.ndarray, thing: Object, seconds: float) -> None:
-    """Paints the object over float32 [height, width, 3], in place."""
+def paint(
+    picture: np.ndarray,
+    shape: str,
+    colour: tuple[int, int, int],
+    state: tuple[float, float, float, float],
+) -> None:
+    """Paints a shape over float32 [height, width, 3], in place: (x, y, diameter, angle)."""
     height, width, _ = picture.shape
-    x, y, size, angle = state(thing, seconds)
+    x, y, size, angle = state
     reach = size / 2 + 1 / height
     top, bottom = (int(np.clip(round((y + r) * height), 0, height)) for r in (-reach, reach))
     left, right = (int(np.clip(round((x + r) * height), 0, width)) for r in (-reach, reach))
     if top >= bottom or left >= right:
         return
-    # In the object's own axes, in units of its radius.
+    # In the shape's own axes, in units of its radius.
     dy = ((np.arange(top, bottom, dtype=np.float32) + 0.5) / height - y)[:, None] * (2 / size)
     dx = ((np.arange(left, right, dtype=np.float32) + 0.5) / height - x)[None, :] * (2 / size)
     c, s = np.cos(angle), np.sin(angle)
     u, v = (c * dx + s * dy).astype(np.float32), (c * dy - s * dx).astype(np.float32)
-    pixels = distance(thing.shape, u, v) * np.float32(size / 2 * height)
+    pixels = distance(shape, u, v) * np.float32(size / 2 * height)
     cover = np.clip(0.5 - pixels, 0, 1)[..., None]
     part = picture[top:bottom, left:right]
-    part += (np.asarray(COLOURS[thing.colour], np.float32) - part) * cover
+    part += (np.asarray(colour, np.float32) - part) * cover
 
 
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
