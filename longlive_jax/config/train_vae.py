@@ -2,8 +2,17 @@
 
 import dataclasses
 
-from longlive_jax.config.section import Count, Decay, Index, NotNegative, Positive, Section, refuse
-from longlive_jax.config.vae import TEMPORAL_COMPRESSION
+from longlive_jax.config.section import (
+    Count,
+    Decay,
+    Index,
+    NotNegative,
+    Positive,
+    Section,
+    divides,
+    refuse,
+)  # fmt: skip
+from longlive_jax.config.vae import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +25,9 @@ class TrainVAE(Section):
     steps: Count = 8000
     batch_size: Count = 16  # clips, over the whole mesh
     frames: Count = 17  # of a clip
+    # Pixels of a window of the frames, anywhere in each clip: less to compute a step; 0: all.
+    crop_height: Index = 0
+    crop_width: Index = 0
     learning_rate: Positive = 1e-3  # at the end of the warm-up; from there a cosine down to 0
     warmup_steps: Index = 200
     weight_decay: NotNegative = 0.01
@@ -36,3 +48,8 @@ class TrainVAE(Section):
                 f"train_vae.frames={self.frames}",
                 f"must be 5, 9, 13, ...: a latent covers {n} frames, the first 1",
             )
+        for name in ("crop_height", "crop_width"):
+            divides(
+                f"train_vae.{name}", getattr(self, name),
+                "the pixels that a latent covers", SPATIAL_COMPRESSION,
+            )  # fmt: skip

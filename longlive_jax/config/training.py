@@ -106,3 +106,7 @@ def validate_vae_training(config: Config) -> None:
     if mesh.seq != 1:
         refuse(f"mesh.seq={mesh.seq}", "must be 1: clips are spread whole, over data and fsdp")
     divides("train_vae.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    for side in ("height", "width"):
+        crop, whole = getattr(t, f"crop_{side}"), getattr(config.video, side)
+        if crop > whole:
+            refuse(f"train_vae.crop_{side}={crop}", f"must be at most video.{side}={whole}; 0: all")

@@ -34,7 +34,7 @@ ALIGNMENT = 128  # numbers: 256 bytes in bfloat16
 _WHOLE = jax.P()
 # Settings that a run may be continued with other values of.
 _FREE = ("train_vae.memory_gib", "train_vae.save_every", "train_vae.log_every")
-_WINDOW, _NOISE = range(2)  # uses of a clip's key
+_WINDOW, _NOISE, _TOP, _LEFT = range(4)  # uses of a clip's key
 
 
 # The model.
@@ -112,19 +112,28 @@ class Autoencoder(Objective):
         self, network: str, params: Mapping, frozen: Mapping, inputs: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, train = self.cfg, self.cfg.train_vae
-        size = cfg.video.latent_size
-        latents = (1 + (train.frames - 1) // vae.FRAMES, *size, cfg.vae.z_dim)
+        size = _crop(cfg)
+        latents = (
+            1 + (train.frames - 1) // vae.FRAMES, *(n // vae.PIXELS for n in size), cfg.vae.z_dim
+        )  # fmt: skip
         windows = frozen["windows"]
 
         def draw(row):
             own = jax.random.fold_in(key, row)
-            window = jax.random.randint(
-                jax.random.fold_in(own, _WINDOW), (), 0, windows.shape[0], jnp.int32
-            )
-            return windows[window], jax.random.normal(jax.random.fold_in(own, _NOISE), latents)
+
+            def below(use, limit):
+                return jax.random.randint(jax.random.fold_in(own, use), (), 0, limit, jnp.int32)
+
+            window = windows[below(_WINDOW, windows.shape[0])]
+            corner = [
+                below(use, whole - n + 1)
+                for use, whole, n in zip((_TOP, _LEFT), frozen["frames"].shape[1:3], size)
+            ]
+            noise = jax.random.normal(jax.random.fold_in(own, _NOISE), latents)
+            return jnp.stack([window, *corner]), noise
 
         starts, noise = jax.vmap(draw)(inputs)
-        clips = _pictures(frozen["frames"], starts, cfg)
+        clips = _pictures(frozen["frames"], starts, cfg, size)
         metrics = losses(tree(params[network]["vector"], cfg.vae), cfg, clips, noise)
         share = len(inputs) / self.batch_size  # of the step's clips
         metrics = {name: share * value for name, value in metrics.items()}
@@ -228,11 +237,20 @@ def init(cfg: config_lib.Config) -> params_lib.Tree:
     return params_lib.unflatten({path: draw(path, s) for path, s in leaves.items()})
 
 
-def _pictures(frames, starts, cfg):
-    """Clips that begin at `starts`, in [-1, 1] and compute dtype: what the VAE encodes."""
-    length = cfg.train_vae.frames
-    clips = jax.vmap(lambda s: lax.dynamic_slice_in_dim(frames, s, length))(starts)
+def _pictures(frames, starts, cfg, size):
+    """Clips in [-1, 1] and compute dtype: what the VAE encodes.
+
+    starts: int32 [clip, 3], of each the first frame, row and column. size: rows and columns.
+    """
+    window = (cfg.train_vae.frames, *size, 3)
+    clips = jax.vmap(lambda s: lax.dynamic_slice(frames, (*s, 0), window))(starts)
     return (clips.astype(jnp.float32) / 127.5 - 1).astype(cfg.compute_dtype)
+
+
+def _crop(cfg) -> tuple[int, int]:
+    """Height and width of the pixels that a clip of training has."""
+    train = cfg.train_vae
+    return train.crop_height or cfg.video.height, train.crop_width or cfg.video.width
 
 
 def place(x: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -312,7 +330,9 @@ def _batches(local, params, cfg, mesh, videos):
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(_WHOLE, _WHOLE, rows), out_specs=rows)
     def program(params, frames, starts):
-        return local(params, _pictures(frames, starts, cfg))
+        whole = jnp.pad(starts[:, None], ((0, 0), (0, 2)))
+        size = cfg.video.height, cfg.video.width
+        return local(params, _pictures(frames, whole, cfg, size))
 
     params, frames = place(params, mesh), place(videos.frames, mesh)
     starts = videos.windows(cfg.train_vae.frames, cfg.train_vae.frames)

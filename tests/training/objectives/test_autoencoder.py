@@ -153,6 +153,34 @@ def test_another_runs_folder_is_refused(tmp_path):
 # The model.
 
 
+def test_a_clip_is_any_window_of_the_frames(monkeypatch):
+    """Pixels say where they are: blue the frame, green the row, red the column."""
+    rows, columns = np.mgrid[:32, :64]
+    frames = np.stack([np.stack([columns, rows, 0 * rows + i], -1) for i in range(7)])
+    data = Videos(("a.mp4",), frames.astype(np.uint8), np.asarray([0, 7]))
+    seen = {}
+
+    def losses(params, cfg, clips, noise):
+        seen.update(clips=np.round((np.asarray(clips) + 1) * 127.5), noise=noise.shape)
+        return {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(autoencoder, "losses", losses)
+    cfg = change(crop_height=16, crop_width=48, batch_size=128)
+    cfg = dataclasses.replace(cfg, video=dataclasses.replace(cfg.video, height=32, width=64))
+    objective = autoencoder.Autoencoder(cfg, mesh_of(), data)
+    params, frozen = objective.init_params(), objective.frozen_arrays()
+    objective.loss(autoencoder.NETWORK, params, frozen, jnp.arange(128), jax.random.key(0))
+    clips = seen["clips"]
+    assert clips.shape == (128, 5, 16, 48, 3) and seen["noise"] == (128, 2, 1, 3, Z)
+    corners = clips[:, 0, 0, 0]
+    for clip, corner in zip(clips, corners):
+        np.testing.assert_array_equal(clip[:, 0, 0, 2], corner[2] + np.arange(5))
+        np.testing.assert_array_equal(clip[0, :, 0, 1], corner[1] + np.arange(16))
+        np.testing.assert_array_equal(clip[0, 0, :, 0], corner[0] + np.arange(48))
+    # Every place occurs, the last one too.
+    assert {*corners[:, 0]} == {*range(17)} and {*corners[:, 1]} == {*range(17)}
+
+
 def test_parameters_as_a_vector_and_back():
     params = random_params()
     turned = params_lib.unflatten(dict(reversed(params_lib.flatten(params).items())))
@@ -258,6 +286,8 @@ def test_a_damaged_video_is_named(tmp_path):
     [
         ({"frames": 16}, r"train_vae\.frames=16 must be 5, 9, 13"),
         ({"frames": 1}, r"train_vae\.frames=1"),
+        ({"crop_width": 24}, r"train_vae\.crop_width=24 must be a multiple .*nearest: \[16, 32\]"),
+        ({"crop_height": 48}, r"train_vae\.crop_height=48 must be at most video\.height=32"),
         ({"steps": 0}, r"train_vae\.steps=0"),
         ({"warmup_steps": 16}, r"must be below train_vae\.steps=16"),
         ({"learning_rate": 0.0}, r"train_vae\.learning_rate"),
