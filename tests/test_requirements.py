@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,6 +23,12 @@ def ranges(name):
             yield from ranges(line[3:])
         elif line:
             yield Requirement(line)
+
+
+def extras():
+    """What the package asks for as an option."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(one) for many in project["optional-dependencies"].values() for one in many]
 
 
 def locked():
@@ -50,16 +57,16 @@ def imported(*folders):
     }
 
 
-# jaxlib is jax's own; huggingface_hub is for hf:// alone, vizdoom for Doom, and their absence is told.
+# jaxlib is jax's own; huggingface_hub is for hf:// alone, and its absence is told.
 @pytest.mark.parametrize(
     "file, folders, others",
     [
-        ("requirements.txt", ["longlive_jax"], {"jaxlib", "huggingface_hub", "vizdoom"}),
+        ("requirements.txt", ["longlive_jax"], {"jaxlib", "huggingface_hub"}),
         ("requirements-dev.txt", ["launch", "configs", "examples"], set()),
     ],
 )
 def test_what_is_imported_is_declared(file, folders, others):
-    declared = {canonicalize_name(one.name) for one in ranges(file)}
+    declared = {canonicalize_name(one.name) for one in [*ranges(file), *extras()]}
     packages = importlib.metadata.packages_distributions()
     wrong = {
         name: str(where)
