@@ -13,6 +13,7 @@ from longlive_jax.config.section import (
     refuse,
 )
 
+KEYBOARD, MOUSE = "keyboard", "mouse"  # the two paths, and their arrays
 ROTATED = 8  # components of a head that turn with time, in pairs; the others stay
 PADS = (12, 11, 8)
 
@@ -30,6 +31,9 @@ class Actions(Section):
     kind: Annotated[str, OneOf(("none", "module", "token"))] = "none"
     keyboard_dim: Count = 4
     mouse_dim: Index = 2  # 0: there is no mouse
+    # What the keyboard's numbers are, with commas between: "KeyW,KeyS,KeyA,KeyD" (the W3C's codes).
+    # "": nobody knows, and neither data nor a live keyboard can be read.
+    keys: str = ""
     heads: Count = 16
     head_dim: Count = 64
     keyboard_embed: Count = 128  # what the module embeds a picture's keys in
@@ -50,12 +54,23 @@ class Actions(Section):
         return self.kind != "none" and self.guidance != 1.0
 
     @property
+    def key_names(self) -> tuple[str, ...]:
+        """The names of the keyboard's numbers; empty: nobody knows."""
+        return tuple(name.strip() for name in self.keys.split(",")) if self.keys else ()
+
+    @property
     def width(self) -> int:
         """Width of the module within: that of all heads."""
         return self.heads * self.head_dim
 
     def __post_init__(self):
         super().__post_init__()
+        if self.keys and len(self.key_names) != self.keyboard_dim:
+            refuse(
+                f"actions.keys={self.keys!r}",
+                f"names {len(self.key_names)} keys; it must name actions.keyboard_dim="
+                f"{self.keyboard_dim} of them, or none",
+            )
         if self.head_dim % 2 or self.head_dim < ROTATED:
             refuse(
                 f"actions.head_dim={self.head_dim}",

@@ -17,6 +17,15 @@ def validate_training(config: Config) -> None:
     chunks = t.latent_frames // m.chunk_frames
     divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
     divides("train.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if t.trainable == "actions" and m.actions.kind == "none":
+        refuse(
+            "train.trainable='actions'",
+            "with actions.kind='none': there is no action path to train; set actions.kind, or "
+            "train.trainable='all'",
+        )
+    if t.trainable == "lora":
+        config.distill.lora.check(m)
+    _without_evaluation("train.eval_every", t.eval_every, config)
     if t.eval_grade and not t.eval_every:
         refuse(
             f"train.eval_grade={t.eval_grade!r}",
@@ -30,6 +39,15 @@ def validate_training(config: Config) -> None:
             f"video.width={config.video.width}, {width} latents,",
             f"must be a multiple of mesh.seq={mesh.seq} latents for data.encode='width'; "
             "set data.encode='halo'",
+        )
+
+
+def _without_evaluation(name: str, every: int, config: Config) -> None:
+    if every and config.model.actions.kind != "none":
+        refuse(
+            f"{name}={every}",
+            f"with actions.kind={config.model.actions.kind!r}: the videos of an evaluation have no "
+            "actions; set it to 0, and sample from the run's folder",
         )
 
 
@@ -50,11 +68,6 @@ def validate_distillation(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, d, mesh = config.model, config.distill, config.mesh
-    if m.actions.kind != "none":
-        refuse(
-            f"actions.kind={m.actions.kind!r}",
-            "cannot be distilled: a script has no actions; set it to 'none'",
-        )
     if config.objective == "consistency":
         validate_training(config)
     _trains("quant.recipe", config.quant.recipe)
@@ -70,6 +83,18 @@ def validate_distillation(config: Config) -> None:
             "must be 1.0: the student learns the guided teacher, and is sampled without guidance; "
             f"the teacher's is distill.guidance={d.guidance}",
         )
+    if m.actions.guided:
+        refuse(
+            f"actions.guidance={m.actions.guidance}",
+            "must be 1.0: the student learns the guided teacher, and is sampled without guidance; "
+            f"the teacher's is distill.action_guidance={d.action_guidance}",
+        )
+    if d.action_guidance and m.actions.kind == "none":
+        refuse(
+            f"distill.action_guidance={d.action_guidance}",
+            "with actions.kind='none': there are no actions to leave out; set it to 0",
+        )
+    _without_evaluation("distill.eval_every", d.eval_every, config)
     if config.quant.kv != "bf16" and config.distill.gradient == "through":
         refuse(
             "distill.gradient='through'",
