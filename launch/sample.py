@@ -11,6 +11,7 @@ implementations; see docs/sampling.md.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 
@@ -23,11 +24,13 @@ from launch.layout import Folder
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks, workdir
+from longlive_jax.data import sidecars
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
+from longlive_jax.prompts import actions as actions_lib
 from longlive_jax.prompts import embeddings, layouts, pictures, scripts
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
@@ -44,6 +47,9 @@ flags.DEFINE_string("noise", None, "An .npz with noise [batch, frame, channel, h
 flags.DEFINE_string("prompt_embeds", None, "An .npz with ctx [chunk, token, dim], neg, cut.")
 flags.DEFINE_string("image", None, "First frame of the video (image-to-video).")
 flags.DEFINE_string("continue_from", None, "A video to go on from.")
+flags.DEFINE_string(
+    "actions", None, "Keys and mouse: a sidecar, or a line such as 'w*48, yaw+3*24, still'."
+)
 flags.DEFINE_integer("continue_frames", None, "How many of its last frames.", lower_bound=1)
 flags.DEFINE_string(
     "save_latents", None, "An .npz for the latents, in the layout of --noise; without, one a video."
@@ -61,11 +67,6 @@ flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, by laun
 def main() -> None:
     start = time.monotonic()
     cfg = command.config()
-    if cfg.model.actions.kind != "none":
-        raise InputError(
-            f"config: actions.kind={cfg.model.actions.kind!r}, and this command has no actions to "
-            "give; set it to 'none', or step the sampler from Python (docs/actions.md)"
-        )
     _check_flags()
     with contextlib.ExitStack() as stack:
         folder = None
@@ -102,10 +103,11 @@ def _sample(cfg, folder: Folder | None, start: float) -> None:
     for batch in batches:
         batch.check_images()
     clip = _open_clip(cfg, batches)
+    batches = pipeline.acting(batches, FLAGS.actions, clip)
     pictured = clip is not None or any(batch.pictured for batch in batches)
     pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
     if not folder:
-        _check_apart(batches)
+        _check_apart(cfg, batches)
     if texts is None:
         texts = pipeline.embed(embeddings.distinct(videos))
     batches = pipeline.encoded(batches, clip)
@@ -138,7 +140,14 @@ def _layout(cfg):
     command.check_apart([FLAGS.output], [FLAGS.prompts], networks.folders(FLAGS.checkpoint))
     names = ("layout", "samples", "seed", "batch", "weights")
     settings = {name: FLAGS[name].value for name in names}
-    return Folder(FLAGS.output, items, cfg, settings | {"checkpoint": str(FLAGS.checkpoint)})
+    if FLAGS.actions:
+        settings["actions"] = FLAGS.actions
+    folder = Folder(FLAGS.output, items, cfg, settings | {"checkpoint": str(FLAGS.checkpoint)})
+    videos = folder.videos(cfg)
+    actions_lib.check(cfg, videos, FLAGS.actions)
+    if FLAGS.actions:
+        actions_lib.of_video(cfg, videos[0], FLAGS.actions)  # refused before there is a folder
+    return folder
 
 
 def _check_flags():
@@ -202,7 +211,7 @@ def _latent_files(videos, batches):
     return len(batches) if FLAGS.noise else videos
 
 
-def _check_apart(batches):
+def _check_apart(cfg, batches):
     videos = [video for batch in batches for video in batch.videos]
     images = dict.fromkeys(video.image for video in videos)
     made = {
@@ -210,9 +219,15 @@ def _check_apart(batches):
         FLAGS.contact_sheet: len(videos),
         FLAGS.save_latents: _latent_files(len(videos), batches),
     }
+    written = [command.numbered(path, i, n) for path, n in made.items() if path for i in range(n)]
+    read = actions_lib.files(videos, FLAGS.actions)
+    if cfg.model.actions.kind != "none":
+        written += [str(sidecars.path_for(path)) for path in written if path.endswith(".mp4")]
+        if FLAGS.continue_from and (beside := sidecars.beside(FLAGS.continue_from)):
+            read.append(str(beside))
     command.check_apart(
-        [command.numbered(path, i, n) for path, n in made.items() if path for i in range(n)],
-        [FLAGS.prompts, FLAGS.noise, FLAGS.prompt_embeds, FLAGS.continue_from, *images],
+        written,
+        [FLAGS.prompts, FLAGS.noise, FLAGS.prompt_embeds, FLAGS.continue_from, *images, *read],
         [*networks.folders(FLAGS.checkpoint), FLAGS.compile_cache],
     )
 
@@ -253,9 +268,11 @@ def _write(cfg, chunks, batch, videos, number, start, paths):
     kept, latent_frames, shown = [], 0, 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm.tqdm(total=total, unit=" frames", desc="streaming"))
-        writers = [
-            stack.enter_context(VideoWriter(path, *batch.pixels, frames=total)) for path in paths
-        ]
+        writers = list[VideoWriter]()
+        if batch.actions is not None:  # behind the videos, of which it says how many pictures
+            stack.push(functools.partial(_write_records, writers, batch.actions))
+        for path in paths:
+            writers.append(stack.enter_context(VideoWriter(path, *batch.pixels, frames=total)))
         for chunk in chunks:
             if number[0] == chunk.index == 0 and chunk.frames:
                 np.asarray(chunk.frames[0])
@@ -278,6 +295,15 @@ def _write(cfg, chunks, batch, videos, number, start, paths):
     for sheet, path in zip(sheets, outputs(FLAGS.contact_sheet) if sheets else ()):
         sheet.save(path)
     return total * count
+
+
+def _write_records(writers, actions, kind, *_):
+    """The sidecar of each video that is there, however it ended: what was applied in it."""
+    if kind is not None and issubclass(kind, Exception) and kind is not NotFiniteError:
+        return
+    for writer, one in zip(writers, actions):
+        if writer.frames_written:
+            sidecars.write(sidecars.path_for(writer.path), one.cut(0, writer.frames_written))
 
 
 def _save_latents(latents, number, outputs):

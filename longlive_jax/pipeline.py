@@ -1,5 +1,6 @@
 """The networks of a checkpoint on a mesh: videos from shots, and streams to direct."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import networks, quantized
 from longlive_jax.errors import InputError
 from longlive_jax.models.vae_spec import check_mesh
+from longlive_jax.prompts import actions as actions_lib
 from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.sampling import batches as batches_lib
@@ -161,6 +163,36 @@ class Pipeline:
             chunks_per_shot=chunks_per_shot,
         )
 
+    def acting(
+        self,
+        batches: Sequence[Batch],
+        given: actions_lib.Given | None = None,
+        clip: pictures.Clip | None = None,
+    ) -> list[Batch]:
+        """The batches with the actions of their videos, if the model has an action path.
+
+        Args:
+          given: for all videos, in place of their own: a sidecar or a line of text.
+          clip: that they go on from; its own actions are in the sidecar beside it.
+
+        Raises:
+          InputError: actions that do not fit, or none for a model that has the path, and the other
+            way round; as `prompts.actions.of_video`.
+        """
+        cfg, own = self.cfg, self.cfg.model.actions
+        for batch in batches:
+            actions_lib.check(cfg, batch.videos, given)
+        if own.kind == "none":
+            return list(batches)
+        past = clip and actions_lib.of_clip(clip.path, clip.length, clip.count, own)
+        return [
+            dataclasses.replace(
+                batch,
+                actions=[actions_lib.of_video(cfg, one, given, past) for one in batch.videos],
+            )
+            for batch in batches
+        ]
+
     def encoded(self, batches: Sequence[Batch], clip: pictures.Clip | None = None) -> list[Batch]:
         """The batches with their images, or with the video that they go on from, as latents."""
         if clip is None and not any(batch.pictured for batch in batches):
@@ -183,13 +215,19 @@ class Pipeline:
         return _checked(render.render(self.engine, texts, batch, seed))
 
     def generate(
-        self, path: str | os.PathLike | Sequence[Mapping[str, Any]], *, seed: int | None = None
+        self,
+        path: str | os.PathLike | Sequence[Mapping[str, Any]],
+        *,
+        seed: int | None = None,
+        actions: actions_lib.Given | None = None,
     ) -> Iterator[Chunk]:
         """The chunks of one video, from its first to its last.
 
         Args:
           path: a file of shots, or the list that such a file holds: see docs/sampling.md.
           seed: default: that of a stream's script, else 0.
+          actions: for a model with an action path, a sidecar or a line of text; default: those of
+            the shots.
 
         Raises:
           InputError: shots that cannot be read, or several videos in place of one.
@@ -198,7 +236,7 @@ class Pipeline:
         videos = self.videos(path)
         if len(videos) > 1:
             raise InputError(f"{path}: {len(videos)} videos; give the shots of one at a time")
-        batches = batches_lib.make(self.cfg, videos)
+        batches = self.acting(batches_lib.make(self.cfg, videos), actions)
         texts = self.embed(embeddings.distinct(videos))
         if seed is None:
             seed = int((videos[0].script or {}).get("seed", 0))

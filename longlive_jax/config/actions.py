@@ -7,15 +7,17 @@ from longlive_jax.config.section import (
     Count,
     Index,
     OneOf,
+    Positive,
     Probability,
     Range,
     Section,
     refuse,
 )
 
-KEYBOARD, MOUSE = "keyboard", "mouse"  # the two paths, and their arrays
 ROTATED = 8  # components of a head that turn with time, in pairs; the others stay
 PADS = (12, 11, 8)
+# The keys of Matrix-Game 2's presets "gta" and "universal", by keyboard_dim.
+_PRESETS = {2: ("KeyW", "KeyS"), 4: ("KeyW", "KeyS", "KeyA", "KeyD")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Actions(Section):
     kind: Annotated[str, OneOf(("none", "module", "token"))] = "none"
     keyboard_dim: Count = 4
     mouse_dim: Index = 2  # 0: there is no mouse
-    # What the keyboard's numbers are, with commas between: "KeyW,KeyS,KeyA,KeyD" (the W3C's codes).
-    # "": nobody knows, and neither data nor a live keyboard can be read.
+    # W3C codes of the keyboard's entries, "KeyW,KeyS,KeyA,KeyD"; empty: Matrix-Game 2's of 2 or 4.
     keys: str = ""
+    mouse_degrees: Positive = 15.0  # of a picture, that the mouse's vector has as 1
     heads: Count = 16
     head_dim: Count = 64
     keyboard_embed: Count = 128  # what the module embeds a picture's keys in
@@ -55,8 +57,10 @@ class Actions(Section):
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """The names of the keyboard's numbers; empty: nobody knows."""
-        return tuple(name.strip() for name in self.keys.split(",")) if self.keys else ()
+        """The name of each of the keyboard's entries; empty if nothing says them."""
+        if self.keys:
+            return tuple(name.strip() for name in self.keys.split(","))
+        return _PRESETS.get(self.keyboard_dim, ())
 
     @property
     def width(self) -> int:
@@ -65,16 +69,17 @@ class Actions(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keys and len(self.key_names) != self.keyboard_dim:
-            refuse(
-                f"actions.keys={self.keys!r}",
-                f"names {len(self.key_names)} keys; it must name actions.keyboard_dim="
-                f"{self.keyboard_dim} of them, or none",
-            )
         if self.head_dim % 2 or self.head_dim < ROTATED:
             refuse(
                 f"actions.head_dim={self.head_dim}",
                 f"must be even and at least {ROTATED}, the components that rotary positions turn",
+            )
+
+        if self.keys and len(self.key_names) != self.keyboard_dim:
+            refuse(
+                f"actions.keys={self.keys!r}",
+                f"names {len(self.key_names)} keys, actions.keyboard_dim is {self.keyboard_dim}; "
+                "name one key for each of the keyboard's entries",
             )
 
     def past(self, chunk_frames: int, all_frames: int) -> int:

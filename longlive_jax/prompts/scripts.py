@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import sidecars
+from longlive_jax.data.sidecars import Actions
 from longlive_jax.prompts import shots
 
 # What a script's latents depend on beside the checkpoint, by the names of the flags.
@@ -21,6 +23,8 @@ def settings(cfg: config_lib.Config) -> dict[str, Any]:
         for part in name.split("."):
             value = getattr(value, part)
         values[name] = value
+    if cfg.model.actions.kind != "none":
+        values["actions.guidance"] = cfg.model.actions.guidance
     return values
 
 
@@ -31,6 +35,7 @@ def make(
     *,
     seed: int,
     begins_with: str | None = None,
+    actions: Actions | None = None,
 ) -> dict[str, Any]:
     """A JSON object of one stream (row 0).
 
@@ -38,13 +43,16 @@ def make(
       directions: `Session.script`.
       chunks: how many the stream has made.
       begins_with: "image" or "clip", which the script does not hold.
+      actions: `Session.record`, of a model with an action path.
     """
+    given = {} if actions is None else {"actions": sidecars.rows(actions)}
     return {
         "format": shots.SCRIPT,
         "version": 1,
         "seed": seed,
         "begins_with": begins_with,
         "settings": settings(cfg),
+        **given,
         "shots": _shots(cfg.sample.scene_cut_prefix, directions, chunks),
     }
 

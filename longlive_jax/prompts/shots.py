@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import sidecars
 from longlive_jax.errors import InputError
 from longlive_jax.files import names, regular
 
@@ -19,7 +20,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
 DURATIONS = "shot_durations.txt"
 SCRIPT = "longlive_jax script"  # the format of a stream's script: shots, seed and settings
-_KEYS = ("prompt", "chunks", "seconds", "cut", "image", "recache", "toward", "weight")
+_KEYS = ("prompt", "chunks", "seconds", "cut", "image", "recache", "toward", "weight", "actions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Video:
     """A video to make. `image`, if any, is its first frame. `name` is unique in a `read`.
 
     script: of a stream's saved script (SCRIPT), all but its shots.
+    actions: of each entry that it was made of its actions, a sidecar or a line of text, "" without,
+      and for how many chunks; empty if none has any. `prompts.actions` reads them.
     """
 
     name: str
     chunks: tuple[Chunk, ...]
     image: pathlib.Path | None = None
     script: Mapping[str, Any] | None = None
+    actions: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,8 @@ def read(
       a `.json` file, one video: `[{"prompt": "...", "chunks": 3, "cut": true}, ...]`. Instead of
         "chunks", "seconds" may be given, and is rounded up to whole chunks. "cut" (default true)
         begins a shot; false changes the prompt within a shot. The first entry may have an "image",
-        a path relative to the file.
+        a path relative to the file. "actions" are those of an entry's pictures, in a sidecar, whose
+        path is relative to the file too, or in a line of text (`data.sidecars.strings`).
 
     In all of them a cut reaches the model as `scene_cut_prefix` before the prompt of a shot's
     first chunk (once: it may be there already), except at the start of the video. Conversely a line
@@ -219,7 +224,7 @@ def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, pref
             f'prompts: {path} must be a list of at least one shot, [{{"prompt": "..."}}, ...]; '
             f"found {_kind(entries)}"
         )
-    shots, image = [], None
+    shots, image, actions = [], None, []
     for i, entry in enumerate(entries):
         where = f"prompts: {path}, entry {i + 1} of {len(entries)}"
         _check_entry(entry, where)
@@ -233,12 +238,14 @@ def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, pref
                 float(entry.get("weight", 0)),
             )
         )  # fmt: skip
+        actions.append((_beside(path, entry.get("actions", "").strip()), length))
         if "image" in entry:
             image = _first_image(path, entry["image"], i, where)
     total = sum(shot.chunks for shot in shots)
     if total > MAX_CHUNKS:
         raise InputError(f"prompts: {path} has {total} chunks, the limit is {MAX_CHUNKS}; split it")
-    return Video(path.stem, _assemble(shots, prefix), image)
+    given = tuple(actions) if any(what for what, _ in actions) else ()
+    return Video(path.stem, _assemble(shots, prefix), image, actions=given)
 
 
 # Shots to chunks.
@@ -350,6 +357,11 @@ def _first_image(path: pathlib.Path, value: str, i: int, where: str) -> pathlib.
     return image
 
 
+def _beside(path: pathlib.Path, actions: str) -> str:
+    """Actions of an entry; a sidecar's path is relative to the file of shots."""
+    return str(path.parent / actions) if sidecars.is_file(actions) else actions
+
+
 def _check_entry(entry, where: str) -> None:
     if not isinstance(entry, dict):
         raise InputError(f'{where} must be an object {{"prompt": "..."}}; found {_kind(entry)}')
@@ -359,10 +371,11 @@ def _check_entry(entry, where: str) -> None:
     if "prompt" not in entry:
         raise InputError(f'{where} has no "prompt"; write what the shot shows')
     wanted = {"prompt": str, "chunks": int, "seconds": (int, float), "cut": bool, "image": str,
-              "recache": bool, "toward": str, "weight": (int, float)}  # fmt: skip
+              "recache": bool, "toward": str, "weight": (int, float), "actions": str}  # fmt: skip
     names = {"prompt": "text", "chunks": "a whole number", "seconds": "a number",
              "cut": "true or false", "image": "a path", "recache": "true or false",
-             "toward": "text", "weight": "a number"}  # fmt: skip
+             "toward": "text", "weight": "a number",
+             "actions": "a sidecar or a line of text"}  # fmt: skip
     for key, value in entry.items():
         if not isinstance(value, wanted[key]) or (
             isinstance(value, bool) and wanted[key] is not bool

@@ -9,6 +9,7 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.data import photographs
+from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, narrow
 from longlive_jax.prompts import pictures
@@ -36,6 +37,7 @@ class Batch:
     noise: [batch, frame, h, w, channel], or None: drawn from the seed.
     first_frame: [batch, 1, h, w, channel] for image-to-video, else None.
     prefix: [batch, frame, h, w, channel], latents of a video to continue, or None.
+    actions: of each video, all its pictures'; None for a model without an action path.
     """
 
     videos: Sequence[Video]
@@ -45,6 +47,7 @@ class Batch:
     noise: np.ndarray | None = None
     first_frame: np.ndarray | None = None
     prefix: np.ndarray | None = None
+    actions: Sequence[Actions] | None = None
 
     @property
     def chunks(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from longlive_jax.errors import NotFiniteError
 from longlive_jax.models import vae
 from longlive_jax.sampling import finite as finite_lib
+from longlive_jax.sampling.controls import Applied
 from longlive_jax.sampling.decode import Decoder, Pictures
 
 
@@ -120,6 +121,7 @@ class Chunk:
     latents_finite: bool [], whether the latents are finite.
     largest: float32 [], the largest magnitude among the latents.
     cause: finds the likely cause of numbers that are not finite.
+    receipts: the live actions that act from this chunk on, each with its first picture.
     """
 
     index: int
@@ -131,6 +133,7 @@ class Chunk:
     cause: Callable[[], str]
     making: Making
     decoder: Decoder | None
+    receipts: tuple[Applied, ...] = ()
 
     @property
     def finite(self) -> jax.Array:

@@ -33,6 +33,8 @@ def _chunks(engine, texts, batch, seed):
         noise=batch.noise, first_frame=batch.first_frame, past=batch.prefix,
     )  # fmt: skip
     session = Session(engine, texts, start)
+    if batch.actions is not None:
+        session.plan(batch.actions)
     session.direct([video.chunks[0].prompt for video in batch.videos])
     if batch.prefix is not None:
         for _ in range(batch.prefix.shape[1] // engine.cfg.model.chunk_frames):

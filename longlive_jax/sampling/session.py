@@ -9,8 +9,9 @@ import copy
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,67 +20,16 @@ from flax import struct
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax import params as params_lib
+from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
 from longlive_jax.sampling import finite as finite_lib
 from longlive_jax.sampling import saved, stream
 from longlive_jax.sampling.chunk import Chunk, Direction, Frames, Making
-from longlive_jax.sampling.decode import Decoder
-
-
-class Texts(Protocol):
-    """Prompts to embeddings: a `prompts.encoder.PromptEncoder`, or what it made before."""
-
-    @property
-    def negative(self) -> np.ndarray | None:
-        """[text_len, text_dim] of the negative prompt, or None without guidance."""
-
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """[prompt, text_len, text_dim]."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Engine:
-    """What steps streams, any number of them: the transformer and the VAE's decoder on a mesh.
-
-    params: of `stream.Sampler.prepare`. decoder: None where no frames are wanted.
-    """
-
-    cfg: config_lib.Config
-    mesh: jax.sharding.Mesh
-    params: params_lib.Tree
-    decoder: Decoder | None = None
-
-    def sampler(self, image_to_video: bool) -> stream.Sampler:
-        """The programs for videos with, or without, a first frame."""
-        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
-        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Start:
-    """What a stream begins with: its latents depend on this, on its script and on nothing else.
-
-    height, width: of the latents.
-    samples: for each row, which of the seed's samples it is.
-    whole: a chunk is denoised and committed by one program, for those who wait for all of it;
-      otherwise by two, so that its frames are there before the clean pass.
-    noise: in place of the seed's, float32 [row, frame, h, w, channel].
-    first_frame: [row, 1, h, w, channel], the latent of a picture to begin with.
-    past: [row, frame, h, w, channel], latents of a video to go on from: the first chunks.
-    """
-
-    height: int
-    width: int
-    seed: int = 0
-    samples: tuple[int, ...] = (0,)
-    whole: bool = False
-    noise: np.ndarray | None = None
-    first_frame: np.ndarray | None = None
-    past: np.ndarray | None = None
+from longlive_jax.sampling.controls import Accepted
+from longlive_jax.sampling.engine import Engine, Start, Texts
+from longlive_jax.sampling.track import Keys, Track
 
 
 @struct.dataclass
@@ -100,6 +50,7 @@ class Session:
     Attributes:
       index: of the next chunk.
       script: the directions of the chunks so far, where they changed.
+      actions: those of the stream; None for a model without an action path.
     """
 
     def __init__(self, engine: Engine, texts: Texts, start: Start):
@@ -110,6 +61,10 @@ class Session:
         self._rows: dict[str, np.ndarray] = {}  # embeddings of all prompts of the script
         self._negative: np.ndarray | None = None
         self._placed: tuple[Any, ...] | None = None  # prompts, and their embeddings on the mesh
+        model = engine.cfg.model
+        self.actions: Track | None = None
+        if model.actions.kind != "none":
+            self.actions = Track(model.actions, model.chunk_frames, len(start.samples))
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
         self._carried = Carried(state)
@@ -177,11 +132,55 @@ class Session:
         )
         self._later = self._next.prompts
 
-    def step(self) -> Chunk:
+    def act(
+        self,
+        keys: Keys = (),
+        mouse: tuple[float, float] = (0.0, 0.0),
+        t: float | None = None,
+        *,
+        row: int | None = None,
+    ) -> Accepted:
+        """What is held from now on, and how far the mouse was moved since the last call.
+
+        It acts in the next chunk whose cut-off is not before `t`; `Chunk.receipts` says in which,
+        and from which picture. A model without commands stands still.
+
+        Args:
+          keys: W3C codes of the model's keys; or how far each is down, 0 to 1.
+          mouse: degrees of pitch (up is positive) and yaw (right is positive).
+          t: s, when this was so, on the clock of `step`'s `now`; None: now.
+          row: of rows that are denoised together; None: all.
+
+        Raises:
+          InputError: keys or a mouse that the model does not have, or no action path.
+        """
+        return self._track().act(keys, mouse, time.monotonic() if t is None else t, row)
+
+    def plan(self, actions: Sequence[Actions]) -> None:
+        """The actions of each row's whole video; behind their end those of `act`.
+
+        Raises:
+          InputError: keys or a mouse that the model does not have, or no action path.
+        """
+        self._track().plan(actions)
+
+    def record(self, row: int = 0) -> Actions:
+        """The actions of all chunks so far, one row a picture: `plan` of it repeats them.
+
+        Raises:
+          InputError: no action path, or no chunk yet.
+        """
+        return self._track().record(self.index, row)
+
+    def step(self, now: float | None = None) -> Chunk:
         """Makes the next chunk: of the past that the stream goes on from, or a new one.
 
         Its latents are dispatched; its frames when they are asked for, and the clean pass behind
         the last of them, or when the stream goes on. (With `Start.whole` all of it at once.)
+
+        Args:
+          now: s, the cut-off of its actions; None: when its first denoising pass is dispatched, by
+            `time.monotonic`.
 
         Raises:
           InputError: there is no prompt yet, or no noise left.
@@ -192,12 +191,12 @@ class Session:
         if self._on_host:
             self.to_device()
             carried = self._carried
-        now, sampler, params = self._next, self._sampler, self.engine.params
+        direction, sampler, params = self._next, self._sampler, self.engine.params
         past = self._piece(self.start.past, self.index)
         noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
-        inputs = self._inputs(now, noise)
+        inputs, receipts = self._inputs(direction, noise, now)
         state = carried.stream
-        if now.recache:
+        if direction.recache:
             state = sampler.recache(params, state, inputs)
         committed = self.start.whole and past is None
         if committed:
@@ -217,20 +216,24 @@ class Session:
         del carried, decoding
         if self.start.whole:
             making.finish()
-        if any(now.cut) or now.recache or now.text != self._current_text():
-            self.script.append(now)
+        changes = any(direction.cut) or direction.recache
+        if changes or direction.text != self._current_text():
+            self.script.append(direction)
         self.index += 1
         self.direct(self._later)
-        rows = {prompt: self._rows[prompt] for prompt in now.prompts}
+        rows = {prompt: self._rows[prompt] for prompt in direction.prompts}
         cause = functools.partial(_cause, self.engine, self.start, rows, self._negative)
         return Chunk(
-            now.chunk, Frames(making), latents, now, finite, largest, cause, making, decoder
-        )
+            direction.chunk, Frames(making), latents, direction, finite, largest, cause, making,
+            decoder, receipts,
+        )  # fmt: skip
 
     def replay(self) -> Iterator[Chunk]:
         """The same stream once more, from its beginning to where this one stands."""
         again = Session(self.engine, self.texts, self.start)
         again._rows, again._negative = self._rows, self._negative
+        if again.actions is not None and self.index:
+            again.plan([self.record(row) for row in range(self.rows)])
         script = {direction.chunk: direction for direction in self.script}
         for index in range(self.index):
             if now := script.get(index):
@@ -245,6 +248,7 @@ class Session:
         carried = self.carried  # all that is left of the last chunk is dispatched
         other = copy.copy(self)
         other.script, other._rows = list(self.script), dict(self._rows)
+        other.actions = self.actions and self.actions.copy()
         other.carried = jax.tree.map(lambda x: x.copy(), carried)
         return other
 
@@ -285,6 +289,9 @@ class Session:
             "later": self._later,
             "prompts": list(self._rows),
         }
+        if self.actions is not None:
+            facts["actions"], more = self.actions.saved()
+            arrays |= {f"actions/{name}": x for name, x in more.items()}
         saved.write(path, facts, arrays)
 
     @classmethod
@@ -305,6 +312,9 @@ class Session:
         session._next = facts["next"] and direction(facts["next"])
         session._later = tuple(facts["later"])
         session._negative = arrays.get("negative")
+        if session.actions is not None:
+            own = {k.removeprefix("actions/"): x for k, x in arrays.items()}
+            session.actions.restore(facts["actions"], own)
         for i, prompt in enumerate(facts["prompts"]):
             row = arrays[f"prompt/{i}"]
             rest = engine.cfg.model.text_len - len(row)
@@ -345,23 +355,37 @@ class Session:
             )
         return values
 
-    def _inputs(self, now, noise):
+    def _track(self):
+        if self.actions is None:
+            raise InputError(
+                "session: actions for a model without an action path (actions.kind='none'); take "
+                "a config and a checkpoint that has one"
+            )
+        return self.actions
+
+    def _inputs(self, direction, noise, now):
+        """What the sampler is given, and the receipts of the actions in it."""
         placed = self._placed
-        if placed is None or placed[0] != now.text:
-            placed = now.text, *self._embed(*now.text)
-        first = self.start.first_frame
+        if placed is None or placed[0] != direction.text:
+            placed = direction.text, *self._embed(*direction.text)
+        first, given, receipts = self.start.first_frame, None, ()
+        if self.actions is not None:
+            cut_off = time.monotonic() if now is None else now
+            made, receipts = self.actions.take(self.index, cut_off)
+            given = {name: jnp.asarray(x) for name, x in made.items()}
         inputs = self._sampler.place(
             stream.ChunkInput(
                 noise=noise,
                 text=placed[1],
-                cut=jnp.asarray(now.cut),
+                cut=jnp.asarray(direction.cut),
                 negative=placed[2],
                 first_frame=None if first is None else jnp.asarray(first, jnp.float32),
                 renoise=self._renoise(),
+                actions=given,
             )
         )
-        self._placed = now.text, inputs.text, inputs.negative
-        return inputs
+        self._placed = direction.text, inputs.text, inputs.negative
+        return inputs, receipts
 
     def _embed(self, prompts, toward, weights) -> tuple[Any, Any]:
         """Embeddings of each row, and of the negative prompt, in compute dtype."""

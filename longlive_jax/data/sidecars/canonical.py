@@ -18,6 +18,7 @@ from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.files.atomic import atomic_path
 
+_SUFFIXES = (".npz", ".jsonl")
 ENDS = (".actions.npz", ".actions.jsonl")
 _ROWS = {"keyboard": [float], "mouse": [float], "pose?": [float]}
 _FACTS = {"fps": float, "keys": [str], "view?": str, "pad?": int, "source?": str}
@@ -39,6 +40,11 @@ def beside(video: str | os.PathLike) -> pathlib.Path | None:
     if len(found) > 1:
         raise InputError(f"{found[0]}: and {found[1].name} beside it; remove one")
     return found[0] if found else None
+
+
+def is_file(text: str) -> bool:
+    """Whether a text is the name of a sidecar, and not actions in words."""
+    return text.lower().endswith(_SUFFIXES)
 
 
 def write(path: str | os.PathLike, actions: Actions) -> None:
@@ -154,6 +160,6 @@ def _fields(actions: Actions) -> dict[str, Any]:
 
 def _end(path: str | os.PathLike) -> str:
     end = pathlib.Path(path).suffix.lower()
-    if end not in (".npz", ".jsonl"):
+    if end not in _SUFFIXES:
         raise InputError(f"{path}: a sidecar's name must end in .actions.npz or .actions.jsonl")
     return end

@@ -26,6 +26,20 @@ CODES = (
     *(f"Mouse{n}" for n in range(5)),
 )  # fmt: skip
 _ALL = frozenset(CODES)
+# What people write for them, in any case; a code's own name is taken too.
+_SHORT = {
+    **{letter: f"Key{letter.upper()}" for letter in string.ascii_lowercase},
+    **{str(n): f"Digit{n}" for n in range(10)},
+    **{way: f"Arrow{way.title()}" for way in ("up", "down", "left", "right")},
+    "shift": "ShiftLeft", "ctrl": "ControlLeft", "control": "ControlLeft", "alt": "AltLeft",
+    "esc": "Escape",
+    **{code.lower(): code for code in CODES},
+}  # fmt: skip
+
+
+def named(word: str) -> str | None:
+    """The code of a key as people write it: "w", "up", "space", "shift", "keyw"; None: no key."""
+    return _SHORT.get(word.lower())
 
 
 def check(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -37,9 +51,9 @@ def check(names: Iterable[str], where: str) -> tuple[str, ...]:
     names = tuple(names)
     for i, name in enumerate(names):
         if name not in _ALL:
-            near = difflib.get_close_matches(str(name), CODES, 1) or ["KeyW"]
+            near = named(str(name)) or (*difflib.get_close_matches(str(name), CODES, 1), "KeyW")[0]
             raise InputError(
-                f"{where}: unknown key {name!r:.60}; keys are W3C codes such as {near[0]!r}, and "
+                f"{where}: unknown key {name!r:.60}; keys are W3C codes such as {near!r}, and "
                 "Mouse0 to Mouse4"
             )
         if name in names[:i]:

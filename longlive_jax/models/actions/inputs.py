@@ -14,11 +14,12 @@ from flax import struct
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import TEMPORAL_COMPRESSION
-from longlive_jax.config.actions import KEYBOARD, MOUSE, ROTATED
+from longlive_jax.config.actions import ROTATED
 from longlive_jax.errors import InputError
 from longlive_jax.models.branch import Layer
 from longlive_jax.ops import rope
 
+KEYBOARD, MOUSE = "keyboard", "mouse"
 _BASE = 256.0  # of the rotary positions
 _WINDOW = 12  # actions a latent of the module: those of three latents
 _TOKEN_WINDOW = 20  # and of the token residual, whose two convolutions see four latents before

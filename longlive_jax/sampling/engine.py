@@ -1,0 +1,66 @@
+"""What makes streams, what reads their prompts, and what each of them begins with."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from longlive_jax import config as config_lib
+from longlive_jax import params as params_lib
+from longlive_jax.sampling import stream
+from longlive_jax.sampling.decode import Decoder
+
+
+class Texts(Protocol):
+    """Prompts to embeddings: a `prompts.encoder.PromptEncoder`, or what it made before."""
+
+    @property
+    def negative(self) -> np.ndarray | None:
+        """[text_len, text_dim] of the negative prompt, or None without guidance."""
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """[prompt, text_len, text_dim]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """What steps streams, any number of them: the transformer and the VAE's decoder on a mesh.
+
+    params: of `stream.Sampler.prepare`. decoder: None where no frames are wanted.
+    """
+
+    cfg: config_lib.Config
+    mesh: jax.sharding.Mesh
+    params: params_lib.Tree
+    decoder: Decoder | None = None
+
+    def sampler(self, image_to_video: bool) -> stream.Sampler:
+        """The programs for videos with, or without, a first frame."""
+        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
+        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Start:
+    """What a stream begins with: its latents depend on this, its script and its actions alone.
+
+    height, width: of the latents.
+    samples: for each row, which of the seed's samples it is.
+    whole: a chunk is denoised and committed by one program, for those who wait for all of it;
+      otherwise by two, so that its frames are there before the clean pass.
+    noise: in place of the seed's, float32 [row, frame, h, w, channel].
+    first_frame: [row, 1, h, w, channel], the latent of a picture to begin with.
+    past: [row, frame, h, w, channel], latents of a video to go on from: the first chunks.
+    """
+
+    height: int
+    width: int
+    seed: int = 0
+    samples: tuple[int, ...] = (0,)
+    whole: bool = False
+    noise: np.ndarray | None = None
+    first_frame: np.ndarray | None = None
+    past: np.ndarray | None = None
