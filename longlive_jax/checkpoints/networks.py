@@ -133,8 +133,10 @@ def parts(checkpoint: str) -> tuple[str, ...]:
     """The parts of a checkpoint, or of a training run together with its --checkpoint."""
     if not workdir.is_run(checkpoint):
         return store.parts(checkpoint)
-    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint).checkpoint else ()
-    return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
+    run = workdir.read(checkpoint)
+    below = (grown_lib.DIT,) if run.base else ()
+    others = store.parts(directory(checkpoint)) if run.checkpoint else ()
+    return tuple(dict.fromkeys((*below, *workdir.State(checkpoint).trained, *others)))
 
 
 def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.Tokenizer:

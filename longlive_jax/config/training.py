@@ -25,7 +25,6 @@ def validate_training(config: Config) -> None:
         )
     if t.trainable == "lora":
         config.distill.lora.check(m)
-    _without_evaluation("train.eval_every", t.eval_every, config)
     if t.eval_grade and not t.eval_every:
         refuse(
             f"train.eval_grade={t.eval_grade!r}",
@@ -39,15 +38,6 @@ def validate_training(config: Config) -> None:
             f"video.width={config.video.width}, {width} latents,",
             f"must be a multiple of mesh.seq={mesh.seq} latents for data.encode='width'; "
             "set data.encode='halo'",
-        )
-
-
-def _without_evaluation(name: str, every: int, config: Config) -> None:
-    if every and config.model.actions.kind != "none":
-        refuse(
-            f"{name}={every}",
-            f"with actions.kind={config.model.actions.kind!r}: the videos of an evaluation have no "
-            "actions; set it to 0, and sample from the run's folder",
         )
 
 
@@ -94,7 +84,6 @@ def validate_distillation(config: Config) -> None:
             f"distill.action_guidance={d.action_guidance}",
             "with actions.kind='none': there are no actions to leave out; set it to 0",
         )
-    _without_evaluation("distill.eval_every", d.eval_every, config)
     if config.quant.kv != "bf16" and config.distill.gradient == "through":
         refuse(
             "distill.gradient='through'",

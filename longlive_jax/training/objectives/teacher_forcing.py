@@ -6,6 +6,7 @@ an all-to-all around attention and nothing else between devices inside a block; 
 gathered a layer at a time, and their gradients are scattered back and summed in float32.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,9 +81,9 @@ class TeacherForcing(Objective):
         self.accumulation = train.accumulation
         self.specs = specs(cfg)
         self.adapters = adapters(cfg)
+        self.backbone, _ = actions.split(dit.spec(cfg.model), cfg.model)
         if train.trainable != "all":
-            backbone, _ = actions.split(dit.spec(cfg.model), cfg.model)
-            self.frozen = {BASE: trained.abstract(backbone, cfg.quant.recipe, mesh, cfg)}
+            self.frozen = {BASE: trained.abstract(self.backbone, cfg.quant.recipe, mesh, cfg)}
         self.networks = {MODEL: Network(self.specs, optimizer(train), self._ema_decay)}
         self.batch = batch_lib.abstract(cfg, mesh)
         self.table = schedule.training_schedule(cfg.video.shift)
@@ -102,9 +103,19 @@ class TeacherForcing(Objective):
 
     def freeze(self, backbone: params_lib.Tree) -> Any:
         """`frozen`, of the backbone's weights in the compute dtype, as `actions.split` gives it."""
-        specs, _ = actions.split(dit.spec(self.cfg.model), self.cfg.model)
         recipe = self.cfg.quant.recipe
-        return {BASE: trained.freeze(backbone, specs, recipe, self.mesh, self.cfg)}
+        return {BASE: trained.freeze(backbone, self.backbone, recipe, self.mesh, self.cfg)}
+
+    def whole(self, params: Mapping, frozen: Any) -> dict[str, Any]:
+        """The parts of a network as a checkpoint has them: the transformer whole, with adapters
+        merged into plain weights.
+        """
+        if not frozen:
+            return dict(params)
+        own = {k: v for k, v in params.items() if k in (trained.DIT, trained.LORA)}
+        rest = {k: v for k, v in params.items() if k not in own}
+        merge = jax.jit(functools.partial(trained.merged, adapters=self.adapters))
+        return {trained.DIT: merge(frozen[BASE], own), **rest}
 
     # ---------------------------------------------------------------------------------------------
     # Around the loss, on global arrays.
@@ -214,15 +225,15 @@ class TeacherForcing(Objective):
                 cfg.model, inputs.batch.actions, copies=cfg.train.teacher_forcing
             ),
         )  # fmt: skip
-        weights = params["dit"] if not frozen else self._transformer(params, frozen)
+        tree = params["dit"] if not frozen else self._transformer(params, frozen)
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
-                weights, cfg.model, past.astype(dtype), noisy.astype(dtype), timestep,
+                tree, cfg.model, past.astype(dtype), noisy.astype(dtype), timestep,
                 positions, clean_timesteps=past_timestep, **shared,
             )  # fmt: skip
         else:
             velocity = dit.block_causal(
-                weights, cfg.model, noisy.astype(dtype), timestep, positions, **shared
+                tree, cfg.model, noisy.astype(dtype), timestep, positions, **shared
             )
         error = losses.squared_error(velocity, target)
         mask = bears_loss.astype(jnp.float32)
