@@ -16,16 +16,24 @@ from longlive_jax.data.sidecars import for_model
 MOUSE = 2  # numbers of a row's mouse
 
 
-def of(actions: sidecars.Actions, cfg: config_lib.Actions) -> np.ndarray:
+def of(
+    actions: sidecars.Actions, cfg: config_lib.Actions, start: int = 0, pictures: int | None = None
+) -> np.ndarray:
     """The rows of a video's actions at the rate of samples; at another rate they are resampled.
+
+    Args:
+      start: the video's picture that the first row is of.
+      pictures: how many rows, the last one repeated where there are fewer; None: all.
 
     Raises:
       InputError: keys or a mouse that the model does not have.
     """
-    if abs(actions.fps / FRAMES_PER_SECOND - 1) > 1e-3:
-        actions = sidecars.to_rate(actions, FRAMES_PER_SECOND)
     own = sidecars.aligned(actions, cfg)
-    return np.concatenate([own.keyboard, own.mouse], axis=1)
+    own = own.cut(min(start, len(own) - 1), len(own))
+    if abs(own.fps / FRAMES_PER_SECOND - 1) > 1e-3:
+        own = sidecars.to_rate(own, FRAMES_PER_SECOND, pictures)
+    rows = np.concatenate([own.keyboard, own.mouse], axis=1)
+    return rows if pictures is None else fitted(rows, pictures)
 
 
 def actions(

@@ -37,8 +37,7 @@ class Clip:
 
     shown: int64 [frame], the picture of the file that each source frame shows, if the file has no
       constant rate; its source frames are then those of a sample.
-    actions: float32 [frame, key + 2], of `data.action_rows`, at the rate of samples; None: they are
-      not asked for.
+    actions: of the file's pictures, in the model's keys; None: they are not asked for.
     """
 
     path: pathlib.Path
@@ -46,7 +45,7 @@ class Clip:
     frames: int
     fps: Fraction
     shown: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
-    actions: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    actions: sidecars.Actions | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def interval(self) -> float:
@@ -266,10 +265,8 @@ class VideoFolder:
             return None
         rows = []
         for segment in segments:
-            clip = clips[segment.clip]
-            assert clip.actions is not None
-            start = min(round(segment.start / clip.interval), len(clip.actions) - 1)
-            rows.append(action_rows.fitted(clip.actions[start:], segment.frames))
+            own = clips[segment.clip].actions
+            rows.append(action_rows.of(own, self._actions, segment.start, segment.frames))
         rules = self._rules
         total = sum(rules.frames(chunk) for chunk in range(rules.chunks))
         return action_rows.fitted(np.concatenate(rows), total)
@@ -308,8 +305,8 @@ class VideoFolder:
         return (*prompts, *[clips[segments[-1].clip].caption] * padding)
 
 
-def _acted(path: pathlib.Path, info: VideoInfo, cfg: config_lib.Actions) -> np.ndarray:
-    """The actions of a file's pictures, at the rate of samples.
+def _acted(path: pathlib.Path, info: VideoInfo, cfg: config_lib.Actions) -> sidecars.Actions:
+    """The actions of a file's pictures.
 
     Raises:
       InputError: it has no sidecar, or one that does not fit the video or the model.
@@ -325,7 +322,7 @@ def _acted(path: pathlib.Path, info: VideoInfo, cfg: config_lib.Actions) -> np.n
             f"{path}: shows its pictures at no constant rate, and nothing says which of them a row "
             f"of {file.name} is of; make it again at a constant rate"
         )
-    return action_rows.of(sidecars.read(file, info.frames, float(info.fps)), cfg)
+    return sidecars.aligned(sidecars.read(file, info.frames, float(info.fps)), cfg)
 
 
 def _beside(path: pathlib.Path) -> list[str]:

@@ -117,7 +117,9 @@ def test_the_path_learns_what_it_learns_in_the_whole_and_the_rest_stays():
 def test_adapters_and_the_path_learn_together():
     losses, params, before, after = run("lora")
     assert losses[1] != losses[0]
-    begun = params_lib.flatten(jax.device_get(begin(objective("lora")[0])[0].networks[MODEL].params))
+    begun = params_lib.flatten(
+        jax.device_get(begin(objective("lora")[0])[0].networks[MODEL].params)
+    )
     assert params.keys() == begun.keys()
     moved = {place: np.abs(params[place] - begun[place]).max() for place in params}
     assert all(moved.values()), moved
