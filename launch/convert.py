@@ -13,7 +13,8 @@ Sources are files, folders or hf://owner/name[@revision][/file]; of the latter t
 metadata.json keeps the commit. Parts may be given one at a time, to the same --output. Weights keep
 their dtype, and are streamed: memory does not grow with the model. With --recipe the transformer's
 linear layers are quantised, to the bit as launch.sample would with --config.quant.recipe. --lora
-may also be the folder of a training run, whose student's adapters are merged. The original's
+may also be the folder of a training run, whose student's adapters are merged, and whose action path
+replaces the checkpoint's. The original's
 model_4o6.pt is already quantised, and needs no --recipe.
 """
 
@@ -27,6 +28,7 @@ from launch import command
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import (
     from_torch,
+    grown,
     layout,
     lora,
     peft,
@@ -153,6 +155,9 @@ def _remake() -> None:
         adapters, file = peft.read(FLAGS.lora, FLAGS.weights, FLAGS.lora_alpha)
         merged = lora.merge(lora.placeholders(spec), adapters, FLAGS.lora_alpha, file)
         pieces = lora.merged_pieces(pieces, spec, merged)
+        if workdir.is_run(FLAGS.lora):
+            path = grown.path_of(FLAGS.lora, workdir.State(FLAGS.lora), FLAGS.weights)
+            pieces = grown.replaced(pieces, path)
         files.append(file)
     summary = store.save(
         output,

@@ -13,12 +13,11 @@ from absl import flags
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import networks, peft, workdir
+from longlive_jax.checkpoints import grown, networks, peft, workdir
 from longlive_jax.errors import InputError
-from longlive_jax.models import lora
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
-from longlive_jax.training import checkpoint, evaluate, feed, loop, scripts
+from longlive_jax.training import checkpoint, evaluate, feed, loop, scripts, trained
 from longlive_jax.training.objectives import dmd, teacher_forcing
 from longlive_jax.training.objectives.consistency import Consistency
 from longlive_jax.training.objectives.dmd import BASE, CRITIC, DIT, DMD, LORA, STUDENT, TEACHER
@@ -85,7 +84,8 @@ def run(
     started = functools.cache(functools.partial(_started, goal, FLAGS.start))
     if not workdir.is_run(root):
         started()  # what does not fit is refused before anything is loaded
-    with checkpoint.acquire(root, settings, STUDENT, others):
+    base = checkpoint_path if cfg.distill.lora.enabled else None
+    with checkpoint.acquire(root, settings, STUDENT, others, base):
         # Each process has prompts of its own.
         here = mesh_lib.make_mesh(config_lib.Mesh(), mesh.local_devices)
         encoder = PromptEncoder(cfg, networks.load(checkpoint_path, "umt5", cfg, here), tokenizer)
@@ -121,12 +121,19 @@ def _frozen(goal, path) -> dict[str, params_lib.Tree]:
 
 
 def _initial(goal, path, started) -> Mapping[str, params_lib.Tree]:
-    """Of student and critic: the checkpoint's weights; or adapters, new ones or of --start."""
+    """Of student and critic: the checkpoint's weights; or adapters, new ones or of --start.
+
+    An action path beside adapters is --start's, or else the checkpoint's.
+    """
     if goal.cfg.distill.lora.enabled:
         params = goal.init_params()
-        for name, tree in started().items():
-            where = params_lib.shardings(goal.networks[name].specs, goal.mesh)
-            params[name] = jax.device_put({LORA: tree}, where)
+        for name, network in goal.networks.items():
+            own = dict(started().get(name, {}))
+            if DIT in network.specs and DIT not in own:
+                key, spec = jax.random.key(goal.seed), network.specs[DIT]
+                own[DIT], _ = networks.load_or_init(path, DIT, goal.cfg, goal.mesh, key, some=spec)
+            where = params_lib.shardings(network.specs, goal.mesh)
+            params[name] |= {part: jax.device_put(own[part], where[part]) for part in own}
         return params
     load = functools.partial(
         networks.load, path, DIT, goal.cfg, goal.mesh, dtype=jnp.float32, rules=mesh_lib.RULES
@@ -137,16 +144,29 @@ def _initial(goal, path, started) -> Mapping[str, params_lib.Tree]:
 def _started(goal, source) -> Mapping[str, params_lib.Tree]:
     """Adapters of a run, its critic's too, or of a file, on the host; those it lacks are new.
 
-    A run of objective "consistency" has no critic.
+    By network and part: a run's action path is there too. A run of objective "consistency" has no
+    critic.
     """
     if not source:
         return {}
     settings, specs = goal.cfg.distill.lora, goal.networks[STUDENT].specs[LORA]
     if not workdir.is_run(source):
-        return {STUDENT: peft.from_file(source, specs, settings)}
+        return {STUDENT: {LORA: peft.from_file(source, specs, settings)}}
     had = (CRITIC,) if workdir.read(source).settings.get("objective") == "dmd" else ()
     names = [name for name in (STUDENT, *had) if name in goal.networks]
-    return {name: peft.of_run(source, specs, settings, name) for name in names}
+    return {name: _of_run(goal, source, specs, name) for name in names}
+
+
+def _of_run(goal, source, specs, name) -> dict[str, params_lib.Tree]:
+    parts = {LORA: peft.of_run(source, specs, goal.cfg.distill.lora, name)}
+    state = workdir.State(source, name)
+    weights = "average" if state.averaged else "latest"
+    path = grown.path_of(source, state, weights)
+    wanted = goal.networks[name].specs.get(DIT)
+    if path and wanted:
+        state.check(DIT, wanted, goal.cfg.model)
+        parts[DIT] = params_lib.unflatten(path)
+    return parts
 
 
 def _evaluating(cfg: config_lib.Config) -> config_lib.Config:
@@ -166,7 +186,5 @@ def _evaluator(goal, cfg, root, prompts, frozen):
     settings = goal.cfg.distill.lora
     if not settings.enabled:
         return lambda step, state: make(step, state[STUDENT].ema)
-    merge = jax.jit(functools.partial(lora.merge, scale=settings.scale))
-    return lambda step, state: make(
-        step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema[LORA])}
-    )
+    merge = jax.jit(functools.partial(trained.merged, adapters=settings))
+    return lambda step, state: make(step, {DIT: merge(frozen[BASE]["bf16"], state[STUDENT].ema)})

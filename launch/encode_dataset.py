@@ -3,7 +3,8 @@
     python -m launch.encode_dataset --config=configs/train_ar_5b.py --config.data.path=VIDEOS \\
         --checkpoint=CKPT --output=DIR [--epochs=1]
 
-Every folder of VIDEOS/video gives one sample an epoch, from another start each time. The devices
+Every folder of VIDEOS/video gives one sample an epoch, from another start each time. With an action
+path in the config each video has a sidecar, whose rows are stored beside the latents. The devices
 of config.mesh encode together: most clips an hour with all of them on mesh.data. Stopped at any
 moment, the same command goes on after the last whole file. Then train with
 --config.data.path=DIR --config.data.cached=True.
@@ -106,20 +107,25 @@ def _settings(cfg: config_lib.Config, source: Source) -> dict:
         names["model"] += ("text_len", "text_dim")
         names["umt5"] = [field.name for field in dataclasses.fields(cfg.umt5)]
     values = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in names for k in names[s]}
-    return values | {
-        "data.path": os.path.abspath(cfg.data.path),
-        "dtype": cfg.dtype,
-        "--epochs": FLAGS.epochs,
-        "--checkpoint": os.path.abspath(FLAGS.checkpoint),
-        "the number of folders": len(source),
-    }
+    return (
+        values
+        | records.action_settings(cfg.model.actions)
+        | {
+            "data.path": os.path.abspath(cfg.data.path),
+            "dtype": cfg.dtype,
+            "--epochs": FLAGS.epochs,
+            "--checkpoint": os.path.abspath(FLAGS.checkpoint),
+            "the number of folders": len(source),
+        }
+    )
 
 
 def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
     """Writes the files of latents that are missing."""
     total = len(source) * FLAGS.epochs
     done = _lines(progress, "latents")
-    records.Shards(progress.folder, _shards(done))  # refuses files that are gone
+    for kind in ("shard", "actions"):
+        records.Shards(progress.folder, _shards(done, kind))  # refuses files that are gone
     # The report and the count of failures are made again from the lines of complete files.
     report = progress.folder / records.FAILURES
     report.unlink(missing_ok=True)
@@ -139,10 +145,14 @@ def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
                 return
             line = {"kind": "latents", "read": [], "prompts": [], "chunks": []}
             samples = _take(itertools.islice(stream, count), len(source), health, used, line, bar)
+            rows: list[bytes] = []
             shard = records.write_shard(
                 progress.folder / f"latents-{number:05d}.arrayrecord",
-                _packed(cfg, mesh, params, samples),
+                _packed(cfg, mesh, params, samples, rows),
             )
+            if cfg.model.actions.kind != "none":
+                path = progress.folder / f"actions-{number:05d}.arrayrecord"
+                line["actions"] = dataclasses.asdict(records.write_shard(path, rows))
             progress.add(line | {"shard": dataclasses.asdict(shard)})
 
 
@@ -165,8 +175,11 @@ def _take(stream, folders: int, health: Health, used: set, line: dict, bar) -> I
         yield sample
 
 
-def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
-    """Records of samples; each replica of the mesh encodes one sample of a batch."""
+def _packed(cfg, mesh, params, samples: Iterable[Sample], rows: list[bytes]) -> Iterator[bytes]:
+    """Records of samples; each replica of the mesh encodes one sample of a batch.
+
+    rows: gets the records of their actions.
+    """
     replicas = _replicas(mesh)
     for batch in itertools.batched(samples, replicas):
         frames = [sample.frames for sample in batch]
@@ -181,6 +194,8 @@ def _packed(cfg, mesh, params, samples: Iterable[Sample]) -> Iterator[bytes]:
                     "VAE's weights are damaged or do not belong to this config; convert them again"
                 )
             fields = {"name": sample.name, "prompts": sample.prompts, "chunks": sample.chunks}
+            if sample.actions is not None:
+                rows.append(records.pack({"name": sample.name}, sample.actions))
             yield records.pack(fields, one.astype(cfg.compute_dtype))
 
 
@@ -237,6 +252,7 @@ def _finish(cfg, progress: records.Progress) -> None:
         failures=report.count("\n"),
         latents=_shards(latents),
         text=_shards(_lines(progress, "text")),
+        **({"actions": acted} if (acted := _shards(latents, "actions")) else {}),
         prompts=_prompts(progress),
         settings=progress.head["settings"],
     )
@@ -246,8 +262,8 @@ def _lines(progress, kind: str) -> list[dict]:
     return [line for line in progress.lines if line["kind"] == kind]
 
 
-def _shards(lines) -> list[records.Shard]:
-    return [records.Shard(**line["shard"]) for line in lines]
+def _shards(lines, kind: str = "shard") -> list[records.Shard]:
+    return [records.Shard(**line[kind]) for line in lines if kind in line]
 
 
 def _prompts(progress) -> list[str]:
@@ -269,7 +285,7 @@ def _latent_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
 
 def _summary(folder: pathlib.Path) -> str:
     manifest = records.read_manifest(folder)
-    files = [*manifest["latents"], *manifest["text"]]
+    files = [*manifest["latents"], *manifest["text"], *manifest["actions"]]
     return (
         f"{manifest['samples']} clips, {len(manifest['prompts'])} prompts, "
         f"{manifest['failures']} failures, {len(files)} files, "

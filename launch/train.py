@@ -42,7 +42,7 @@ from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop
+from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop, trained
 from longlive_jax.training.objectives import teacher_forcing
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
 from longlive_jax.training.plan import Plan
@@ -117,22 +117,27 @@ def _teacher_forcing(cfg, objective, root) -> loop.Done:
     _check_parts(cfg, prompts)
     # Weights may come from another run; the other parts then come from that run's --checkpoint.
     others = networks.directory(FLAGS.checkpoint) if FLAGS.checkpoint else None
-    settings = teacher_forcing.settings(cfg, identity)
-    with checkpoint.acquire(root, settings, MODEL, others):
+    settings, base = teacher_forcing.settings(cfg, identity), None
+    if cfg.train.trainable != "all":
+        base = FLAGS.checkpoint
+        settings["the frozen weights"] = networks.identity(base, "dit")
+    with checkpoint.acquire(root, settings, MODEL, others, base):
+        frozen = _frozen(objective) if base else ()
         evaluator, encoders = _models(cfg, mesh, root, prompts)
         kept = best.Best(root, MODEL) if cfg.train.eval_grade else None
         failures = root / "failures.jsonl"
         inputs = loop.Inputs(
             batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
             params=lambda: {MODEL: _initial(cfg, mesh)},
-            evaluate=evaluator and functools.partial(_evaluate, evaluator, kept),
+            frozen=frozen,
+            evaluate=evaluator and functools.partial(_evaluate, evaluator, kept, objective, frozen),
         )
         return loop.run(objective, Plan.of(cfg.train), root, inputs, _show)[1]
 
 
-def _evaluate(evaluator, kept, step, networks_of_run) -> str:
+def _evaluate(evaluator, kept, objective, frozen, step, networks_of_run) -> str:
     """An evaluation, of which the best checkpoint is kept; what to show of it."""
-    ema = networks_of_run[MODEL].ema
+    ema = objective.whole(networks_of_run[MODEL].ema, frozen)
     made = evaluator(step, ema)
     if made.grade is None:
         return str(made.folder)
@@ -142,8 +147,21 @@ def _evaluate(evaluator, kept, step, networks_of_run) -> str:
 
 def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> None:
     """Refuses a --checkpoint with which the run would fail later."""
-    trained = teacher_forcing.specs(cfg)
-    for part in trained:
+    parts = teacher_forcing.specs(cfg)
+    if cfg.train.trainable != "all":
+        if not FLAGS.checkpoint:
+            raise InputError(
+                f"config: train.trainable={cfg.train.trainable!r} keeps a transformer's weights as "
+                "they are, and --checkpoint is missing; give one, or set train.trainable='all'"
+            )
+        if prompts and cfg.quant.recipe != "bf16":
+            raise InputError(
+                f"config: train.eval_every={cfg.train.eval_every} samples from plain weights, and "
+                f"train.trainable={cfg.train.trainable!r} holds them by quant.recipe="
+                f"{cfg.quant.recipe!r}; set one of them to 0, 'all' or 'bf16'"
+            )
+        networks.check(FLAGS.checkpoint, "dit", cfg, grown=True)
+    for part in parts:
         if FLAGS.checkpoint and part in networks.parts(FLAGS.checkpoint):
             networks.check(FLAGS.checkpoint, part, cfg, grown=True)
     subtrees = _vae_subtrees(cfg, prompts)
@@ -154,7 +172,7 @@ def _check_parts(cfg: config_lib.Config, prompts: evaluate.Prompts | None) -> No
                 f"config: vae.z_dim={cfg.vae.z_dim} must equal model.in_dim={cfg.model.in_dim}: "
                 "the transformer works on the VAE's latents"
             )
-    if prompts or "umt5" in trained or not cfg.data.cached:
+    if prompts or "umt5" in parts or not cfg.data.cached:
         networks.read_tokenizer(FLAGS.checkpoint, cfg)
 
 
@@ -210,14 +228,33 @@ def _initial(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> params_lib.Tree
     has = networks.parts(FLAGS.checkpoint) if FLAGS.checkpoint else ()
     params, key = {}, jax.random.key(cfg.train.seed)
     for part, spec in teacher_forcing.specs(cfg).items():
-        if part in has:
-            params[part], absent = networks.load_or_init(FLAGS.checkpoint, part, cfg, mesh, key)
+        if part == trained.LORA:  # they change nothing yet
+            params |= params_lib.init({part: spec}, key, jnp.float32, mesh)
+        elif part in has:
+            params[part], absent = networks.load_or_init(
+                FLAGS.checkpoint, part, cfg, mesh, key, some=spec
+            )
             for path in absent:
                 _show(f"{part}: {path} begins at its initial value, as --checkpoint has none")
         else:
             _show(f"{part}: the weights begin at random, as --checkpoint gives none")
             params |= params_lib.init({part: spec}, key, jnp.float32, mesh)
     return params
+
+
+def _frozen(objective: TeacherForcing):
+    """The weights below what is trained, as the objective holds them."""
+    cfg, mesh = objective.cfg, objective.mesh
+    backbone, absent = networks.load_or_init(
+        FLAGS.checkpoint, trained.DIT, cfg, mesh, jax.random.key(0), some=objective.backbone,
+        dtype=cfg.compute_dtype,
+    )  # fmt: skip
+    if absent:
+        raise InputError(
+            f"--checkpoint={FLAGS.checkpoint}: its dit has no {absent[0]}, and "
+            f"train.trainable={cfg.train.trainable!r} does not train it; give another"
+        )
+    return objective.freeze(backbone)
 
 
 def _show(text: str) -> None:

@@ -76,7 +76,7 @@ class _Probe(DMD):
         def local(params, frozen, inputs):
             x_t, timestep, _ = self._noised(inputs)
             tree = self.transformer(CRITIC, params, frozen)
-            flow = self._block_causal(CRITIC, tree, x_t, timestep, inputs.text, inputs)
+            flow = self._block_causal(CRITIC, tree, x_t, timestep, inputs, inputs.scripts)
             return x_t, timestep, flow.astype(jnp.float32)
 
         arguments = (moment.params, moment.frozen, inputs)

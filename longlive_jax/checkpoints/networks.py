@@ -1,9 +1,11 @@
 """Loads networks of a checkpoint, sharded over a mesh.
 
 A training run's folder is a checkpoint too: of the networks that it trains, and of the other parts
-of its --checkpoint.
+of its --checkpoint. A run that trains adapters, or an action path, on a transformer that it keeps
+is read as that transformer with them.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax.checkpoints import grown as grown_lib
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.checkpoints.parts import PARTS
 from longlive_jax.errors import InputError
@@ -38,6 +41,10 @@ def check(
     grown: what `load_or_init` would.
     """
     section, tree = spec(part, cfg, only)
+    if over := _grown(checkpoint, part):
+        check(over.base, part, cfg, only, grown=True)
+        over.check(cfg)
+        return
     trained = _trained(checkpoint, part)
     if trained is not None:
         trained.check(part, tree, section)
@@ -74,9 +81,14 @@ def load(
     if rules is None:
         # The text encoder runs whole on every device, and is in memory only briefly.
         rules = {} if part == "umt5" else mesh_lib.SAMPLING_RULES
-    trained = _trained(checkpoint, part)
+    over, trained = _grown(checkpoint, part), _trained(checkpoint, part)
     if trained is not None:
-        loaded = trained.load(part, tree, mesh, dtype, rules, weights)
+        if over is not None:
+            make = functools.partial(load_or_init, over.base, dtype=dtype, rules=rules)
+            below, _ = make(part, cfg, mesh, jax.random.key(0))
+            loaded = over.put_on(below, cfg, mesh, rules, weights)
+        else:
+            loaded = trained.load(part, tree, mesh, dtype, rules, weights)
         if bad := params_lib.not_finite(loaded):
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             raise InputError(
@@ -91,21 +103,40 @@ def load(
 
 
 def load_or_init(
-    checkpoint: str, part: str, cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array
-) -> tuple[params_lib.Tree, tuple[str, ...]]:
-    """Weights to train on from, float32, sharded by `mesh.RULES`: as `store.load_or_init`."""
+    checkpoint: str, part: str, cfg: config_lib.Config, mesh: jax.sharding.Mesh, key: jax.Array, *,
+    some: params_lib.Tree | None = None, dtype: Any = jnp.float32, rules: dict = mesh_lib.RULES,
+) -> tuple[params_lib.Tree, tuple[str, ...]]:  # fmt: skip
+    """Weights to train on from, by default sharded by `mesh.RULES`: as `store.load_or_init`.
+
+    some: specs of the subtrees to read; None: all.
+    """
     section, tree = spec(part, cfg)
     if _trained(checkpoint, part) is not None:
-        return load(checkpoint, part, cfg, mesh, dtype=jnp.float32, rules=mesh_lib.RULES), ()
-    return store.load_or_init(directory(checkpoint), part, tree, key, mesh, config=section)
+        whole = load(checkpoint, part, cfg, mesh, dtype=dtype, rules=rules)
+        leaves, wanted = params_lib.flatten(whole), params_lib.flatten(some or tree)
+        return params_lib.unflatten({path: leaves[path] for path in wanted}), ()
+    return store.load_or_init(
+        directory(checkpoint), part, some or tree, key, mesh, dtype=dtype, rules=rules,
+        config=section, some=some is not None,
+    )  # fmt: skip
+
+
+def identity(checkpoint: str, part: str) -> str:
+    """What tells a stored part from others, wherever it lies."""
+    if (trained := _trained(checkpoint, part)) is not None:
+        return f"step {trained.step} of {os.path.basename(os.path.abspath(checkpoint))}"
+    info = store.Stored(directory(checkpoint), part).info
+    return str(info.get("index_checksum") or info["directory"])
 
 
 def parts(checkpoint: str) -> tuple[str, ...]:
     """The parts of a checkpoint, or of a training run together with its --checkpoint."""
     if not workdir.is_run(checkpoint):
         return store.parts(checkpoint)
-    others = store.parts(directory(checkpoint)) if workdir.read(checkpoint).checkpoint else ()
-    return tuple(dict.fromkeys((*workdir.State(checkpoint).trained, *others)))
+    run = workdir.read(checkpoint)
+    below = (grown_lib.DIT,) if run.base else ()
+    others = store.parts(directory(checkpoint)) if run.checkpoint else ()
+    return tuple(dict.fromkeys((*below, *workdir.State(checkpoint).trained, *others)))
 
 
 def read_tokenizer(checkpoint: str | None, cfg: config_lib.Config) -> tokenizer.Tokenizer:
@@ -158,11 +189,19 @@ def spec(
 
 
 def _trained(checkpoint, part):
-    """The state of a training run that has this part, or None."""
+    """The state of a training run that has this part, or something of it, or None."""
     if not checkpoint or not workdir.is_run(checkpoint):
         return None
     state = workdir.State(checkpoint)
-    return state if part in state.trained else None
+    if part != grown_lib.DIT:
+        return state if part in state.trained else None
+    return state if {part, grown_lib.LORA} & set(state.trained) else None
+
+
+def _grown(checkpoint, part):
+    """What a run puts on a transformer that it keeps; None: this is no part of such a run."""
+    trained = _trained(checkpoint, part) if part == grown_lib.DIT else None
+    return trained and grown_lib.of_run(checkpoint, trained)
 
 
 def _recipe(stored, cfg, quantized):

@@ -24,17 +24,26 @@ RUN, STATES = "run.json", "checkpoints"
 WEIGHTS = {"average": "ema", "latest": "params"}
 # In version 1 the state had the arrays of its only network beside the others, by other names.
 FLAT_NETWORK = "model"
-_SCHEMA = {"settings": {str: object}, "checkpoint": (str, None), "network?": (str, None)}
+_SCHEMA = {
+    "settings": {str: object}, "checkpoint": (str, None), "network?": (str, None),
+    "base?": (str, None),
+}  # fmt: skip
 
 
 class Run(NamedTuple):
-    """The content of run.json: settings by the names of the flags, the checkpoint of the parts that
-    are not trained or None, and the network that a sampler takes from the states or None.
+    """The content of run.json.
+
+    settings: by the names of the flags.
+    checkpoint: of the parts that are not trained, or None.
+    network: the one that a sampler takes from the states, or None.
+    base: the checkpoint, or run, with the transformer that the network is adapters of, or an action
+      path; None: the network is whole.
     """
 
     settings: Mapping[str, Any]
     checkpoint: str | None
     network: str | None
+    base: str | None = None
 
 
 def is_run(directory: str | os.PathLike) -> bool:
@@ -53,7 +62,7 @@ def read(directory: str | os.PathLike) -> Run:
         file, FORMAT, VERSION, "give another --workdir", older=(1,), schema=_SCHEMA
     )
     network = FLAT_NETWORK if run["version"] == 1 else run.get("network")
-    return Run(run["settings"], run["checkpoint"], network)
+    return Run(run["settings"], run["checkpoint"], network, run.get("base"))
 
 
 def write(directory: str | os.PathLike, run: Run) -> None:
@@ -125,12 +134,15 @@ class State:
         """Of a part's arrays, by their paths within it."""
         return {path[1:]: shape for path, shape in self._shapes.items() if path[0] == part}
 
-    def check(self, part: str, spec: params_lib.Tree, section: Any) -> None:
-        """Refuses a spec, or a section of the config, that the stored arrays do not fit."""
+    def check(self, part: str, spec: params_lib.Tree, section: Any, *, some: bool = False) -> None:
+        """Refuses a spec, or a section of the config, that the stored arrays do not fit.
+
+        some: the spec may lack arrays that are stored.
+        """
         wanted = {path: s.shape for path, s in params_lib.flatten({part: spec}).items()}
         wrong = [
             f"{'/'.join(p)} is {wanted.get(p)} by the config, {self._shapes.get(p)} in the run"
-            for p in sorted({*wanted, *(p for p in self._shapes if p[0] == part)})
+            for p in sorted({*wanted, *(p for p in self._shapes if p[0] == part and not some)})
             if wanted.get(p) != self._shapes.get(p)
         ]
         # Settings that no shape shows.

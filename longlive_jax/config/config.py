@@ -52,7 +52,7 @@ class Config(Section):
         super().__post_init__()
         model, mesh = self.model, self.mesh
         self.sample.check(model)
-        self.quant.check(model, self.video, mesh)
+        self.quant.check(model, mesh)
         divides("model.num_heads", model.num_heads, "mesh.seq", mesh.seq)
         divides("model.chunk_frames", model.chunk_frames, "mesh.seq", mesh.seq)
         divides("model.dim", model.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)

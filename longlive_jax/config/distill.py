@@ -36,7 +36,9 @@ class Distill(Section):
     latent_frames: Count = 32  # of a rollout
     # Rollouts of a step have a random length from this to latent_frames; 0: all have that.
     least_frames: Index = 0
-    lora: LoRA = LoRA()  # of student and critic
+    # Of student and critic; and of teacher forcing with train.trainable='lora'. An action path is
+    # trained whole beside the adapters.
+    lora: LoRA = LoRA()
     student_every: Count = 5  # the critic is trained every step, the student every so many
     # The step whose result is graded: one for all chunks of a rollout, or one a chunk.
     exit: Annotated[str, OneOf(("shared", "chunk"))] = "shared"
@@ -49,6 +51,8 @@ class Distill(Section):
     init: Annotated[str, OneOf(("ar", "base_then_transplant"))] = "ar"
     # The teacher is r_c + guidance (r_c - r_u): with the field's formula a scale of 1 + guidance.
     guidance: Annotated[float, Range(0, 1000)] = 3.0
+    # And action_guidance (r_c - r_a) more, r_a under actions of zero; 0: no forward for it.
+    action_guidance: Annotated[float, Range(0, 1000)] = 0.0
     least_timestep: Annotated[float, Range(1, TIMESTEPS - 1)] = 20.0  # of the two scores
     most_timestep: Annotated[float, Range(1, TIMESTEPS - 1)] = 980.0
     consistency_levels: Annotated[int, Range(2, TIMESTEPS)] = 50  # of objective="consistency"

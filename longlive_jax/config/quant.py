@@ -6,7 +6,6 @@ from typing import Annotated
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import Model
 from longlive_jax.config.section import OneOf, Section, divides
-from longlive_jax.config.video import Video
 from longlive_jax.recipes import KV_FORMATS, PAYLOADS, RECIPES
 
 
@@ -20,18 +19,12 @@ class Quant(Section):
     kv: Annotated[str, OneOf(KV_FORMATS)] = "bf16"  # of the sampler's cache
     all_to_all: Annotated[str, OneOf(PAYLOADS)] = "bf16"  # of what devices exchange in sampling
 
-    def check(self, model: Model, video: Video, mesh: Mesh) -> None:
+    def check(self, model: Model, mesh: Mesh) -> None:
         """Refuses sizes that the formats' blocks do not divide."""
-        kv, payload = KV_FORMATS[self.kv], PAYLOADS[self.all_to_all]
-        if kv is not None and kv.tokens > 1:
-            divides(
-                f"model.chunk_frames x patches of {video.height} x {video.width} pixels",
-                model.chunk_frames * video.patches,
-                f"tokens that quant.kv={self.kv!r} stores together",
-                kv.tokens,
-            )
-        for fmt in filter(None, (kv, payload)):
-            divides("model.dim / model.num_heads", model.head_dim, "numbers a block", fmt.multiple)
+        payload = PAYLOADS[self.all_to_all]
+        if payload is not None:
+            block = payload.multiple
+            divides("model.dim / model.num_heads", model.head_dim, "numbers a block", block)
         recipe = RECIPES[self.recipe]
         if recipe is not None and recipe.multiple > 1:
             block = recipe.multiple

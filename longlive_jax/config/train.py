@@ -18,6 +18,7 @@ from longlive_jax.config.section import (
 # What a training block keeps for its gradient, from least memory to least recomputation.
 REMAT = ("block", "attention", "output", "ffn", "qkv")
 GRADERS = ("", "shapes")
+TRAINABLE = ("all", "lora", "actions")
 TIMESTEPS = 1000  # entries of the noise table
 
 
@@ -60,6 +61,9 @@ class Train(Section):
     # The clean copy is noised to one of this number of lowest levels; 0: it is exactly clean.
     context_levels: Annotated[int, Range(0, TIMESTEPS)] = 0
     text_encoder: bool = False  # the text encoder is trained too
+    # What of the transformer is trained. "lora": adapters as distill.lora has them, on a frozen
+    # backbone, and the action path whole; "actions": the action path alone.
+    trainable: Annotated[str, OneOf(TRAINABLE)] = "all"
     learning_rate: Positive = 1e-5
     warmup_steps: Index = 0
     beta1: Decay = 0.0

@@ -17,6 +17,14 @@ def validate_training(config: Config) -> None:
     chunks = t.latent_frames // m.chunk_frames
     divides("train.latent_frames / model.chunk_frames", chunks, "mesh.seq", mesh.seq)
     divides("train.batch_size", t.batch_size, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    if t.trainable == "actions" and m.actions.kind == "none":
+        refuse(
+            "train.trainable='actions'",
+            "with actions.kind='none': there is no action path to train; set actions.kind, or "
+            "train.trainable='all'",
+        )
+    if t.trainable == "lora":
+        config.distill.lora.check(m)
     if t.eval_grade and not t.eval_every:
         refuse(
             f"train.eval_grade={t.eval_grade!r}",
@@ -50,11 +58,6 @@ def validate_distillation(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     m, d, mesh = config.model, config.distill, config.mesh
-    if m.actions.kind != "none":
-        refuse(
-            f"actions.kind={m.actions.kind!r}",
-            "cannot be distilled: a script has no actions; set it to 'none'",
-        )
     if config.objective == "consistency":
         validate_training(config)
     _trains("quant.recipe", config.quant.recipe)
@@ -69,6 +72,17 @@ def validate_distillation(config: Config) -> None:
             f"sample.guidance_scale={config.sample.guidance_scale}",
             "must be 1.0: the student learns the guided teacher, and is sampled without guidance; "
             f"the teacher's is distill.guidance={d.guidance}",
+        )
+    if m.actions.guided:
+        refuse(
+            f"actions.guidance={m.actions.guidance}",
+            "must be 1.0: the student learns the guided teacher, and is sampled without guidance; "
+            f"the teacher's is distill.action_guidance={d.action_guidance}",
+        )
+    if d.action_guidance and m.actions.kind == "none":
+        refuse(
+            f"distill.action_guidance={d.action_guidance}",
+            "with actions.kind='none': there are no actions to leave out; set it to 0",
         )
     if config.quant.kv != "bf16" and config.distill.gradient == "through":
         refuse(

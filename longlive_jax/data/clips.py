@@ -17,13 +17,16 @@ from absl import logging
 from longlive_jax import config as config_lib
 from longlive_jax.captions import clean
 from longlive_jax.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
+from longlive_jax.data import action_rows, sidecars
+from longlive_jax.data.sidecars import canonical
 from longlive_jax.data.source import Sample, first
-from longlive_jax.data.video_reader import VideoFile, frame_indices, probe
+from longlive_jax.data.video_reader import VideoFile, VideoInfo, frame_indices, probe
 from longlive_jax.errors import InputError
 from longlive_jax.files import regular
 from longlive_jax.files.names import entries, spelled
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".gif")  # in any case
+LOOKED_AT = 8  # folders whose sidecars are read when data is opened
 STARTS = 50  # about how many places in a file a sample may start at
 FPS = (1, 1000)  # least and greatest frame rate that a file may declare
 
@@ -34,6 +37,7 @@ class Clip:
 
     shown: int64 [frame], the picture of the file that each source frame shows, if the file has no
       constant rate; its source frames are then those of a sample.
+    actions: of the file's pictures, in the model's keys; None: they are not asked for.
     """
 
     path: pathlib.Path
@@ -41,6 +45,7 @@ class Clip:
     frames: int
     fps: Fraction
     shown: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    actions: sidecars.Actions | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def interval(self) -> float:
@@ -137,10 +142,12 @@ class VideoFolder:
     `video/<sample>/NNNNNN.mp4` is a shot, `caption/<sample>/NNNNNN.json` holds its text under
     "caption". Samples have `train.latent_frames` latent frames of video.height x video.width
     pixels, 24 a second. The prompt of a chunk that begins a shot has `sample.scene_cut_prefix`
-    before it, the very first one excepted.
+    before it, the very first one excepted. For a model with an action path each shot has a sidecar,
+    `video/<sample>/NNNNNN.actions.npz`.
 
     Raises:
-      InputError: there is no such folder, or nothing in it.
+      InputError: there is no such folder, or nothing in it; a model with an action path, and no
+        folder of those that are looked at has sidecars for it.
     """
 
     def __init__(self, cfg: config_lib.Config):
@@ -154,6 +161,7 @@ class VideoFolder:
             data.max_chunks_per_shot,
             data.single_shot,
         )
+        self._actions = cfg.model.actions if cfg.model.actions.kind != "none" else None
         self._captions = pathlib.Path(data.path) / "caption"
         videos = pathlib.Path(data.path) / "video"
         self._folders = sample_folders(videos) if data.path and self._captions.is_dir() else []
@@ -162,6 +170,8 @@ class VideoFolder:
                 f"config: data.path={data.path!r} must be a folder with video/NAME/000000.mp4 and "
                 "caption/NAME/000000.json files, at least one; launch.make_tiny_world writes one"
             )
+        if self._actions is not None:
+            self._check_actions(self._actions)
 
     def __len__(self) -> int:
         return len(self._folders)
@@ -205,8 +215,8 @@ class VideoFolder:
                 return None
             frames, bad = self._decode(clips, segments, failures)
             if bad is None:
-                prompts = self._prompts(clips, segments)
-                return Sample(folder.name, prompts, len(segments), frames)
+                prompts, actions = self._prompts(clips, segments), self._rows(clips, segments)
+                return Sample(folder.name, prompts, len(segments), frames, actions=actions)
             clips.remove(bad)  # and try the other clips
         failures.append((str(folder), "holds no video that can be used"))
         return None
@@ -228,10 +238,38 @@ class VideoFolder:
                 if info.timeline is not None:
                     shown = info.indices(fps=FRAMES_PER_SECOND)
                     clip = Clip(path, caption, len(shown), Fraction(FRAMES_PER_SECOND), shown)
+                if self._actions is not None:
+                    clip = dataclasses.replace(clip, actions=_acted(path, info, self._actions))
                 clips.append(clip)
             except (InputError, OSError) as error:
-                failures.append(_failure(error, path, text))
+                failures.append(_failure(error, path, text, *map(path.with_name, _beside(path))))
         return clips
+
+    def _check_actions(self, cfg: config_lib.Actions) -> None:
+        """Refuses data of which no folder, of a few, has actions that the model can be given."""
+        sidecars.model_keys(cfg)
+        last, number = len(self) - 1, min(len(self), LOOKED_AT)
+        failures: list[tuple[str, str]] = []
+        for i in np.linspace(0, last, number).astype(int):
+            if self._clips(self._folders[i], failures):
+                return
+        raise InputError(
+            f"data: actions.kind={cfg.kind!r}, and none of {number} folders looked at in "
+            f"{self._folders[0].parent} can be trained on. {first(failures)}. Give each video a "
+            "sidecar beside it, or set actions.kind='none'"
+        )
+
+    def _rows(self, clips, segments) -> np.ndarray | None:
+        """The actions of a sample's pictures, cut and padded as they are; None without any."""
+        if self._actions is None:
+            return None
+        rows = []
+        for segment in segments:
+            own = clips[segment.clip].actions
+            rows.append(action_rows.of(own, self._actions, segment.start, segment.frames))
+        rules = self._rules
+        total = sum(rules.frames(chunk) for chunk in range(rules.chunks))
+        return action_rows.fitted(np.concatenate(rows), total)
 
     def _decode(self, clips, segments, failures) -> tuple[np.ndarray | None, Clip | None]:
         """uint8 [frame, height, width, 3] and None, or None and the clip that cannot be read."""
@@ -265,6 +303,31 @@ class VideoFolder:
         # Padding begins no shot, so it never has the prefix.
         padding = self._rules.chunks - len(segments)
         return (*prompts, *[clips[segments[-1].clip].caption] * padding)
+
+
+def _acted(path: pathlib.Path, info: VideoInfo, cfg: config_lib.Actions) -> sidecars.Actions:
+    """The actions of a file's pictures.
+
+    Raises:
+      InputError: it has no sidecar, or one that does not fit the video or the model.
+    """
+    file = sidecars.beside(path)
+    if file is None:
+        raise InputError(
+            f"{path}: has no sidecar {sidecars.path_for(path).name}, and the model has an action "
+            f"path (actions.kind={cfg.kind!r})"
+        )
+    if info.timeline is not None:
+        raise InputError(
+            f"{path}: shows its pictures at no constant rate, and nothing says which of them a row "
+            f"of {file.name} is of; make it again at a constant rate"
+        )
+    return sidecars.aligned(sidecars.read(file, info.frames, float(info.fps)), cfg)
+
+
+def _beside(path: pathlib.Path) -> list[str]:
+    """Names that a sidecar of this file may have."""
+    return [sidecars.path_for(path, end).name for end in canonical.ENDS]
 
 
 def sample_folders(videos: pathlib.Path) -> list[pathlib.Path]:

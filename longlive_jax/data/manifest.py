@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import config as config_lib
+from longlive_jax.data import action_rows
 from longlive_jax.errors import InputError
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files import versioned
@@ -26,16 +27,21 @@ MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 AGAIN = "copy the folder again, or encode to a new one with python -m launch.encode_dataset"
 _KEYS = ("samples", "dtype", "latent_shape", "least_chunks", "failures", "prompts", "settings")
 DTYPES = ("bfloat16", "float32")
+_KINDS = ("latents", "text", "actions")  # of files
 SHARD = {"file": str, "count": int, "bytes": int}
 _SCHEMA = {
     "latents": [SHARD], "text": [SHARD], "samples": int, "dtype": str, "latent_shape": [int],
     "least_chunks": float, "failures": int, "prompts": [str], "settings": {str: object},
+    "actions?": [SHARD],
     "checksum?": str,  # folders of before it was written have none
 }  # fmt: skip
 _SAMPLE, _TEXT = {"name": str, "prompts": [str], "chunks": int}, {"prompt": str}
+_ACTIONS = {"name": str}
 # Settings that give the shape of latents, and how many of them are a chunk.
 _SHAPE = ("train.latent_frames", "video.height", "video.width", "model.in_dim")
 _CHUNK = "model.chunk_frames"
+# Of the rows of actions: names of the keys with commas between, and which picture a row drives.
+KEYS, PAD, RATE = "actions.keyboard_keys", "actions.pad", "the pictures a second"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +77,10 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     manifest = versioned.read(file, FORMAT, VERSION, AGAIN, schema=_SCHEMA)
     for wrong in _contradictions(manifest):
         raise InputError(f"{file}: is damaged ({wrong}); {AGAIN}")
-    for name in ("latents", "text"):
+    manifest.setdefault("actions", [])
+    for name in _KINDS:
         manifest[name] = [Shard(**{k: shard[k] for k in SHARD}) for shard in manifest[name]]
-    return {name: manifest[name] for name in ("latents", "text", *_KEYS)}
+    return {name: manifest[name] for name in (*_KINDS, *_KEYS)}
 
 
 def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,18 +90,19 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _contradictions(manifest: Mapping[str, Any]) -> Iterator[str]:
     """What in a manifest cannot be true; its checksum last, which says least."""
-    files = [shard["file"] for kind in ("latents", "text") for shard in manifest[kind]]
+    files = [shard["file"] for kind in _KINDS for shard in manifest.get(kind, ())]
     if len(set(files)) < len(files):
         yield f"{len(files) - len(set(files))} of its files are named twice"
     prompts = manifest["prompts"]
     if len(set(prompts)) < len(prompts):
         yield f"{len(prompts) - len(set(prompts))} of its prompts are there twice"
-    wanted = {"latents": ("samples", manifest["samples"]), "text": ("prompts", len(prompts))}
+    wanted = {"latents": ("samples", manifest["samples"]), "text": ("prompts", len(prompts)),
+              "actions": ("samples", manifest["samples"])}  # fmt: skip
     for kind, (name, number) in wanted.items():
-        counts = [shard["count"] for shard in manifest[kind]]
+        counts = [shard["count"] for shard in manifest.get(kind, ())]
         if min(counts, default=0) < 0:
             yield f"a file of {kind} has less than no records"
-        # Without a text encoder's embeddings there are no files of text.
+        # Without a text encoder's embeddings there are no files of text; nor of actions.
         if sum(counts) != number and (counts or kind == "latents"):
             yield f"it has {number} {name}, its files of {kind} have {sum(counts)}"
         if number < 1:
@@ -123,6 +131,8 @@ def _wrong_shape(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"its latent_shape is {manifest['latent_shape'][:5]}, by its settings {shape}"
     if not 1 <= manifest["least_chunks"] <= frames // stored[_CHUNK]:
         yield f"its least_chunks is {manifest['least_chunks']} of {frames // stored[_CHUNK]}"
+    if manifest.get("actions") and not _row_width(stored):
+        yield f"it has files of actions, and its setting {KEYS} is {stored.get(KEYS)!r:.40}"
     size = math.prod(shape) * jnp.dtype(manifest["dtype"]).itemsize
     for shard in manifest["latents"]:
         if shard["bytes"] < shard["count"] * size:
@@ -162,6 +172,17 @@ class Expected:
             return f"it has the prompt {min(unknown)!r:.80}, which the manifest lacks"
         return ""
 
+    def actions(self, index: int, fields: Mapping[str, Any], rows: np.ndarray) -> str:
+        """As `sample`, of the record of a sample's actions."""
+        del index
+        if wrong := schema_lib.mismatch(fields, _ACTIONS):
+            return wrong
+        pictures = 1 + config_lib.TEMPORAL_COMPRESSION * (self._shape[0] - 1)
+        shape = [pictures, _row_width(self._settings)]
+        if list(rows.shape) == shape and rows.dtype == np.float32:
+            return ""
+        return f"it is {list(rows.shape)} {rows.dtype}, by the manifest {shape} float32"
+
     def text(self, index: int, fields: Mapping[str, Any], text: np.ndarray) -> str:
         """As `sample`, of the record of the manifest's prompt `index`."""
         if wrong := schema_lib.mismatch(fields, _TEXT):
@@ -180,8 +201,22 @@ class Expected:
         return f"it is {list(array.shape)} {array.dtype}, by the manifest {shape} {self._dtype}"
 
 
+def key_names(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the actions of a dataset with these settings, in order; empty: it has none."""
+    names = settings.get(KEYS)
+    return tuple(names.split(",")) if isinstance(names, str) and names else ()
+
+
+def _row_width(settings) -> int:
+    """Numbers of a row of actions; 0: nothing says."""
+    names = key_names(settings)
+    return len(names) + action_rows.MOUSE if names else 0
+
+
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    content = {name: manifest[name] for name in ("latents", "text", *_KEYS)}
+    # Files of actions came later: without any, it is what it was before.
+    kinds = [kind for kind in _KINDS if kind != "actions" or manifest.get(kind)]
+    content = {name: manifest[name] for name in (*kinds, *_KEYS)}
     text = json.dumps(content, default=dataclasses.asdict, sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
 

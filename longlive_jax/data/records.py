@@ -1,6 +1,8 @@
 """Cached training data: latents and the prompts' embeddings, in files that are read at random.
 
     DIR/latents-00000.arrayrecord   samples: latents with their name, prompts and valid chunks
+    DIR/actions-00000.arrayrecord   samples' actions, if the config has an action path: float32 rows
+                                    of `data.action_rows`, one a picture
     DIR/text-00000.arrayrecord      the embedding of each distinct prompt, without its padding
     DIR/failures.jsonl              files that could not be read, and why
     DIR/progress.jsonl              while unfinished: settings, and a line for each complete file
@@ -26,13 +28,20 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from longlive_jax import config as config_lib
+from longlive_jax.config import FRAMES_PER_SECOND
+from longlive_jax.config.actions import PADS
+from longlive_jax.data import action_rows, sidecars
 from longlive_jax.data.manifest import (
     AGAIN,
+    KEYS,
     MANIFEST,
+    PAD,
     PROGRESS,
+    RATE,
     SHARD,
     Expected,
     Shard,
+    key_names,
     read_manifest,
     settings,
     write_manifest,
@@ -52,11 +61,17 @@ _ARRAY = {"shape": [int], "dtype": str}
 # Of progress.jsonl: its first line, and the others by their kind.
 _BEGUN = {"settings": {str: object}, "clips_per_file?": int}
 _DONE = {
-    "latents": {"shard": SHARD, "prompts": [str], "chunks": [int], "read": [[(str, [[str]])]]},
+    "latents": {
+        "shard": SHARD,
+        "prompts": [str],
+        "chunks": [int],
+        "read": [[(str, [[str]])]],
+        "actions?": SHARD,
+    },
     "text": {"shard": SHARD},
 }
 # Files of which a record is read when a dataset is opened. One of latents can have 32 MB.
-_EXAMINED = {"latents": 16, "text": 256}
+_EXAMINED = {"latents": 16, "actions": 16, "text": 256}
 # What is wrong with fields and array of record `index`; "" if nothing is.
 Check = Callable[[int, dict[str, Any], np.ndarray], str]
 
@@ -337,6 +352,13 @@ class Records:
         self._expected = Expected(manifest)
         self._samples = Shards(path, manifest["latents"])
         self._samples.examine(self._wrong_sample, _EXAMINED["latents"])
+        self._cfg = cfg.model.actions
+        self._actions = None
+        if self._cfg.kind != "none":
+            _check_actions(path, manifest, self._cfg)
+            self._keys, self._pad = key_names(settings(manifest)), settings(manifest)[PAD]
+            self._actions = Shards(path, manifest["actions"])
+            self._actions.examine(self._expected.actions, _EXAMINED["actions"])
         self._text = None if cfg.train.text_encoder else Shards(path, manifest["text"])
         if self._text is not None:
             self._text.examine(self._expected.text, _EXAMINED["text"], last=True)
@@ -349,7 +371,7 @@ class Records:
 
         Returns:
           A Sample with latents and, unless the text encoder is trained, text; both in their stored
-          dtype, float32 or bfloat16.
+          dtype, float32 or bfloat16. With actions, if the config has an action path.
 
         Raises:
           InputError: a record is damaged, or not as the manifest says; the message names the file
@@ -364,7 +386,20 @@ class Records:
             chunks=min(fields["chunks"], self._chunks),
             latents=latents[: self._latent_frames],
             text=None if self._text is None else self._embeddings(self._text, prompts),
+            actions=None if self._actions is None else self._rows(index, fields["name"]),
         )
+
+    def _rows(self, index: int, name: str) -> np.ndarray:
+        """The actions of record `index`, as the config's model reads them."""
+        assert self._actions is not None
+        fields, rows = self._actions.read(index, self._expected.actions)
+        if fields["name"] != name:
+            raise InputError(
+                f"data: the actions of record {index} are those of {fields['name']!r:.80}, its "
+                f"latents are of {name!r:.80}; {AGAIN}"
+            )
+        own = action_rows.of(action_rows.actions(rows, self._keys, self._pad, name), self._cfg)
+        return own[: 1 + config_lib.TEMPORAL_COMPRESSION * (self._latent_frames - 1)]
 
     def _wrong_sample(self, index: int, fields: dict, latents: np.ndarray) -> str:
         del index
@@ -419,3 +454,33 @@ def _check(path, manifest, cfg):
             f"config's least is {least}; give --config.data.allow_padding=True "
             f"--config.data.min_chunks={manifest['least_chunks']}, or encode to a new folder"
         )
+
+
+def _check_actions(path, manifest, cfg: config_lib.Actions):
+    """Refuses a dataset without actions for this action path: of no keys, of others, or slower."""
+    names, stored = sidecars.model_keys(cfg), settings(manifest)
+    if not manifest["actions"]:
+        raise InputError(
+            f"{path}: holds no actions, and the model has an action path (actions.kind="
+            f"{cfg.kind!r}); encode videos with sidecars to a new folder with this config, or set "
+            "actions.kind='none'"
+        )
+    had = key_names(stored)
+    if had != names:
+        raise InputError(
+            f"{path}: its actions are of the {len(had)} keys {','.join(had)}, the model's are the "
+            f"{len(names)} of {','.join(names)}; give --config.actions.keyboard_dim={len(had)} "
+            f"--config.actions.keyboard_keys={','.join(had)}, or encode to a new folder"
+        )
+    if stored.get(RATE) != FRAMES_PER_SECOND or stored.get(PAD) not in PADS:
+        raise InputError(
+            f"{path}: its actions have {stored.get(RATE)} rows a second and {PAD}="
+            f"{stored.get(PAD)}, samples have {FRAMES_PER_SECOND} pictures; encode to a new folder"
+        )
+
+
+def action_settings(cfg: config_lib.Actions) -> dict[str, Any]:
+    """What the actions of a dataset depend on; empty without an action path."""
+    if cfg.kind == "none":
+        return {}
+    return {KEYS: ",".join(sidecars.model_keys(cfg)), PAD: cfg.pad, RATE: FRAMES_PER_SECOND}

@@ -37,6 +37,7 @@ class Sample:
     frames: uint8 [1 + 4 (latent_frames - 1), height, width, 3], or None.
     latents: [latent_frames, h, w, channel], normalised, or None.
     text: [chunk, text_len, text_dim], the prompts' embeddings, or None.
+    actions: float32 [1 + 4 (latent_frames - 1), key + 2], of `data.action_rows`, or None.
     failures: (path, reason) of each file that could not be read while making this sample.
     """
 
@@ -46,6 +47,7 @@ class Sample:
     frames: np.ndarray | None = None
     latents: np.ndarray | None = None
     text: np.ndarray | None = None
+    actions: np.ndarray | None = None
     failures: tuple[tuple[str, str], ...] = ()
 
 

@@ -20,7 +20,7 @@ class Format:
     native: ClassVar[float] = math.inf  # least compute capability of GPUs that multiply its codes
     otherwise: ClassVar[str] = "as bfloat16, which holds them exactly"  # how others multiply them
     multiple: ClassVar[int] = 1  # the length of a row must be a multiple of it
-    tokens: ClassVar[int] = 1  # the tokens of a KV cache's chunk must be a multiple of it
+    tokens: ClassVar[int] = 1  # a KV cache fills a chunk's tokens up to a multiple of it
     stochastic: bool = False  # whether rounding takes a key
     per_tensor: bool = False  # whether a tensor has one scale
     fused: bool = False  # whether `ops.quantized` makes it, in one pass with what computes x

@@ -50,8 +50,9 @@ def attend(
 
 
 def attend_fp8(
-    q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, visible: jax.Array
-) -> jax.Array:
+    q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, visible: jax.Array,
+    tokens: int | None = None,
+) -> jax.Array:  # fmt: skip
     """`attend` over packed FP8, by the FP8 kernel, else by `dense_fp8`.
 
     Args:
@@ -59,6 +60,8 @@ def attend_fp8(
         head, head_dim, token], scale [row, head, 1, 1].
       past: the cache's, likewise, [layer, row, slot, ...].
       q, layer, visible: as of `attend`.
+      tokens: of each slot's tokens the first so many are attended to, the others are padding, which
+        the kernel does not take; None: all.
 
     Returns:
       [row, query, head, head_dim] in q's dtype.
@@ -68,9 +71,10 @@ def attend_fp8(
     """
     _validate_fp8(q, fresh, past, visible)
     past, layer, filled = _as_prefix(past, layer, visible)
-    if fp8.supports(q, *fresh, *past):
+    whole = tokens in (None, fresh[0].shape[1])
+    if whole and fp8.supports(q, *fresh, *past):
         return fp8.kernel(q, *fresh, *past, layer, filled)
-    return dense_fp8(q, fresh, past, layer, filled)
+    return dense_fp8(q, fresh, past, layer, filled, tokens)
 
 
 def dense(
@@ -85,14 +89,16 @@ def dense(
 
 
 def dense_fp8(
-    q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, filled: jax.Array
-) -> jax.Array:
+    q: jax.Array, fresh: Packed, past: Packed, layer: jax.Array, filled: jax.Array,
+    tokens: int | None = None,
+) -> jax.Array:  # fmt: skip
     """`attend_fp8` by `ops.attention`, over the dequantised numbers. filled: int32 [row]."""
+    tokens = fresh[0].shape[1] if tokens is None else tokens
     keys, values = (
-        _join(*(unpack(z.dequantize(q.dtype)) for z in (x, y)))
+        _join(*(unpack(z.dequantize(q.dtype))[..., :tokens, :, :] for z in (x, y)))
         for unpack, x, y in zip(_UNPACK, fresh, _at(layer, past))
     )
-    return attention(q, keys, values, (1 + filled) * fresh[0].shape[1])
+    return attention(q, keys, values, (1 + filled) * tokens)
 
 
 def reference(

@@ -35,19 +35,24 @@ def attend(
     return (out + _einsum(f"bcnphfg,bcg{patch}hd->bcnfphd", past, past_v)).astype(q.dtype)
 
 
-def of_chunks(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """`attend` of all chunks of a video, whose past is their first copy, the clean one.
+def of_chunks(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int,
+    clean: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:  # fmt: skip
+    """`attend` of all chunks of a video to their clean past.
 
     Args:
       q, k, v: as of `attend`, with all chunks.
       window: latents that are visible, up to a chunk's last; 0: all, for which keys and values are
         copied once a chunk.
+      clean: keys and values of the past, [batch, chunk, frame, ...]; None: those of the first copy.
     """
     chunks, frames = q.shape[1], q.shape[3]
     earlier = (chunks - 1) * frames
     past = min(window - frames, earlier) if window else earlier
     latent = jnp.arange(chunks)[:, None] * frames + jnp.arange(-past, 0)[None, :]
-    past_k, past_v = (_before(x[:, :, 0], past) for x in (k, v))
+    clean = (k[:, :, 0], v[:, :, 0]) if clean is None else clean
+    past_k, past_v = (_before(x, past) for x in clean)
     return attend(q, k, v, past_k, past_v, (latent >= 0)[None])
 
 

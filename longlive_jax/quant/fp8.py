@@ -38,12 +38,15 @@ def _(x: FP8Tensor, weight, dtype):
 
 @kv.store_pair.register
 def _(fmt: FP8Pair, k, v, axis=None):
-    del fmt, axis
-    return _pack(k, v)
+    del axis
+    return _pack(fmt, k, v)
 
 
-def _pack(k, v):
-    return pack_fp8.pack(kv.load(k, k.dtype), kv.load(v, v.dtype))
+def _pack(fmt, k, v):
+    """Tokens are filled up with zeros to what the packed order needs; attention leaves them out."""
+    k, v = (kv.load(x, x.dtype) for x in (k, v))
+    padding = ((0, 0), (0, -k.shape[1] % fmt.tokens), (0, 0), (0, 0))
+    return pack_fp8.pack(jnp.pad(k, padding), jnp.pad(v, padding))
 
 
 @kv.axes.register
@@ -54,5 +57,5 @@ def _(fmt: FP8Pair):
 
 @kv.attend.register
 def _(fmt: FP8Pair, q, own, past, layer, visible):
-    del fmt
-    return cached_attention.attend_fp8(q, _pack(*own), past, layer, visible)
+    tokens = own[0].shape[1]
+    return cached_attention.attend_fp8(q, _pack(fmt, *own), past, layer, visible, tokens)

@@ -42,7 +42,11 @@ def store(fmt: Format | None, x: Stored, axis: str | None = None) -> Stored:
     if fmt is not None and isinstance(x, fmt.tensor):  # as it came from another device
         return x
     x = load(x, x.dtype)
-    return x if fmt is None else operands.quantize(fmt, x, 1, () if axis is None else (axis,))
+    if fmt is None:
+        return x
+    # A head that blocks do not divide is filled up with zeros, which `attend` leaves out.
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % fmt.multiple)))
+    return operands.quantize(fmt, x, 1, () if axis is None else (axis,))
 
 
 def load(stored: Stored, dtype: jnp.dtype) -> jax.Array:
@@ -91,7 +95,7 @@ def attend(
     else:
         # Not before q is ready: the compiler would expand all layers at once, and keep them.
         layer, q = jax.lax.optimization_barrier((jnp.asarray(layer, jnp.int32), q))
-        past_k, past_v = (load_layer(table, layer, q.dtype) for table in past)
+        past_k, past_v = (load_layer(table, layer, q.dtype)[..., : q.shape[-1]] for table in past)
         layer = 0
     return cached_attention.attend(q, (k, v), (past_k, past_v), layer, visible)
 

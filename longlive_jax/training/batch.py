@@ -60,11 +60,13 @@ class Scripts(struct.PyTreeNode):
     cut: bool [batch, chunk], whether a chunk begins a new shot.
     first_frame: float32 [batch, 1, h, w, channel], the latent that a video begins with; None for
       text-to-video.
+    actions: as `Batch.actions`.
     """
 
     text: jax.Array
     cut: jax.Array
     first_frame: jax.Array | None = None
+    actions: Mapping[str, jax.Array] | None = None
 
 
 def abstract_scripts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Scripts:
@@ -77,10 +79,16 @@ def abstract_scripts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Scripts
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     frame = (*lead[:2], 1, *cfg.video.latent_size, model.in_dim)
+    actions = actions_lib.shapes(model.actions, model.chunk_frames)
     return Scripts(
         text=array((*lead, model.text_len, model.text_dim), cfg.compute_dtype, "batch", "chunk"),
         cut=array(lead, jnp.bool_, "batch", "chunk"),
         first_frame=array(frame, jnp.float32, "batch") if cfg.video.image_to_video else None,
+        actions={
+            name: array((*lead, *shape), jnp.float32, "batch", "chunk")
+            for name, shape in actions.items()
+        }
+        or None,
     )
 
 

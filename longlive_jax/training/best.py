@@ -45,7 +45,7 @@ class Best:
         self._remove_others()  # that a killed process had no time for
 
     def offer(self, step: int, grade: float, ema: params_lib.Tree) -> bool:
-        """Keeps these weights, if they are the best; the first of equals stays."""
+        """Keeps these whole weights, if they are the best; the first of equals stays."""
         if not grade > self.grade:
             return False
         path = self._root / workdir.STATES / str(step)
@@ -59,7 +59,8 @@ class Best:
             ) from error
         self.step, self.grade = step, grade
         if jax.process_index() == 0:
-            workdir.write(self._root, workdir.read(self._root.parent))
+            run = workdir.read(self._root.parent)._replace(base=None)  # these weights are whole
+            workdir.write(self._root, run)
             content = {"step": step, GRADE: grade}
             versioned.write(self._root / "best.json", FORMAT, VERSION, content)
         self._remove_others()

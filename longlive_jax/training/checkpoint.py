@@ -29,6 +29,7 @@ def acquire(
     settings: Mapping[str, Any],
     network: str | None,
     checkpoint: str | None = None,
+    base: str | None = None,
 ) -> Iterator[None]:
     """Makes a run's folder, or refuses one that is another run's; keeps its lock meanwhile.
 
@@ -36,6 +37,7 @@ def acquire(
       settings: what the run cannot be continued with another value of, by the names of the flags.
       network: the one that a sampler takes from this run; None: it trains none.
       checkpoint: where the run takes its other parts from; None: from where it did.
+      base: where the frozen transformer is from, below what the network trains; None: it is whole.
 
     Raises:
       InputError: it holds a run with other settings, or something else, or another process trains
@@ -51,7 +53,8 @@ def acquire(
         return
     with folders.locked(root, f"--workdir={root}: another process trains in it"):
         where = os.path.abspath(checkpoint) if checkpoint else old.checkpoint
-        workdir.write(root, workdir.Run(settings, where, network))
+        below = os.path.abspath(base) if base else None
+        workdir.write(root, workdir.Run(settings, where, network, below))
         yield
 
 

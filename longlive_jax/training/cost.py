@@ -48,8 +48,12 @@ def video_flops(cfg: config_lib.Config, chunks: int, copies: int) -> int:
 
 
 def step_flops(cfg: config_lib.Config) -> int:
-    """Model FLOPs of a step: three forwards of each video; no recomputation counted."""
-    return 3 * forward_flops(cfg) * cfg.train.batch_size * cfg.train.accumulation
+    """Model FLOPs of a step: three forwards of each video; no recomputation counted.
+
+    On a frozen backbone two: what is trained there is small.
+    """
+    forwards = 3 if cfg.train.trainable == "all" else 2
+    return forwards * forward_flops(cfg) * cfg.train.batch_size * cfg.train.accumulation
 
 
 def recomputed_flops(cfg: config_lib.Config) -> int:

@@ -11,9 +11,9 @@ def cost(cfg: config_lib.Config, student: bool) -> Cost:
     Each network's loss has a rollout of its own: of N steps 1 to N are run, (N + 1) / 2 in the mean
     (all with distill.context="final"), and the clean pass. The critic's loss is one forward and its
     gradient, the student's a forward with a clean copy, its gradient, and the scores: the critic's,
-    the teacher's and, with guidance, the teacher's without prompt. A gradient is one forward's work
-    for the activations, and with whole networks another for the weights. Nothing that is
-    recomputed counts, nor adapters.
+    the teacher's and, with guidance, the teacher's without prompt, and without actions. A gradient
+    is one forward's work for the activations, and with whole networks another for the weights.
+    Nothing that is recomputed counts, nor adapters.
     """
     d, m = cfg.distill, cfg.model
     chunks = d.latent_frames // m.chunk_frames
@@ -23,7 +23,8 @@ def cost(cfg: config_lib.Config, student: bool) -> Cost:
     trained = 2 if d.lora.enabled else 3
     flops = rollout + trained * one
     if student:
-        flops += rollout + trained * two + (3 if d.guidance else 2) * one
+        scores = 2 + (1 if d.guidance else 0) + (1 if d.action_guidance else 0)
+        flops += rollout + trained * two + scores * one
     videos = d.batch_size * d.accumulation
     tokens = d.latent_frames * cfg.video.patches * videos
     return Cost(tokens, int(flops * videos))

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,11 +22,13 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import remove_abandoned
+from longlive_jax.files.names import as_bytes
 from longlive_jax.grading import summary
 from longlive_jax.grading import video as grading
 from longlive_jax.models import dit
 from longlive_jax.models.vae_spec import check_mesh
 from longlive_jax.prompts import embeddings, shots
+from longlive_jax.prompts.walks import Walks
 from longlive_jax.sampling import batches, decode, render, stream
 from longlive_jax.sampling.session import Engine, Texts
 
@@ -59,7 +62,7 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
 
     Raises:
       InputError: they cannot be read, image-to-video lacks an image, the mesh cannot decode, or
-        they are to be graded and are not of the world.
+        they are to be graded and are not of the world; sidecars beside them that do not fit.
     """
     if not cfg.data.eval_path:
         raise InputError(
@@ -88,7 +91,21 @@ def read_prompts(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Prompts:
         )
     check_mesh(mesh, count, made[0].width)
     made[0].check_images()
-    return Prompts(videos, made[0], texts)
+    return Prompts(videos, _acting(cfg, made[0]), texts)
+
+
+def _acting(cfg: config_lib.Config, batch: batches.Batch) -> batches.Batch:
+    """The batch with actions, if the model has an action path: always the same ones."""
+    if cfg.model.actions.kind == "none":
+        return batch
+    walks = Walks(cfg, cfg.data.eval_path, batch.videos)
+    latents = batch.latent_frames(cfg.model)
+
+    def of(video):
+        rng = np.random.default_rng(zlib.crc32(as_bytes(video.name)))
+        return walks.actions(video, latents, rng)
+
+    return dataclasses.replace(batch, actions=[of(video) for video in batch.videos])
 
 
 class Evaluator:

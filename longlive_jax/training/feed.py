@@ -73,11 +73,6 @@ class Prefetcher(prefetch.Prefetcher):
         failures: pathlib.Path,
         steps: range,
     ):
-        if cfg.model.actions.kind != "none":
-            raise InputError(
-                f"config: actions.kind={cfg.model.actions.kind!r}, and the training data has no "
-                "actions; set it to 'none', or train by TeacherForcing on batches that have them"
-            )
         self._cfg, self._encoders = cfg, encoders
         self._like = like = batch_lib.abstract(cfg, mesh)
         self._pictures = picture_abstract(cfg, like) if encoders.vae is not None else None
@@ -101,6 +96,7 @@ class Prefetcher(prefetch.Prefetcher):
         return Batch(
             latents=latents,
             valid=place(like.valid, lambda sample: np.arange(chunks) < sample.chunks),
+            actions=prefetch.actions(self._cfg.model, like.actions, samples),
             **self._text(samples, place),
         )
 

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.data import action_rows
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.files.names import as_bytes, as_text
+from longlive_jax.models import actions as actions_lib
 from longlive_jax.prompts.encoder import PromptEncoder
 
 _NAME_BYTES = 128  # of a sample's name, on its way to the first process
@@ -94,6 +97,35 @@ def texts(
         return lambda sample: sample.text
     rows = {id(sample): encoder(sample.prompts) for sample in samples.values()}
     return lambda sample: rows[id(sample)]
+
+
+def actions(
+    cfg: config_lib.Model, like: Mapping[str, Like] | None, samples: Mapping[int, Sample]
+) -> dict[str, jax.Array] | None:
+    """`Batch.actions` of these samples, whose arrays are `like`; None without an action path.
+
+    Raises:
+      InputError: a sample has too few for its latents.
+    """
+    if like is None:
+        return None
+
+    @functools.cache
+    def of(row):
+        sample, shape = samples[row], next(iter(like.values())).shape
+        assert sample.actions is not None
+        vectors = action_rows.vectors(sample.actions, cfg.actions)
+        windows = {
+            name: actions_lib.windows(x, cfg.actions, shape[2] * shape[3])[0]
+            for name, x in vectors.items()
+        }
+        return {name: x.reshape(*shape[2:4], *x.shape[1:]) for name, x in windows.items()}
+
+    rows = {id(sample): row for row, sample in samples.items()}
+    return {
+        name: place(samples, x, lambda sample, name=name: of(rows[id(sample)])[name])
+        for name, x in like.items()
+    }
 
 
 def decode_names(names: np.ndarray) -> list[str]:

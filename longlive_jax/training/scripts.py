@@ -16,6 +16,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.files.names import as_bytes
 from longlive_jax.prompts import shots
 from longlive_jax.prompts.encoder import PromptEncoder
+from longlive_jax.prompts.walks import Walks
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import prefetch
 from longlive_jax.training.batch import Scripts
@@ -45,35 +46,46 @@ def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
         if not cfg.data.path:
             raise InputError("config: data.path is missing; give prompts, or cached training data")
         source = Prompts(cfg)
-        content = as_bytes(repr(source.videos))
+        content = as_bytes(repr(source.videos) + source.driven_by)
     return source, f"{len(source)} records, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 class Prompts:
     """A `Source` of scripts: each video of data.path is a record, as long as a rollout.
 
-    A longer one is cut, and the last prompt of a shorter one goes on.
+    A longer one is cut, and the last prompt of a shorter one goes on. For a model with an action
+    path they are driven as `prompts.walks` says.
+
+    Attributes:
+      driven_by: names of the sidecars.
     """
 
     def __init__(self, cfg: config_lib.Config):
         self._chunks = cfg.distill.latent_frames // cfg.model.chunk_frames
+        self._latents = cfg.distill.latent_frames
         self._prefix = cfg.sample.scene_cut_prefix
         self.videos = shots.read(
             cfg.data.path, chunks=self._chunks, chunk_frames=cfg.model.chunk_frames,
             scene_cut_prefix=cfg.sample.scene_cut_prefix,
         )  # fmt: skip
+        acts = cfg.model.actions.kind != "none"
+        self._walks = Walks(cfg, cfg.data.path, self.videos) if acts else None
+        files = self._walks.files if self._walks else {}
+        self.driven_by = "".join(file.name for found in files.values() for file in found)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def sample(self, index: int, key: int) -> Sample:
-        """The prompts of video `index`; nothing in it is random."""
-        del key
+        """The prompts of video `index`; its actions alone are random."""
         video = self.videos[index]
         prompts = [chunk.prompt for chunk in video.chunks[: self._chunks]]
         plain = prompts[-1].removeprefix(self._prefix)
         prompts += [plain] * (self._chunks - len(prompts))
-        return Sample(video.name, tuple(prompts), self._chunks)
+        actions = None
+        if self._walks is not None:
+            actions = self._walks.rows(video, self._latents, np.random.default_rng(key))
+        return Sample(video.name, tuple(prompts), self._chunks, actions=actions)
 
 
 class Prefetcher(prefetch.Prefetcher):
@@ -100,6 +112,7 @@ class Prefetcher(prefetch.Prefetcher):
             text=place(like.text, prefetch.texts(samples, self._encoder)),
             cut=place(like.cut, self._cuts),
             first_frame=None if like.first_frame is None else place(like.first_frame, _first),
+            actions=prefetch.actions(self._cfg.model, like.actions, samples),
         )
 
     def _cuts(self, sample):

@@ -100,8 +100,7 @@ def test_levels_fall_to_clean_and_the_lowest_step_aims_at_the_teachers_clean_lat
             noisy, clean = same._target(ema, frozen, inputs)
             sigma = same._at(levels)
             velocity = same._velocity(
-                "teacher", same.dmd.transformer("teacher", ema, frozen), noisy, sigma, inputs,
-                batch.text,
+                "teacher", same.dmd.transformer("teacher", ema, frozen), noisy, sigma, inputs
             )  # fmt: skip
             return clean, noisy - sigma[..., None, None, None] * velocity
 

@@ -48,7 +48,7 @@ class Gaussians(DMD):
             return {"shift": jnp.float32(MEAN), "scale": jnp.float32(DEVIATION)}
         return params[name]
 
-    def _block_causal(self, name, tree, x_t, timestep, text, inputs):
+    def _block_causal(self, name, tree, x_t, timestep, inputs, scripts):
         sigma = self.sigma(inputs)
         return velocity(x_t, sigma, *(jnp.reshape(tree[k], (1,) * 6) for k in ("shift", "scale")))
 
@@ -64,7 +64,7 @@ class Gaussians(DMD):
             sigma=jnp.ones(rows), position=jnp.zeros(rows, jnp.int32),
             visible=jnp.zeros((*rows, 1), jnp.int32),
         )  # fmt: skip
-        inputs = Inputs(clip, moment.batch.text, draws, jnp.float32(made.size))
+        inputs = Inputs(clip, moment.batch, draws, jnp.float32(made.size))
         return inputs if network == CRITIC else inputs.replace(g=self.scores(moment, inputs).g)
 
     def student_x0(self, tree, inputs):

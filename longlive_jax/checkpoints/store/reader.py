@@ -37,6 +37,7 @@ def load(
     *,
     config: Any = None,
     recipe: Recipe | None = None,
+    some: bool = False,
 ) -> params_lib.Tree:
     """Reads a network's arrays, layer by layer, straight onto their devices.
 
@@ -48,6 +49,7 @@ def load(
       config: the section of the config that `spec` was made of; if given, settings that no shape
         shows (num_heads) are compared too.
       recipe: that the network's weights must be quantised by; None: they must not be.
+      some: subtrees may be left out below the top as well.
 
     Returns:
       `spec`'s tree of jax.Arrays; with a recipe, as `quant.weights.quantize_params` makes it. While
@@ -58,7 +60,7 @@ def load(
         recipe.
     """
     stored = Stored(directory, name)
-    stored.check(spec, config, recipe)
+    stored.check(spec, config, recipe, some=some)
     specs = weights_lib.quantize_specs(spec, recipe, dtype or jnp.bfloat16)
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -99,11 +101,13 @@ def load_or_init(
     dtype: Any = jnp.float32,
     rules: Mapping = mesh_lib.RULES,
     config: Any = None,
+    some: bool = False,
 ) -> tuple[params_lib.Tree, tuple[str, ...]]:
     """`load`, for a network that has grown since it was stored: it gained a branch, say.
 
     Args:
       key: of the initial values, which equal those of `params.init({name: spec}, key)`.
+      some: as `load`; the checkpoint may have none of them.
 
     Returns:
       `spec`'s tree, and the paths ("blocks/actions/qkv/weight") of the arrays that the checkpoint
@@ -115,14 +119,17 @@ def load_or_init(
     """
     stored, wanted = Stored(directory, name), params_lib.flatten(spec)
     absent = {path: s for path, s in wanted.items() if path not in stored.dtypes()}
-    if len(absent) == len(wanted):
+    if len(absent) == len(wanted) and not some:
         raise InputError(
             f"{stored.path.parent}: its {name} has none of the {len(wanted)} arrays of the "
             "network; give another checkpoint"
         )
-    stored.check(spec, config, grown=True)
+    stored.check(spec, config, grown=True, some=some)
     there = params_lib.unflatten({path: s for path, s in wanted.items() if path not in absent})
-    leaves = params_lib.flatten(load(directory, name, there, mesh, dtype, rules, config=config))
+    leaves = {}
+    if there:
+        found = load(directory, name, there, mesh, dtype, rules, config=config, some=some)
+        leaves = params_lib.flatten(found)
     if absent:
         specs = {name: params_lib.unflatten(absent)}
         made = params_lib.init(specs, key, dtype, mesh, dict(rules))
@@ -208,10 +215,11 @@ class Stored:
         recipe: Recipe | None = None,
         *,
         grown: bool = False,
+        some: bool = False,
     ) -> None:
         """Refuses a spec, a section of the config or a recipe that stored arrays do not fit.
 
-        grown: `spec` may have arrays that are not stored.
+        grown: `spec` may have arrays that are not stored. some: it may lack some that are.
         """
         name, where = self.name, self.path.parent
         if recipe != self.recipe:
@@ -233,7 +241,7 @@ class Stored:
         wrong += [
             f"{'/'.join(p)} {shape} is not in the config"
             for p, shape in stored.items()
-            if p[0] in spec and p not in wanted
+            if p[0] in spec and p not in wanted and not some
         ]
         own = self.dtypes()
         wrong += [

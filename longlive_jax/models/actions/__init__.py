@@ -8,7 +8,7 @@ a stream; `conditioning` makes of these what the branches read. Both kinds begin
 zeros, and change nothing then.
 """
 
-from longlive_jax.models.actions.branches import branches
+from longlive_jax.models.actions.branches import branches, join, split
 from longlive_jax.models.actions.cost import flops
 from longlive_jax.models.actions.inputs import (
     KEYBOARD,
@@ -18,6 +18,7 @@ from longlive_jax.models.actions.inputs import (
     conditioning,
     dims,
     needed,
+    newest,
     of_chunk,
     shapes,
     start,
@@ -27,5 +28,5 @@ from longlive_jax.models.actions.inputs import (
 
 __all__ = [
     "KEYBOARD", "MOUSE", "Given", "advance", "branches", "conditioning", "dims", "flops",
-    "needed", "of_chunk", "shapes", "start", "vectors_of", "windows",
+    "join", "needed", "newest", "of_chunk", "shapes", "split", "start", "vectors_of", "windows",
 ]  # fmt: skip

@@ -73,14 +73,15 @@ def needed(cfg: config_lib.Actions, latents: int) -> int:
     return (latents - 1) * TEMPORAL_COMPRESSION + _WINDOW - cfg.pad
 
 
-def windows(
-    vectors: jax.Array, cfg: config_lib.Actions, latents: int, *, first_latent: int = 0,
+def windows[T: (jax.Array, np.ndarray)](
+    vectors: T, cfg: config_lib.Actions, latents: int, *, first_latent: int = 0,
     first_action: int = 0,
-) -> jax.Array:  # fmt: skip
+) -> T:  # fmt: skip
     """The actions of each latent of a video, or of a part of one.
 
     Args:
-      vectors: [batch, action, dim], from the video's action `first_action` on.
+      vectors: [batch, action, dim], from the video's action `first_action` on. An array of NumPy
+        gives one of NumPy.
       latents: how many, from `first_latent` on.
 
     Returns:
@@ -97,8 +98,19 @@ def windows(
         )
     number = vectors_of(cfg)
     end = TEMPORAL_COMPRESSION * (first_latent + np.arange(latents)) + _WINDOW - cfg.pad
-    index = end[:, None] + np.arange(-number, 0)[None] - first_action
-    return jnp.take(vectors, jnp.asarray(np.maximum(index, 0)), axis=1)
+    index = np.maximum(end[:, None] + np.arange(-number, 0)[None] - first_action, 0)
+    if isinstance(vectors, np.ndarray):
+        return vectors[:, index]
+    return jnp.take(vectors, jnp.asarray(index), axis=1)
+
+
+def newest(windows: jax.Array) -> jax.Array:
+    """Of each latent's actions, by `windows`, its own: what `of_chunk` gives.
+
+    windows: [.., frame, action, dim] -> [.., 4 * frame, dim].
+    """
+    own = windows[..., -TEMPORAL_COMPRESSION:, :]
+    return own.reshape(*own.shape[:-3], -1, own.shape[-1])
 
 
 def of_chunk(vectors: np.ndarray, cfg: config_lib.Actions, chunk: int, frames: int) -> np.ndarray:

@@ -36,6 +36,7 @@ def branches(cfg: config_lib.Actions) -> tuple[Branch, ...]:
         teacher_forcing=functools.partial(_over_chunks, cfg.window),
         block_causal=functools.partial(_over_noisy_chunks, cfg.window),
         windowed=functools.partial(_over_chunks, cfg.window),
+        over_past=functools.partial(_over_past, cfg.window),
         streaming=_over_frames,
     )
     mouse = Branch(MOUSE, _no_spec, _mouse, cfg.layers, attention)
@@ -107,20 +108,33 @@ def _last(vector, x):
 # Attention. q: [batch, chunk, (copy,) frame, patch, head, head_dim]; k, v: so, or without patch.
 
 
-def _over_chunks(window, q, k, v, sharding, *visible):
-    """Both copies of a chunk see the clean latents before it, and their own.
-
-    visible: chunks that self-attention sees; these are other latents.
-    """
-    del visible
+def _over_chunks(window, q, k, v, sharding, visible=None):
+    """Both copies of a chunk see the clean latents before it, and their own."""
+    window = _window(window, k.shape[3], visible)
     q, k, v = (kv.load(sharding.to_heads(y), y.dtype) for y in (q, k, v))
     return sharding.to_tokens(latent_attention.of_chunks(q, k, v, window))
 
 
 def _over_noisy_chunks(window, q, k, v, sharding):
     """A chunk sees the latents before it as they are: the only copy."""
+    return _over_past(window, q, k, v, sharding, None, None)[0]
+
+
+def _over_past(window, q, k, v, sharding, past, visible):
+    """One copy sees the clean latents `past`, None for its own; and what a later copy is given."""
+    window = _window(window, k.shape[2], visible)
+    q, k, v = (kv.load(sharding.to_heads(y), y.dtype) for y in (q, k, v))
+    past = (k, v) if past is None else past
     q, k, v = (y[:, :, None] for y in (q, k, v))
-    return _over_chunks(window, q, k, v, sharding)[:, :, 0]
+    return sharding.to_tokens(latent_attention.of_chunks(q, k, v, window, past)[:, :, 0]), past
+
+
+def _window(window, frames, visible):
+    """Latents that are visible. 0 are all of a stream's window, which `visible` tells the size of.
+
+    visible: chunks that self-attention sees, with which it is counted alone: these are the newest.
+    """
+    return window or (0 if visible is None else (visible.shape[-1] + 1) * frames)
 
 
 def _over_frames(q, k, v, sharding, past):

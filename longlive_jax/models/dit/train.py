@@ -135,7 +135,7 @@ def _forward(
 
     # Without gradient to the past the clean copy is a forward alone: half the backward, and none
     # of its activations is kept but the blocks' inputs.
-    apart = past is not None and past.detached and inserted is None
+    apart = past is not None and past.detached
     apart = apart and all(b.attention is None or b.attention.over_past for b in net.branches)
     visible = None if past is None else past.visible
     if apart:
@@ -176,8 +176,13 @@ def _clean_then_noisy(net, p, copies, layer, branches, visible):
 
 
 def _copy(given, number):
-    """The conditioning of one copy: its own time, and the shared angles without a copy axis."""
-    return given.replace(time=given.time[:, :, number], angle=given.angle[:, :, 0])
+    """The conditioning of one copy: its own time, and what both share, without a copy axis."""
+
+    def one(x):
+        return x[:, :, min(number, x.shape[2] - 1)]
+
+    inserted = None if given.inserted is None else jax.tree.map(one, dict(given.inserted))
+    return given.replace(time=one(given.time), angle=one(given.angle), inserted=inserted)
 
 
 def _fold_in(keys, number):

@@ -25,7 +25,7 @@ from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import cost
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.objective import Cost, Moment, Objective
-from longlive_jax.training.objectives import randomness
+from longlive_jax.training.objectives import conditions, randomness
 from longlive_jax.training.objectives.dmd import DMD, NEGATIVE, STUDENT, TEACHER
 from longlive_jax.training.objectives.rollout import LATENTS
 
@@ -65,6 +65,7 @@ class Consistency(Objective):
         videos = self.batch_size * self.accumulation
         trained = 2 if self.cfg.distill.lora.enabled else 3
         forwards = trained + 1 + (2 if self.cfg.distill.guidance else 1)
+        forwards += 1 if self.cfg.distill.action_guidance else 0
         flops = forwards * cost.video_flops(self.cfg, batch_lib.chunks(self.cfg), 2)
         return Cost(videos * cost.video_tokens(self.cfg), flops * videos)
 
@@ -99,17 +100,22 @@ class Consistency(Objective):
         """The noisy latents; and the average's clean ones after the teacher's step down."""
         sigma, below = (self._at(inputs.level + i) for i in (0, 1))
         noisy = self._shown(inputs, losses.add_noise(inputs.data, inputs.noisy, sigma))
-        teacher = self.dmd.transformer(TEACHER, ema, frozen)
-        text, w = inputs.batch.text, self.cfg.distill.guidance
-        velocity = self._velocity(TEACHER, teacher, noisy, sigma, inputs, text)
-        if w:
-            negative = jnp.broadcast_to(frozen[NEGATIVE][:, None], text.shape)
-            other = self._velocity(TEACHER, teacher, noisy, sigma, inputs, negative)
-            velocity = velocity + w * (velocity - other)
+        teacher, batch = self.dmd.transformer(TEACHER, ema, frozen), inputs.batch
+        d = self.cfg.distill
+        conditioned = velocity = self._velocity(TEACHER, teacher, noisy, sigma, inputs)
+        if d.guidance:
+            negative = jnp.broadcast_to(frozen[NEGATIVE][:, None], batch.text.shape)
+            negative = inputs.replace(batch=batch.replace(text=negative))
+            other = self._velocity(TEACHER, teacher, noisy, sigma, negative)
+            velocity = conditioned + d.guidance * (conditioned - other)
+        if d.action_guidance:
+            still = inputs.replace(batch=batch.replace(actions=conditions.still(batch.actions)))
+            other = self._velocity(TEACHER, teacher, noisy, sigma, still)
+            velocity += d.action_guidance * (conditioned - other)
         down = (below - sigma)[..., None, None, None]
         lower = self._shown(inputs, noisy + down * velocity)
         average = self.dmd.transformer(STUDENT, ema, frozen)
-        velocity = self._velocity(STUDENT, average, lower, below, inputs, text)
+        velocity = self._velocity(STUDENT, average, lower, below, inputs)
         return noisy, losses.clean_of(lower, velocity, below)
 
     def loss(
@@ -118,15 +124,14 @@ class Consistency(Objective):
         """Mean squared difference of the two levels' clean latents, over valid frames."""
         assert inputs.target is not None
         tree, sigma = self.dmd.transformer(STUDENT, params, frozen), self._at(inputs.level)
-        text = inputs.batch.text
-        velocity = self._velocity(STUDENT, tree, inputs.noisy, sigma, inputs, text)
+        velocity = self._velocity(STUDENT, tree, inputs.noisy, sigma, inputs)
         error = losses.clean_of(inputs.noisy, velocity, sigma) - inputs.target
         graded = jnp.broadcast_to(inputs.batch.valid[..., None], sigma.shape)
         graded &= ~self._given(inputs)
         mask = graded[..., None, None, None].astype(jnp.float32)
         return jnp.sum(mask * error**2) / inputs.count, {}
 
-    def _velocity(self, name, tree, noisy, sigma, inputs, text):
+    def _velocity(self, name, tree, noisy, sigma, inputs):
         """float32, of noisy chunks under their clean past."""
         cfg, dtype, recipe = self.cfg, self.cfg.compute_dtype, self.dmd.recipes[name]
         recipe = recipe_lib.get(recipe)
@@ -134,7 +139,9 @@ class Consistency(Objective):
         timestep = jnp.where(self._given(inputs), 0.0, TIMESTEPS * sigma)
         return dit.teacher_forcing(
             tree, cfg.model, inputs.data.astype(dtype), noisy.astype(dtype), timestep,
-            self._positions(inputs), text=text, sharding=dit.Sharding.training(),
+            self._positions(inputs), text=inputs.batch.text,
+            inserted=conditions.inserted(cfg.model, inputs.batch.actions, copies=True),
+            sharding=dit.Sharding.training(),
             precision=dit.Precision(recipe, dtype), remat=cfg.distill.remat,
             key=inputs.rounding if stochastic else None,
         ).astype(jnp.float32)  # fmt: skip

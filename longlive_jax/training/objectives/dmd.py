@@ -21,20 +21,18 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
-from longlive_jax.checkpoints import peft
 from longlive_jax.diffusion import losses, schedule
-from longlive_jax.models import dit, lora
-from longlive_jax.quant import weights as weights_lib
+from longlive_jax.models import dit
 from longlive_jax.training import batch as batch_lib
-from longlive_jax.training import distill_cost
+from longlive_jax.training import distill_cost, trained
+from longlive_jax.training.batch import Scripts
 from longlive_jax.training.objective import Cost, Moment, Network, Objective
-from longlive_jax.training.objectives import rollout
+from longlive_jax.training.objectives import conditions, rollout
 from longlive_jax.training.objectives.rollout import CHUNKS, LATENTS, Clip, Draws
 from longlive_jax.training.optimizer import adamw
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
-# The only part of each network: whole, as in a checkpoint, or adapters.
-DIT, LORA = "dit", peft.PART
+DIT, LORA = trained.DIT, trained.LORA  # parts of a network
 BASE, NEGATIVE = "base", "negative"
 _FRAMES = jax.P(*CHUNKS, None)
 
@@ -42,28 +40,32 @@ _FRAMES = jax.P(*CHUNKS, None)
 class Inputs(struct.PyTreeNode):
     """What both losses are computed from.
 
-    clip: the student's rollout. text: [batch, chunk, text_len, text_dim].
-    first_frame: as in Scripts. draws: of the rollout.
+    clip: the student's rollout. scripts: what it is of. draws: of the rollout.
     count: float32 [], numbers of the step's latents that bear loss.
     g: float32 [batch, chunk, frame, h, w, channel], of the student: the gradient of the distance
       between the two distributions; None for the critic.
     """
 
     clip: Clip
-    text: jax.Array
+    scripts: Scripts
     draws: Draws
     count: jax.Array
     g: jax.Array | None = None
 
 
 class Scores(struct.PyTreeNode):
-    """How two scores judge a clip. Arrays as `Inputs.g`, but normaliser float32 [batch, chunk]."""
+    """How two scores judge a clip. Arrays as `Inputs.g`, but normaliser float32 [batch, chunk].
+
+    The teacher's are conditioned, without text, and without actions; those that no guidance needs
+    are the conditioned one.
+    """
 
     x_t: jax.Array
     timestep: jax.Array
     fake_x0: jax.Array
     real_cond_x0: jax.Array
     real_uncond_x0: jax.Array
+    real_still_x0: jax.Array
     normaliser: jax.Array
     g: jax.Array
 
@@ -71,7 +73,8 @@ class Scores(struct.PyTreeNode):
 class DMD(Objective):
     """The student is trained every `distill.student_every` steps, the critic every step.
 
-    With `distill.lora` both are adapters over weights that are held once, else whole networks.
+    With `distill.lora` both are adapters over weights that are held once, and an action path of
+    their own if the model has one; else whole networks.
     Frozen are NEGATIVE, the negative prompt's embedding [1, text_len, text_dim], and weights by
     recipe: of BASE where there are adapters, of TEACHER where it has weights of its own.
 
@@ -90,13 +93,12 @@ class DMD(Objective):
             STUDENT: cfg.quant.recipe, TEACHER: d.teacher_recipe, CRITIC: d.critic_recipe
         }  # fmt: skip
         self.specs = dit.spec(cfg.model)
-        adapters = {LORA: lora.specs(self.specs, d.lora)} if d.lora.enabled else None
-        trained = adapters or {DIT: self.specs}
+        parts = trained.specs(cfg.model, d.lora) if d.lora.enabled else {DIT: self.specs}
         self.networks = {
             STUDENT: Network(
-                trained, _optimizer(d, d.learning_rate), self._ema_decay, d.student_every
+                parts, _optimizer(d, d.learning_rate), self._ema_decay, d.student_every
             ),
-            CRITIC: Network(trained, _optimizer(d, d.critic_learning_rate)),
+            CRITIC: Network(parts, _optimizer(d, d.critic_learning_rate)),
         }
         self.batch = batch_lib.abstract_scripts(cfg, mesh)
         self.law = schedule.score_law(cfg.video.shift, d.least_timestep, d.most_timestep)
@@ -110,17 +112,12 @@ class DMD(Objective):
         }  # fmt: skip
         for name in self._frozen_networks():
             held = self.frozen.setdefault(self.holds[name], {})
-            held[self.recipes[name]] = self._abstract(self.recipes[name])
+            recipe = self.recipes[name]
+            held[recipe] = trained.abstract(self.specs, recipe, mesh, cfg)
 
     def _frozen_networks(self):
         """The networks whose weights, or weights below adapters, are frozen."""
         return self.recipes if self.cfg.distill.lora.enabled else (TEACHER,)
-
-    def _abstract(self, recipe):
-        specs = weights_lib.quantize_specs(
-            self.specs, recipe_lib.get(recipe), self.cfg.compute_dtype
-        )
-        return params_lib.abstract(specs, self.mesh, self.cfg.compute_dtype)
 
     def freeze(self, weights: Mapping[str, params_lib.Tree], negative: jax.Array) -> dict[str, Any]:
         """`frozen` of these weights in compute dtype, by BASE and TEACHER as far as it has them."""
@@ -128,12 +125,9 @@ class DMD(Objective):
         for name, recipes in self.frozen.items():
             if name != NEGATIVE:
                 held[name] = {
-                    recipe: weights_lib.quantize_params(
-                        weights[name], self.specs, recipe_lib.get(recipe), self.mesh,
-                        dtype=self.cfg.compute_dtype,
-                    )
+                    recipe: trained.freeze(weights[name], self.specs, recipe, self.mesh, self.cfg)
                     for recipe in recipes
-                }  # fmt: skip
+                }
         where = self.frozen[NEGATIVE]
         return held | {NEGATIVE: jax.device_put(negative.astype(where.dtype), where.sharding)}
 
@@ -151,7 +145,7 @@ class DMD(Objective):
         weights = frozen[self.holds[name]][self.recipes[name]]
         if name == TEACHER:
             return weights
-        return lora.attach(weights, params[name][LORA], self.cfg.distill.lora.scale)
+        return trained.transformer(weights, params[name], self.cfg.distill.lora)
 
     # ---------------------------------------------------------------------------------------------
     # Before the loss, on global arrays and without gradient.
@@ -169,7 +163,7 @@ class DMD(Objective):
         frames -= int(self.cfg.video.image_to_video)
         latents = math.prod(clip.x.shape[3:]) * self.batch_size * self.accumulation
         count = frames.astype(jnp.float32) * latents
-        inputs = Inputs(clip, moment.batch.text, draws, count)
+        inputs = Inputs(clip, moment.batch, draws, count)
         return inputs if network == CRITIC else inputs.replace(g=self.scores(moment, inputs).g)
 
     def scores(self, moment: Moment, inputs: Inputs) -> Scores:
@@ -179,7 +173,7 @@ class DMD(Objective):
             return self._scores(params, frozen, inputs)
 
         arguments = (moment.params, moment.frozen, inputs)
-        arrays = Scores(*(LATENTS,) * 7).replace(timestep=_FRAMES, normaliser=CHUNKS)
+        arrays = Scores(*(LATENTS,) * 8).replace(timestep=_FRAMES, normaliser=CHUNKS)
         return jax.shard_map(
             local,
             mesh=self.mesh,
@@ -192,24 +186,27 @@ class DMD(Objective):
     # On each device's chunks.
 
     def _scores(self, params, frozen, inputs) -> Scores:
-        x0, w = inputs.clip.x0, self.cfg.distill.guidance
+        x0, d, scripts = inputs.clip.x0, self.cfg.distill, inputs.scripts
         x_t, timestep, sigma = self._noised(inputs)
 
-        def clean(name, text):
+        def clean(name, scripts):
             tree = self.transformer(name, params, frozen)
-            velocity = self._block_causal(name, tree, x_t, timestep, text, inputs)
+            velocity = self._block_causal(name, tree, x_t, timestep, inputs, scripts)
             return losses.clean_of(x_t, velocity.astype(jnp.float32), sigma)
 
-        fake, conditioned = clean(CRITIC, inputs.text), clean(TEACHER, inputs.text)
-        real = unconditioned = conditioned
-        if w:
-            negative = jnp.broadcast_to(frozen[NEGATIVE][:, None], inputs.text.shape)
-            unconditioned = clean(TEACHER, negative)
-            real = conditioned + w * (conditioned - unconditioned)
+        fake, conditioned = clean(CRITIC, scripts), clean(TEACHER, scripts)
+        real = unconditioned = still = conditioned
+        if d.guidance:
+            negative = jnp.broadcast_to(frozen[NEGATIVE][:, None], scripts.text.shape)
+            unconditioned = clean(TEACHER, scripts.replace(text=negative))
+            real = conditioned + d.guidance * (conditioned - unconditioned)
+        if d.action_guidance:
+            still = clean(TEACHER, scripts.replace(actions=conditions.still(scripts.actions)))
+            real += d.action_guidance * (conditioned - still)
         # Of each sample and chunk, as the original's: over all its frames, a given one included.
         normaliser = jnp.mean(jnp.abs(x0 - real), axis=(2, 3, 4, 5))
         g = jnp.nan_to_num((fake - real) / normaliser[..., None, None, None, None])
-        return Scores(x_t, timestep, fake, conditioned, unconditioned, normaliser, g)
+        return Scores(x_t, timestep, fake, conditioned, unconditioned, still, normaliser, g)
 
     def _noised(self, inputs):
         """The clip with noise, and the timestep and sigma [batch, chunk, frame] of it."""
@@ -236,21 +233,23 @@ class DMD(Objective):
         chunks = clip.x.shape[1]
         return jax.lax.axis_index(mesh_lib.SEQ) * chunks + jnp.arange(chunks)
 
-    def _settings(self, name, inputs) -> dict[str, Any]:
+    def _settings(self, name, inputs, scripts, copies) -> dict[str, Any]:
         recipe = recipe_lib.get(self.recipes[name])
         stochastic = recipe is not None and recipe.gradients and recipe.gradients.stochastic
         return {
+            "text": scripts.text,
+            "inserted": conditions.inserted(self.cfg.model, scripts.actions, copies=copies),
             "sharding": dit.Sharding.training(),
             "precision": dit.Precision(recipe, self.cfg.compute_dtype),
             "remat": self.cfg.distill.remat,
             "key": inputs.draws.rounding if stochastic else None,
         }
 
-    def _block_causal(self, name, tree, x_t, timestep, text, inputs):
+    def _block_causal(self, name, tree, x_t, timestep, inputs, scripts):
         """A score network's velocity: every chunk sees the noisy chunks up to itself."""
         return dit.block_causal(
             tree, self.cfg.model, x_t.astype(self.cfg.compute_dtype), timestep,
-            self._positions(inputs.clip), text=text, **self._settings(name, inputs),
+            self._positions(inputs.clip), **self._settings(name, inputs, scripts, copies=False),
         )  # fmt: skip
 
     def loss(
@@ -266,7 +265,7 @@ class DMD(Objective):
         mask = self._graded(inputs)[..., None, None, None].astype(jnp.float32)
         if network == CRITIC:
             x_t, timestep, _ = self._noised(inputs)
-            velocity = self._block_causal(CRITIC, tree, x_t, timestep, inputs.text, inputs)
+            velocity = self._block_causal(CRITIC, tree, x_t, timestep, inputs, inputs.scripts)
             error = velocity.astype(jnp.float32) - (inputs.draws.eps - inputs.clip.x0)
             return jnp.sum(mask * error**2) / inputs.count, {}
         assert inputs.g is not None
@@ -292,7 +291,8 @@ class DMD(Objective):
         past = dit.PastView(clip.visible if longer else None, self.cfg.distill.gradient == "stop")
         velocity = dit.teacher_forcing(
             tree, self.cfg.model, clip.final.astype(dtype), clip.x.astype(dtype), clip.timestep,
-            self._positions(clip), text=inputs.text, past=past, **self._settings(STUDENT, inputs),
+            self._positions(clip), past=past,
+            **self._settings(STUDENT, inputs, inputs.scripts, copies=True),
         )  # fmt: skip
         sigma = jnp.broadcast_to(clip.sigma[..., None], clip.timestep.shape)
         return losses.clean_of(clip.x, velocity.astype(jnp.float32), sigma)
@@ -314,6 +314,8 @@ def settings(cfg: config_lib.Config, data: str, teacher: str | None) -> dict[str
     sample = ("steps", "solver", "window_frames", "sink_frames", "multi_shot_sink", "rope_offset")
     values |= {f"sample.{name}": getattr(cfg.sample, name) for name in sample}
     values |= {f"video.{k}": v for k, v in vars(cfg.video).items()}
+    if cfg.model.actions.kind != "none":
+        values["distill.action_guidance"] = d.action_guidance
     return values | {
         "objective": cfg.objective,
         "sample.negative_prompt": cfg.sample.negative_prompt,

@@ -17,7 +17,9 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.config import TIMESTEPS
+from longlive_jax.models import actions as actions_lib
 from longlive_jax.models import dit
+from longlive_jax.sampling import actions as action_state
 from longlive_jax.sampling import exits, kv_cache, stream
 from longlive_jax.sampling import window as window_lib
 from longlive_jax.training.batch import Scripts
@@ -142,19 +144,21 @@ def roll_out(
         sharding=dit.Sharding.training(), precision=precision,
     )  # fmt: skip
 
-    def local(params, noise, text, cut, first_frame, renoise, exit_step, length):
+    def local(params, noise, text, cut, first_frame, renoise, actions, exit_step, length):
         chunks, rows, frames, height, width = noise.shape[:5]
-        heads = cfg.model.num_heads // mesh.shape[mesh_lib.SEQ]
-        tokens = cfg.model.chunk_frames * (height // dit.PATCH) * (width // dit.PATCH)
+        heads, ranks = cfg.model.num_heads, mesh.shape[mesh_lib.SEQ]
+        patches = (height // dit.PATCH) * (width // dit.PATCH)
+        own_heads = cfg.model.actions.heads // ranks
         state = stream.StreamState(
-            kv_cache.init(cfg, 1, rows, tokens, heads),
+            kv_cache.init(cfg, 1, rows, cfg.model.chunk_frames * patches, heads // ranks),
             window_lib.init(cfg, rows, height, width, frames),
+            action_state.init(cfg, 1, rows, patches, own_heads),
         )
         chunk_of = functools.partial(leave, params)
 
         def one(state, x):
-            number, exit_step, noise, text, cut, renoise = x
-            inputs = stream.ChunkInput(noise, text, cut, None, first_frame, renoise)
+            number, exit_step, noise, text, cut, renoise, actions = x
+            inputs = stream.ChunkInput(noise, text, cut, None, first_frame, renoise, actions)
             if not cfg.distill.least_frames:
                 return chunk_of(state, inputs, exit_step)
             like = jax.eval_shape(chunk_of, state, inputs, exit_step)[1]
@@ -163,7 +167,7 @@ def roll_out(
                 number < length, chunk_of, lambda *_: (state, nothing), state, inputs, exit_step
             )
 
-        xs = (jnp.arange(chunks), exit_step, noise, text, cut, renoise)
+        xs = (jnp.arange(chunks), exit_step, noise, text, cut, renoise, actions)
         return jax.lax.scan(one, state, xs)[1]
 
     def first(x, spec):
@@ -171,13 +175,15 @@ def roll_out(
         return jax.reshard(jnp.moveaxis(x, 1, 0), jax.NamedSharding(mesh, spec))
 
     rows = _spec(None, "batch")
+    own = jax.P(*rows, None, None)
     renoise = None
     if draws.renoise is not None:  # [step, batch, chunk, ...] -> [chunk, step, batch, ...]
         by_step = jax.P(None, *_FRAMES)
         renoise = jax.reshard(jnp.moveaxis(draws.renoise, 2, 0), jax.NamedSharding(mesh, by_step))
     arguments = (
-        params, first(draws.noise, _FRAMES), first(scripts.text, jax.P(*rows, None, None)),
+        params, first(draws.noise, _FRAMES), first(scripts.text, own),
         first(scripts.cut, rows), scripts.first_frame, renoise,
+        jax.tree.map(lambda x: first(actions_lib.newest(x), own), scripts.actions),
         jax.reshard(draws.exit_step, jax.NamedSharding(mesh, jax.P(None))), draws.length,
     )  # fmt: skip
     frames, whole = jax.P(*rows, mesh_lib.SEQ), _spec(None)

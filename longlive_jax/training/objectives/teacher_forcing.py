@@ -6,6 +6,7 @@ an all-to-all around attention and nothing else between devices inside a block; 
 gathered a layer at a time, and their gradients are scattered back and summed in float32.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +23,14 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.diffusion import losses, schedule
 from longlive_jax.models import actions, dit, umt5
 from longlive_jax.training import batch as batch_lib
-from longlive_jax.training import cost
+from longlive_jax.training import cost, trained
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.objective import Cost, Moment, Network, Objective
-from longlive_jax.training.objectives import error_recycling, randomness
+from longlive_jax.training.objectives import conditions, error_recycling, randomness
 from longlive_jax.training.optimizer import adamw
 
 MODEL = "model"  # the only network: the transformer and, where it is trained, the text encoder
+BASE = "base"  # the frozen weights below it
 BINS = 10  # of timesteps, in the log
 _CHUNKS = mesh_lib.spec(("batch", "chunk"))
 _LATENTS = mesh_lib.spec(("batch", "chunk", None, None, None, None))
@@ -66,7 +68,11 @@ class Inputs(struct.PyTreeNode):
 
 
 class TeacherForcing(Objective):
-    """One network of the parts {"dit": ...} and, if it is trained too, "umt5"."""
+    """One network of the parts {"dit": ...} and, if it is trained too, "umt5".
+
+    With train.trainable other than "all" the parts are those of `training.trained`, and what is
+    frozen is BASE, the transformer's backbone.
+    """
 
     def __init__(self, cfg: config_lib.Config, mesh: jax.sharding.Mesh):
         self.cfg, self.mesh = cfg, mesh
@@ -74,6 +80,10 @@ class TeacherForcing(Objective):
         self.seed, self.batch_size = train.seed, train.batch_size
         self.accumulation = train.accumulation
         self.specs = specs(cfg)
+        self.adapters = adapters(cfg)
+        self.backbone, _ = actions.split(dit.spec(cfg.model), cfg.model)
+        if train.trainable != "all":
+            self.frozen = {BASE: trained.abstract(self.backbone, cfg.quant.recipe, mesh, cfg)}
         self.networks = {MODEL: Network(self.specs, optimizer(train), self._ema_decay)}
         self.batch = batch_lib.abstract(cfg, mesh)
         self.table = schedule.training_schedule(cfg.video.shift)
@@ -90,6 +100,22 @@ class TeacherForcing(Objective):
     def cost(self, due: tuple[str, ...]) -> Cost:
         videos = self.batch_size * self.accumulation
         return Cost(videos * cost.video_tokens(self.cfg), cost.step_flops(self.cfg))
+
+    def freeze(self, backbone: params_lib.Tree) -> Any:
+        """`frozen`, of the backbone's weights in the compute dtype, as `actions.split` gives it."""
+        recipe = self.cfg.quant.recipe
+        return {BASE: trained.freeze(backbone, self.backbone, recipe, self.mesh, self.cfg)}
+
+    def whole(self, params: Mapping, frozen: Any) -> dict[str, Any]:
+        """The parts of a network as a checkpoint has them: the transformer whole, with adapters
+        merged into plain weights.
+        """
+        if not frozen:
+            return dict(params)
+        own = {k: v for k, v in params.items() if k in (trained.DIT, trained.LORA)}
+        rest = {k: v for k, v in params.items() if k not in own}
+        merge = jax.jit(functools.partial(trained.merged, adapters=self.adapters))
+        return {trained.DIT: merge(frozen[BASE], own), **rest}
 
     # ---------------------------------------------------------------------------------------------
     # Around the loss, on global arrays.
@@ -195,16 +221,19 @@ class TeacherForcing(Objective):
         shared: dict[str, Any] = dict(
             text=self._text(params, inputs.batch, sharding), sharding=sharding,
             precision=precision, remat=cfg.train.remat, key=inputs.rounding,
-            inserted=self._inserted(inputs.batch, positions),
+            inserted=conditions.inserted(
+                cfg.model, inputs.batch.actions, copies=cfg.train.teacher_forcing
+            ),
         )  # fmt: skip
+        tree = params["dit"] if not frozen else self._transformer(params, frozen)
         if cfg.train.teacher_forcing:
             velocity = dit.teacher_forcing(
-                params["dit"], cfg.model, past.astype(dtype), noisy.astype(dtype), timestep,
+                tree, cfg.model, past.astype(dtype), noisy.astype(dtype), timestep,
                 positions, clean_timesteps=past_timestep, **shared,
             )  # fmt: skip
         else:
             velocity = dit.block_causal(
-                params["dit"], cfg.model, noisy.astype(dtype), timestep, positions, **shared
+                tree, cfg.model, noisy.astype(dtype), timestep, positions, **shared
             )
         error = losses.squared_error(velocity, target)
         mask = bears_loss.astype(jnp.float32)
@@ -219,14 +248,8 @@ class TeacherForcing(Objective):
             values["noise_error"] = (velocity - target) * (1 - sigma)[..., None, None, None]
         return loss, values
 
-    def _inserted(self, batch, latents):
-        """Conditioning of the action path; a video's latents are counted through its cuts."""
-        given = batch.actions
-        if given is None:
-            return None
-        if self.cfg.train.teacher_forcing:  # for both copies
-            given, latents = {k: x[:, :, None] for k, x in given.items()}, latents[:, :, None]
-        return actions.conditioning(self.cfg.model.actions, given, latents)
+    def _transformer(self, params, frozen):
+        return trained.transformer(frozen[BASE], params, self.adapters)
 
     def _text(self, params, batch, sharding):
         """Embeddings of each chunk's prompt, [batch, chunk, text_len, text_dim]."""
@@ -259,11 +282,20 @@ def _chunks(moment: Moment, inputs: Inputs) -> error_recycling.Chunks:
 
 
 def specs(cfg: config_lib.Config) -> params_lib.Tree:
-    """ParamSpecs of what is trained: {"dit": ...}, and "umt5" if the text encoder is trained."""
-    trained = {"dit": dit.spec(cfg.model)}
-    if cfg.train.text_encoder:
-        trained["umt5"] = umt5.spec(cfg.umt5)
-    return trained
+    """ParamSpecs of what is trained: {"dit": ...}, or the parts of `training.trained`.
+
+    And "umt5" if the text encoder is trained.
+    """
+    if cfg.train.trainable == "all":
+        found = {"dit": dit.spec(cfg.model)}
+    else:
+        found = trained.specs(cfg.model, adapters(cfg))
+    return found | ({"umt5": umt5.spec(cfg.umt5)} if cfg.train.text_encoder else {})
+
+
+def adapters(cfg: config_lib.Config) -> config_lib.LoRA | None:
+    """The settings of the backbone's adapters; None: it has none."""
+    return cfg.distill.lora if cfg.train.trainable == "lora" else None
 
 
 def optimizer(cfg: config_lib.Train) -> optax.GradientTransformation:
@@ -297,6 +329,10 @@ def settings(cfg: config_lib.Config, data: str) -> dict[str, Any]:
         "train.weight_decay == 0": train.weight_decay == 0,
         "train.error_recycling.enabled": train.error_recycling.enabled,
     }
+    if train.trainable != "all":  # runs of before this setting have no word of it
+        values["train.trainable"] = train.trainable
+    if train.trainable == "lora":
+        values |= {f"distill.lora.{k}": v for k, v in vars(cfg.distill.lora).items()}
     if train.error_recycling.enabled:
         for name in ("buckets", "slots", "positions"):
             values[f"train.error_recycling.{name}"] = getattr(train.error_recycling, name)
