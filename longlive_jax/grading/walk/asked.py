@@ -23,20 +23,21 @@ _ANGLE = 45.0  # degrees between the asked and the measured direction
 class Limits:
     """Of a view, calibrated on the game's pictures (docs/grading.md).
 
-    clear: least `Motion.clear`, the mean of a second, that is judged.
+    clear, turn: least `Motion.clear`, the mean of a second, that is judged, and of a turn.
     moves: least measured speed of who moves; stands: most of who stands. Units a picture.
     sharpness: `pictures.sharpness` of the game's pictures, in the mean.
     """
 
     clear: float
+    turn: float
     moves: float
     stands: float
     sharpness: float
 
 
 LIMITS = {
-    "first": Limits(clear=0.35, moves=1.0, stands=1.5, sharpness=0.63),
-    "third": Limits(clear=0.35, moves=0.3, stands=2.0, sharpness=0.68),
+    "first": Limits(clear=0.35, turn=0.45, moves=1.0, stands=1.5, sharpness=0.63),
+    "third": Limits(clear=0.35, turn=0.45, moves=0.3, stands=2.0, sharpness=0.68),
 }
 
 
@@ -92,7 +93,8 @@ def judge(asked: Asked, true: Asked | None, seen: Motion, view: str) -> dict:
     right: dict[str, bool | None] = dict.fromkeys(("turn", "straight", "move", "wall"))
     if clear >= limits.clear:
         if abs(wanted) >= _TURN:
-            right["turn"] = abs(yaw - wanted) <= _YAW_ERROR * abs(wanted)
+            if clear >= limits.turn:
+                right["turn"] = abs(yaw - wanted) <= _YAW_ERROR * abs(wanted)
         elif np.abs(asked.yaw).sum() <= _STRAIGHT:
             right["straight"] = abs(yaw) <= _YAW_DRIFT
         blocked = False

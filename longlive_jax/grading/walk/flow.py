@@ -143,7 +143,7 @@ def _whole(first: np.ndarray, second: np.ndarray, part: np.ndarray) -> np.ndarra
         for i, j in np.ndindex(*differences.shape[1:]):
             y = rows + down[i] + best[:, :1] // step
             x = columns + across[j] + best[:, 1:] // step
-            inside = (0 <= y) & (y < a.shape[1]) & (0 <= x) & (x < a.shape[2])
+            inside = (y >= 0) & (y < a.shape[1]) & (x >= 0) & (x < a.shape[2])
             there = b[pairs, np.clip(y, 0, a.shape[1] - 1), np.clip(x, 0, a.shape[2] - 1)]
             total = (np.abs(there - here) * inside).sum(axis=1)
             differences[:, i, j] = total / np.maximum(inside.sum(axis=1), 1)
@@ -156,9 +156,7 @@ def _smaller(pictures: np.ndarray, step: int) -> np.ndarray:
     """[picture, row, column], each the mean of step x step."""
     count, height, width = pictures.shape
     height, width = height // step * step, width // step * step
-    parts = pictures[:, :height, :width].reshape(
-        count, height // step, step, width // step, step
-    )
+    parts = pictures[:, :height, :width].reshape(count, height // step, step, width // step, step)
     return parts.mean(axis=(2, 4))
 
 
@@ -188,7 +186,9 @@ def _match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _vertex(before, peak, after):
     """Where between -1/2 and 1/2 the parabola through three neighbours is highest."""
     curve = before - 2 * peak + after
-    return np.clip(np.where(curve < 0, (before - after) / 2 / np.minimum(curve, -1e-9), 0), -0.5, 0.5)
+    return np.clip(
+        np.where(curve < 0, (before - after) / 2 / np.minimum(curve, -1e-9), 0), -0.5, 0.5
+    )
 
 
 def _correlation(a: np.ndarray, b: np.ndarray, window: np.ndarray) -> np.ndarray:
@@ -207,7 +207,7 @@ def _correlation(a: np.ndarray, b: np.ndarray, window: np.ndarray) -> np.ndarray
 
 @functools.cache
 def _low(shape: tuple[int, int]) -> np.ndarray:
-    """A Gaussian over frequencies: the peak is some pixels wide, and noise of single ones is not."""
+    """A Gaussian over frequencies: the peak is some pixels wide, and noise of one is not."""
     rows, columns = np.fft.fftfreq(shape[0]), np.fft.rfftfreq(shape[1])
     return np.exp(-(rows[:, None] ** 2 + columns**2) / (2 * 0.18**2)).astype(np.float32)
 

@@ -141,7 +141,9 @@ def solve(lens: Lens, flow: Flow, pitch: np.ndarray, view: View) -> Motion:
         speed = (fits * moved).sum(axis=-1) / ((fits * inverse).sum(axis=-1) + 1e-9)
         speed = np.minimum(speed, _QUICK + view.behind * np.abs(turn))
     cost = (base * np.log1p(error / _SCATTER**2)).sum(axis=-1) / total
-    cost = cost + _UNUSUAL * (base * np.log1p(((moved - expected) / loose) ** 2)).sum(axis=-1) / total
+    cost = (
+        cost + _UNUSUAL * (base * np.log1p(((moved - expected) / loose) ** 2)).sum(axis=-1) / total
+    )
     ahead, side = speed * np.cos(_WAYS), speed * np.sin(_WAYS) + view.behind * turn
     cost = cost + _SIDEWAYS * (side / _QUICK) ** 2 + 0.02 * (ahead / _QUICK) ** 2
     best = cost.argmin(axis=1)

@@ -48,7 +48,7 @@ def contrast(lumas: np.ndarray) -> np.ndarray:
 
 def small(frames: np.ndarray, height: int = 40) -> np.ndarray:
     """float32 [picture, `height`, width, 3]: a reduced copy, each pixel the mean of its part."""
-    count, rows, columns, _ = frames.shape
+    _, rows, columns, _ = frames.shape
     width = max(1, round(columns * height / rows))
     top = np.linspace(0, rows, height + 1).astype(int)[:-1]
     left = np.linspace(0, columns, width + 1).astype(int)[:-1]

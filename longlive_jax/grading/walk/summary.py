@@ -6,7 +6,7 @@ from typing import Any
 FORMAT, VERSION = "longlive_jax grade of walks", 1  # of grade.json
 POINTS = 48  # of a line of the plot
 JUDGED = ("turn", "straight", "move", "wall")
-COMPARED = ("view", "place")
+COMPARED = ("view", "place", "view_known", "place_known")
 
 
 def summarise(videos: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -64,14 +64,14 @@ def over_time(
     each = max(1, -(-longest // POINTS))
     starts = range(0, longest, each)
     points = [_of([s for v in videos for s in v["seconds"][i : i + each]]) for i in starts]
-    lines = {name: [point[name] for point in points] for name in (*JUDGED, *COMPARED, "ssim")}
+    lines = {name: [point[name] for point in points] for name in (*JUDGED, *COMPARED[:2], "ssim")}
     lines = {name: line for name, line in lines.items() if any(x is not None for x in line)}
     return [float(i) for i in starts], lines | {"sharpness": [p["sharpness"] for p in points]}
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as lines to print: one of all, one a view and a minute where there are several."""
-    shares = ("grade", *JUDGED, *COMPARED, "judged", "sharpness")
+    """The summary as lines to print: of all, of each view and minute where there are several."""
+    shares = ("grade", *JUDGED, *COMPARED[:2], "judged", "sharpness")
     numbers = {"yaw_ratio": 2, "psnr": 1, "ssim": 3, "contrast": 1}
 
     def row(name: str, part: dict[str, Any]) -> tuple[str, ...]:
@@ -85,6 +85,11 @@ def table(summary: dict[str, Any]) -> str:
         rows += [row(f"minute {part['minute'] + 1}", part) for part in summary["by_minute"]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows]
+    if summary["view_known"] is not None:
+        lines.append(
+            f"the true pictures show their view in {_share(summary['view_known'])} and their place "
+            f"in {_share(summary['place_known'])} of the seconds; the others are not judged"
+        )
     if summary["returns"]:
         lines.append(
             f"returns to the start: {summary['returns']}, the same "
