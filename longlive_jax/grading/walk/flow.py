@@ -195,14 +195,14 @@ def _correlation(a: np.ndarray, b: np.ndarray, window: np.ndarray) -> np.ndarray
     """Phase correlation over the last two axes; a peak at (down, across), its height 1 at most."""
     shape = a.shape[-2:]
     spectra = [
-        fft.rfft2((x - x.mean(axis=(-2, -1), keepdims=True)) * window, axes=(-2, -1))
+        np.asarray(fft.rfft2((x - x.mean(axis=(-2, -1), keepdims=True)) * window, axes=(-2, -1)))
         for x in (a, b)
     ]
     cross = np.conj(spectra[0]) * spectra[1]
     size = np.abs(cross)
     bias = _BIAS * size.max(axis=(-2, -1), keepdims=True) + 1e-6
     cross = cross / (size + bias) * _low(shape)
-    return fft.irfft2(cross, s=shape, axes=(-2, -1)) / _low_peak(shape)
+    return np.asarray(fft.irfft2(cross, s=shape, axes=(-2, -1))) / _low_peak(shape)
 
 
 @functools.cache
@@ -215,7 +215,7 @@ def _low(shape: tuple[int, int]) -> np.ndarray:
 @functools.cache
 def _low_peak(shape: tuple[int, int]) -> float:
     """The height of the peak of two equal pictures."""
-    return float(fft.irfft2(_low(shape).astype(np.complex64), s=shape).max())
+    return float(np.asarray(fft.irfft2(_low(shape).astype(np.complex64), s=shape)).max())
 
 
 @functools.cache

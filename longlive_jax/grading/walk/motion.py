@@ -122,6 +122,7 @@ def solve(lens: Lens, flow: Flow, pitch: np.ndarray, view: View) -> Motion:
     up = np.broadcast_to(flow.shift[:, :1], shape).astype(np.float64)
     speed = np.full(shape, 3.0)
     fits, cosine = base + np.zeros((1, len(_WAYS), 1)), np.cos(bearing)
+    error = moved = expected = loose = np.zeros_like(fits)
     for i in range(_ROUNDS):
         width = _SCATTER * max(1.0, 4.0 * 0.6**i)
         left = across_seen + turn[..., None]
@@ -141,9 +142,8 @@ def solve(lens: Lens, flow: Flow, pitch: np.ndarray, view: View) -> Motion:
         speed = (fits * moved).sum(axis=-1) / ((fits * inverse).sum(axis=-1) + 1e-9)
         speed = np.minimum(speed, _QUICK + view.behind * np.abs(turn))
     cost = (base * np.log1p(error / _SCATTER**2)).sum(axis=-1) / total
-    cost = (
-        cost + _UNUSUAL * (base * np.log1p(((moved - expected) / loose) ** 2)).sum(axis=-1) / total
-    )
+    odd = np.log1p(((moved - expected) / loose) ** 2)
+    cost = cost + _UNUSUAL * (base * odd).sum(axis=-1) / total
     ahead, side = speed * np.cos(_WAYS), speed * np.sin(_WAYS) + view.behind * turn
     cost = cost + _SIDEWAYS * (side / _QUICK) ** 2 + 0.02 * (ahead / _QUICK) ** 2
     best = cost.argmin(axis=1)

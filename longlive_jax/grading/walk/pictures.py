@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-_LUMA = np.float32([0.299, 0.587, 0.114])
+_LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 _WINDOW = 7  # pixels of a side, in which SSIM compares
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # Wang et al., 2004
 _BLUR = 1.5  # pixels of 160 rows: what a sharp picture loses by it, a blurred one does not
@@ -24,7 +24,7 @@ def ssim(one: np.ndarray, other: np.ndarray) -> float:
     """Structural similarity of luma, [picture, height, width], the mean over all."""
 
     def mean(x):
-        return ndimage.uniform_filter(x, (0, _WINDOW, _WINDOW))
+        return ndimage.uniform_filter(x, _WINDOW, axes=(1, 2))
 
     a, b = np.asarray(one, np.float32), np.asarray(other, np.float32)
     ma, mb = mean(a), mean(b)

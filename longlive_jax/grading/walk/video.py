@@ -48,7 +48,7 @@ def grade(
     poses = []  # of the truth, with the one before
     for begin, stop in _seconds(len(actions)):
         frames = read(begin, stop)
-        lens = lens or Lens(*frames.shape[1:3], focal)
+        lens = lens or Lens(frames.shape[1], frames.shape[2], focal)
         shown = np.concatenate([*last, frames])
         first = stop - len(shown)
         luma = pictures.luma(shown)
