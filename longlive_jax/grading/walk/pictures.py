@@ -6,6 +6,7 @@ from scipy import ndimage
 _LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 _WINDOW = 7  # pixels of a side, in which SSIM compares
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # Wang et al., 2004
+_TOP, _SIDES = 0.42, (0.36, 0.64)  # in sizes of the picture: where who walks is seen
 _BLUR = 1.5  # pixels of 160 rows: what a sharp picture loses by it, a blurred one does not
 
 
@@ -58,18 +59,36 @@ def small(frames: np.ndarray, height: int = 40) -> np.ndarray:
     return total / size[None, :, :, None].astype(np.float32)
 
 
-def alike(one: np.ndarray, other: np.ndarray, reach: int = 2) -> float:
+def alike(one: np.ndarray, other: np.ndarray, known: np.ndarray, reach: int = 2) -> float:
     """Correlation of two reduced pictures [height, width, 3], where they fit best, -1 to 1.
 
     One may be moved against the other by `reach` pixels: who comes back stands a little elsewhere.
+
+    Args:
+      known: bool [height, width], the pixels of `one` that are compared.
     """
     height, width, _ = one.shape
     middle = one[reach : height - reach, reach : width - reach]
+    known = known[reach : height - reach, reach : width - reach]
     return max(
-        correlation(middle, other[i : i + middle.shape[0], j : j + middle.shape[1]])
+        correlation(middle[known], other[i : i + middle.shape[0], j : j + middle.shape[1]][known])
         for i in range(2 * reach + 1)
         for j in range(2 * reach + 1)
     )
+
+
+def scenery(shape: tuple[int, ...], view: str) -> np.ndarray:
+    """bool [height, width]: where a picture of this view shows the world, and not who walks."""
+    known = np.ones(shape[:2], bool)
+    if view == "third":
+        known[box(shape)] = False
+    return known
+
+
+def box(shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """(rows, columns) of the part of a picture in which who walks is seen."""
+    top, left, right = int(_TOP * shape[0]), int(_SIDES[0] * shape[1]), int(_SIDES[1] * shape[1])
+    return slice(top, None), slice(left, right)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -14,7 +14,6 @@ SHOTS, FRAMES, EVERY = 8, 121, 8  # films of each place and view, pictures of ea
 _SEED = 731  # of those films: of no clip that `record.clips` draws
 _BINS = 6  # of each colour
 _NEIGHBOURS = 5
-_BOX = (0.42, 1.0, 0.36, 0.64)  # top, bottom, left, right, in sizes: where who walks is seen
 _STEADY = 0.35  # part of the figure's box that changes least from picture to picture
 
 
@@ -99,6 +98,4 @@ def _features(small: np.ndarray) -> np.ndarray:
 
 
 def _box(small: np.ndarray) -> np.ndarray:
-    height, width, _ = small.shape
-    top, bottom = int(_BOX[0] * height), int(_BOX[1] * height)
-    return small[top:bottom, int(_BOX[2] * width) : int(_BOX[3] * width)]
+    return small[pictures.box(small.shape)]

@@ -15,7 +15,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.grading.walk import pictures
 from longlive_jax.grading.walk.places import References
 
-SAME = 0.6  # correlation of reduced pictures from which on a place is the same
+SAME = 0.75  # correlation of reduced pictures from which on a place is the same
 _NEAR, _FACING, _LEVEL = 24.0, 6.0, 3.0  # units, degrees of yaw and of pitch: back at the start
 _AWAY, _ASIDE = 100.0, 60.0  # units or degrees: gone from it
 _EVERY = 8  # pictures: one of so many says the view and the place
@@ -73,8 +73,12 @@ class Simulator:
 
 @dataclasses.dataclass
 class Returns:
-    """Whether a video shows the same where, in truth, who walks is back at the start."""
+    """Whether a video shows the same where, in truth, who walks is back at the start.
 
+    view: "first" or "third", whose figure is not compared.
+    """
+
+    view: str = "first"
     first: np.ndarray | None = None
     pose: Pose | None = None
     away: bool = False
@@ -110,7 +114,7 @@ class Returns:
         assert self.first is not None
         pair = np.stack([self.first, frame])
         luma, small = pictures.luma(pair), pictures.small(pair)
-        alike = pictures.alike(small[0], small[1])
+        alike = pictures.alike(*small, pictures.scenery(small[0].shape, self.view))
         return {
             "frame": number,
             "psnr": round(pictures.psnr(*pair), 3),

@@ -40,7 +40,7 @@ def grade(
     start = truth.start_of(actions) if simulator else None
     real = simulator.frames(start, actions) if simulator and start else None
     rows = actions.pose
-    returns = truth.Returns()
+    returns = truth.Returns(actions.view)
     level = np.clip(np.r_[0, np.cumsum(asked.pitch)], -_PITCH, _PITCH)
     lens: Lens | None = None
     seconds: list[dict[str, Any]] = []

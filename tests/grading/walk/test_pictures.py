@@ -49,5 +49,16 @@ def test_a_blurred_picture_is_less_sharp():
 @pytest.mark.parametrize("moved", [(0, 0), (2, -1), (-2, 2)])
 def test_who_comes_back_a_little_aside_sees_the_same(moved):
     one = ndimage.gaussian_filter(noise((40, 64, 3)).astype(np.float32), (1, 1, 0))
-    assert pictures.alike(one, np.roll(one, moved, (0, 1))) > 0.999
-    assert pictures.alike(one, one[::-1]) < 0.5
+    for view in ("first", "third"):
+        known = pictures.scenery(one.shape, view)
+        assert pictures.alike(one, np.roll(one, moved, (0, 1)), known) > 0.999
+        assert pictures.alike(one, one[::-1], known) < 0.5
+
+
+def test_who_walks_is_no_part_of_the_scenery():
+    one, other = (noise((40, 64, 3), seed).astype(np.float32) for seed in (1, 2))
+    other[pictures.box(other.shape)] = one[pictures.box(one.shape)]
+    scores = [
+        pictures.alike(one, other, pictures.scenery(one.shape, view)) for view in ("first", "third")
+    ]
+    assert scores[0] > 0.1 > abs(scores[1])
