@@ -1,4 +1,4 @@
-"""Grades videos of the tiny world against their prompts, from pixels alone.
+"""Grades videos of a world: of shapes against their prompts, of Doom against their actions.
 
     python -m launch.grade --videos=DIR --prompts=FILE [--output=DIR]
 
@@ -11,6 +11,12 @@ and how all of it drifts. FILE is what launch.sample had as --prompts. See docs/
 
 grade the world's own clips, as they are drawn, or through a checkpoint's VAE: the grader's own
 accuracy, and the most that a model with this VAE can reach.
+
+    python -m launch.grade --world=doom --videos=DIR [--simulator]
+    python -m launch.grade --world=doom --clips=20 --seed=1
+
+grade walks by the sidecars beside them: turns, moves and walls from pixels alone, and with
+--simulator against the game's own pictures of the same actions.
 """
 
 import pathlib
@@ -30,9 +36,15 @@ from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
 from longlive_jax.grading import folder as folder_lib
 from longlive_jax.grading import plot, summary, video
+from longlive_jax.grading.walk import flow as walk_flow
+from longlive_jax.grading.walk import folder as walk_folder
+from longlive_jax.grading.walk import summary as walk_summary
 from longlive_jax.prompts import shots
 
 FLAGS = flags.FLAGS
+flags.DEFINE_enum("world", "shapes", ["shapes", "doom"], "Of which world the videos are.")
+flags.DEFINE_bool("simulator", False, "Of doom: run the game beside each video. Needs ViZDoom.")
+flags.DEFINE_float("focal", walk_flow.FOCAL, "Of doom: focal length, in heights of the picture.")
 flags.DEFINE_string("videos", None, "Folder of .mp4 files.")
 flags.DEFINE_string("prompts", None, "A .txt or .json file, or a folder of captions.")
 flags.DEFINE_string("output", None, "Folder for grade.json and grade.png; default: --videos.")
@@ -46,6 +58,15 @@ CHUNKS = 2  # of each shot of a clip
 
 
 def main() -> None:
+    if FLAGS.world == "doom":
+        _walks()
+    else:
+        _shapes()
+
+
+def _shapes() -> None:
+    if FLAGS.simulator:
+        raise InputError("--simulator is for --world=doom; leave it out")
     if FLAGS.clips is None:
         if not FLAGS.videos or not FLAGS.prompts:
             missing = "prompts" if FLAGS.videos else "videos"
@@ -74,12 +95,67 @@ def main() -> None:
         wrong = sum(not chunk["all_right"] for chunk in record["chunks"])
         print(f"{record['name']}: {len(record['chunks']) - wrong} of {len(record['chunks'])} right")
     if output:
-        place = pathlib.Path(output)
         content = {"summary": total, "videos": done}
-        versioned.write(place / "grade.json", summary.FORMAT, summary.VERSION, content)
-        title = "share of chunks that are right, over time"
-        plot.save(place / "grade.png", title, *summary.over_time(done))
-        print(f"{place / 'grade.json'}, {place / 'grade.png'}")
+        _write(output, content, summary, "share of chunks that are right, over time")
+
+
+def _walks() -> None:
+    """Grades videos of Doom, or the game's own clips."""
+    if FLAGS.prompts:
+        raise InputError("--prompts is for --world=shapes; walks are graded by their sidecars")
+    if not 0.1 <= FLAGS.focal <= 10:
+        raise InputError(f"--focal={FLAGS.focal:g} must be 0.1 to 10 heights of the picture")
+    if FLAGS.clips is None:
+        if not FLAGS.videos:
+            raise InputError(
+                "--videos is missing; give --videos=DIR, with a sidecar beside each video, or "
+                "--clips=N to grade the game's own clips"
+            )
+        if FLAGS.checkpoint or FLAGS.blur:
+            name = "checkpoint" if FLAGS.checkpoint else "blur"
+            raise InputError(f"--{name} is for --clips, the world's own clips; leave it out")
+        records = walk_folder.videos(
+            pathlib.Path(FLAGS.videos), simulate=FLAGS.simulator, focal=FLAGS.focal
+        )
+    else:
+        if FLAGS.videos:
+            raise InputError("--clips grades the game's own clips; leave out --videos")
+        cfg = command.config() if FLAGS.checkpoint else command.config(config_lib.Config())
+        given = FLAGS.checkpoint or cfg != config_lib.Config()
+        size = (cfg.video.height, cfg.video.width) if given else walk_folder.SIZE
+        records = walk_folder.clips(
+            FLAGS.seed, FLAGS.clips, size=size, simulate=FLAGS.simulator,
+            change=_changes(_vae(cfg) if FLAGS.checkpoint else None),
+        )  # fmt: skip
+    output = FLAGS.output or FLAGS.videos
+    if output:
+        folders.make(output, "--output")
+    done = list(tqdm.tqdm(records, desc="grading", unit=" videos", disable=None))
+    total = walk_summary.summarise(done)
+    print(walk_summary.table(total))
+    if output:
+        content = {"summary": total, "videos": done}
+        _write(output, content, walk_summary, "share of seconds that are right, over time")
+
+
+def _changes(through):
+    """What happens to clips before they are graded: uint8 [frame, height, width, 3] to the same."""
+
+    def change(frames):
+        frames = through(frames) if through else frames
+        if FLAGS.blur:
+            frames = ndimage.gaussian_filter(frames, (0, FLAGS.blur, FLAGS.blur, 0))
+        return frames
+
+    return change
+
+
+def _write(output, content, kind, title) -> None:
+    """Writes grade.json and grade.png. kind: the module of the summary."""
+    place = pathlib.Path(output)
+    versioned.write(place / "grade.json", kind.FORMAT, kind.VERSION, content)
+    plot.save(place / "grade.png", title, *kind.over_time(content["videos"]))
+    print(f"{place / 'grade.json'}, {place / 'grade.png'}")
 
 
 def _videos(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
@@ -115,15 +191,13 @@ def _clips(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
     size = cfg.video.height, cfg.video.width
     if not FLAGS.checkpoint and cfg == config_lib.Config():
         size = shapes.HEIGHT, shapes.WIDTH
-    through = _vae(cfg) if FLAGS.checkpoint else lambda frames: frames
+    change = _changes(_vae(cfg) if FLAGS.checkpoint else None)
     length = cfg.model.chunk_frames
     for number, clip in enumerate(shapes.clips(FLAGS.seed, FLAGS.clips, held_out=True)):
         first = video.frames_of(CHUNKS, length)
         second = video.frames_of(2 * CHUNKS, length) - first
         parts = [shapes.render(s, 0, n, *size) for s, n in zip(clip, (first, second))]
-        frames = through(np.concatenate(parts))
-        if FLAGS.blur:
-            frames = ndimage.gaussian_filter(frames, (0, FLAGS.blur, FLAGS.blur, 0))
+        frames = change(np.concatenate(parts))
         lines = [
             video.Line(s.caption, k == 0 and i > 0)
             for i, s in enumerate(clip[:2])
