@@ -17,6 +17,10 @@ accuracy, and the most that a model with this VAE can reach.
 
 grade walks by the sidecars beside them: turns, moves and walls from pixels alone, and with
 --simulator against the game's own pictures of the same actions.
+
+    python -m launch.grade --cuts=scenedetect --videos=DIR --prompts=FILE
+
+looks for the scripts' cuts in any footage, whatever its prompts, and writes cuts.json.
 """
 
 import pathlib
@@ -35,7 +39,7 @@ from longlive_jax.data.worlds import shapes
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, versioned
 from longlive_jax.grading import folder as folder_lib
-from longlive_jax.grading import plot, summary, video
+from longlive_jax.grading import plot, scenes, summary, video
 from longlive_jax.grading.walk import flow as walk_flow
 from longlive_jax.grading.walk import folder as walk_folder
 from longlive_jax.grading.walk import summary as walk_summary
@@ -43,6 +47,7 @@ from longlive_jax.prompts import shots
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("world", "shapes", ["shapes", "doom"], "Of which world the videos are.")
+flags.DEFINE_enum("cuts", None, ["scenedetect"], "Look for the cuts alone, in any footage.")
 flags.DEFINE_bool("simulator", False, "Of doom: run the game beside each video. Needs ViZDoom.")
 flags.DEFINE_float("focal", walk_flow.FOCAL, "Of doom: focal length, in heights of the picture.")
 flags.DEFINE_string("videos", None, "Folder of .mp4 files.")
@@ -58,7 +63,9 @@ CHUNKS = 2  # of each shot of a clip
 
 
 def main() -> None:
-    if FLAGS.world == "doom":
+    if FLAGS.cuts:
+        _cuts()
+    elif FLAGS.world == "doom":
         _walks()
     else:
         _shapes()
@@ -158,27 +165,53 @@ def _write(output, content, kind, title) -> None:
     print(f"{place / 'grade.json'}, {place / 'grade.png'}")
 
 
-def _videos(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
-    """The record of each video; all names and prompts are checked before the first."""
-    files = folder_lib.videos(pathlib.Path(FLAGS.videos))
+def _cuts() -> None:
+    """Compares the cuts that PySceneDetect sees with those of the scripts."""
+    if FLAGS.clips is not None or not FLAGS.videos or not FLAGS.prompts:
+        raise InputError("--cuts takes --videos=DIR --prompts=FILE, and no --clips")
+    cfg, done = command.config(config_lib.Config()), []
+    within = cfg.model.chunk_frames * config_lib.TEMPORAL_COMPRESSION
+    for file, _, script in tqdm.tqdm(list(_scripts(cfg)), unit=" videos", disable=None):
+        asked = [
+            video.frames_of(i, cfg.model.chunk_frames)
+            for i, chunk in enumerate(script.chunks)
+            if chunk.cut and i
+        ]
+        done.append({"name": file.stem, **scenes.compare(asked, scenes.detected(file), within)})
+    total = scenes.summarise(done)
+    print(scenes.table(total))
+    place = pathlib.Path(FLAGS.output or FLAGS.videos)
+    folders.make(place, "--output")
+    content = {"summary": total, "videos": done}
+    versioned.write(place / "cuts.json", scenes.FORMAT, scenes.VERSION, content)
+    print(place / "cuts.json")
+
+
+def _scripts(cfg: config_lib.Config) -> Iterator[tuple[pathlib.Path, int, shots.Video]]:
+    """Each video, its frames and the script that it was made of."""
     opened = {}
-    for file in files:
+    for file in folder_lib.videos(pathlib.Path(FLAGS.videos)):
         with VideoFile(file) as one:
             opened[file] = len(one)
     frames = cfg.model.chunk_frames * config_lib.TEMPORAL_COMPRESSION
     # The length of a script that has none of its own is that of the videos that were made of it.
     chunks = max(1, *((n + config_lib.TEMPORAL_COMPRESSION - 1) // frames for n in opened.values()))
-    prefix = cfg.sample.scene_cut_prefix
     scripts = shots.read(
-        FLAGS.prompts, chunks=chunks, chunk_frames=cfg.model.chunk_frames, scene_cut_prefix=prefix,
-        chunks_per_shot=FLAGS.chunks_per_shot,
+        FLAGS.prompts, chunks=chunks, chunk_frames=cfg.model.chunk_frames,
+        scene_cut_prefix=cfg.sample.scene_cut_prefix, chunks_per_shot=FLAGS.chunks_per_shot,
     )  # fmt: skip
-    lines = [video.script_of(one.chunks, prefix) for one in scripts]
-    names = [(one.name, one.chunks[0].prompt) for one in scripts]
-    matched = folder_lib.matched(files, names)
-    for file in files:
-        video.check(str(file), opened[file], lines[matched[file]], cfg.model.chunk_frames)
-    return (_graded(file, lines[matched[file]], cfg.model.chunk_frames) for file in files)
+    matched = folder_lib.matched(opened, [(one.name, one.chunks[0].prompt) for one in scripts])
+    return ((file, length, scripts[matched[file]]) for file, length in opened.items())
+
+
+def _videos(cfg: config_lib.Config) -> Iterator[dict[str, Any]]:
+    """The record of each video; all names and prompts are checked before the first."""
+    graded, prefix = [], cfg.sample.scene_cut_prefix
+    for file, length, script in _scripts(cfg):
+        lines = video.script_of(script.chunks, prefix)
+        video.check(str(file), length, lines, cfg.model.chunk_frames)
+        graded.append((file, lines))
+    return (_graded(file, lines, cfg.model.chunk_frames) for file, lines in graded)
 
 
 def _graded(file, lines, chunk_frames):

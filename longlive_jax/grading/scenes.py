@@ -10,6 +10,7 @@ from typing import Any
 
 from longlive_jax.errors import InputError
 
+FORMAT, VERSION = "longlive_jax cuts", 1  # of cuts.json
 _SHORTEST = 8  # frames between two cuts: less is a flash
 
 
@@ -61,3 +62,11 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_latency": sum(there) / len(there) if there else None,
         "others": sum(len(record["others"]) for record in records),
     }
+
+
+def table(total: Mapping[str, Any]) -> str:
+    """`summarise`, to print."""
+    share, latency = total["confirmed"], total["mean_latency"]
+    there = "none asked" if share is None else f"{100 * share:.1f} % of {total['asked']}"
+    after = "" if latency is None else f", after {latency:.1f} frames in the mean"
+    return f"{total['videos']} videos: cuts {there}{after}; {total['others']} others"

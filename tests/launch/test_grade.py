@@ -75,3 +75,15 @@ def test_bad_input_ends_with_its_name(made, tmp_path, flags, message):
     (tmp_path / "long.json").write_text(json.dumps(entries))
     done = run("grade", *(f.format(made=made, tmp=tmp_path) for f in flags), check=False)
     assert done.code == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cuts_of_any_footage(made, tmp_path):
+    prompts = tmp_path / "shots.json"
+    prompts.write_text(json.dumps([{"prompt": text, "chunks": 1} for text in ("Rain.", "Sun.")]))
+    call = ("grade", "--cuts=scenedetect", f"--videos={made}/videos", f"--output={tmp_path}")
+    done = run(*call, f"--prompts={prompts}")
+    assert done.stdout.startswith("2 videos: cuts 50.0 % of 2, after 0.0 frames in the mean; 0 ")
+    found = json.loads((tmp_path / "cuts.json").read_text())["videos"]
+    assert [video["cuts"][0]["latency"] for video in found] == [0, None]
+    done = run(*call, check=False)
+    assert done.code == 2 and "--cuts takes --videos=DIR --prompts=FILE" in done.stderr
