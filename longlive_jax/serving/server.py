@@ -146,7 +146,7 @@ class Server:
 
     async def script(self, request: Request) -> Response:
         stream = self._stream(request)
-        if not stream.index:
+        if not stream.recorded:
             raise Refused(409, "no chunk has been made yet")
         return JSONResponse(stream.script())
 
