@@ -51,6 +51,15 @@ PROMPTS = (
     "Over a white background, a red triangle bounces up and down.",
     "There is a background of white and grey stripes. A purple cross falls.",
 )
+FILM_PROMPTS = (
+    "A lighthouse at dusk, waves against the rocks.",
+    "Inside, a keeper lights the lamp.",
+    "The keeper turns to the window.",
+)
+WORLD_PROMPTS = (
+    "A corridor of grey stone, torches on its walls.",
+    "A wide plain before the hills.",
+)
 
 
 def main() -> None:
@@ -113,10 +122,10 @@ def _model() -> Model:
         raise InputError("--checkpoint is missing; leave --config out, too, for the small world")
     pipeline = Pipeline(FLAGS.checkpoint, command.config(), weights=FLAGS.weights)
     pipeline.check()
+    films = pipeline.cfg.model.actions.kind == "none"
     return Model(
-        "film", pathlib.Path(FLAGS.checkpoint).name, pipeline, steps=steps,
-        prompts=("A lighthouse at dusk, waves against the rocks.",
-                 "Inside, a keeper lights the lamp.", "The keeper turns to the window."),
+        "film" if films else "world", pathlib.Path(FLAGS.checkpoint).name, pipeline, steps=steps,
+        prompts=FILM_PROMPTS if films else WORLD_PROMPTS,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ chunk; what comes late, stamped before the last cut-off, goes into the next chun
 
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,6 +43,8 @@ class Command:
 class Controls:
     """The commands of one stream that no chunk has taken yet, and what is held.
 
+    `add` may be called from another thread than `take`.
+
     keys: how many there are. rate: pictures a second.
     """
 
@@ -50,9 +53,11 @@ class Controls:
         self.held = np.zeros(keys, np.float32)
         self.waiting: list[Command] = []
         self.since = self.newest = -np.inf  # the last cut-off; the newest command that was taken
+        self._lock = threading.Lock()
 
     def add(self, command: Command) -> None:
-        self.waiting.append(command)
+        with self._lock:
+            self.waiting.append(command)
 
     def take(self, number: int, cut_off: float) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The rows of the next `number` pictures.
@@ -66,8 +71,9 @@ class Controls:
         """
         begin = max(self.since, cut_off - number / self.rate)
         each = (cut_off - begin) / number
-        due = sorted((c for c in self.waiting if c.time <= cut_off), key=lambda c: c.time)
-        self.waiting = [c for c in self.waiting if c.time > cut_off]
+        with self._lock:
+            due = sorted((c for c in self.waiting if c.time <= cut_off), key=lambda c: c.time)
+            self.waiting = [c for c in self.waiting if c.time > cut_off]
         rows, events, held = np.zeros((number, len(self.held) + 2), np.float32), [], self.held
         after = 0.0  # in rows, the time from which `held` is
         for command in due:

@@ -146,6 +146,14 @@ class Track:
             source="a stream of longlive_jax",
         )  # fmt: skip
 
+    def made(self, since: int = 0, row: int = 0) -> np.ndarray:
+        """float32 [action, key + 2]: the rows of all chunks so far from row `since` on.
+
+        Without what `record` adds to them: these never change again.
+        """
+        made = self._made[row][since:]
+        return np.asarray(made, np.float32).reshape(len(made), len(self.keys) + 2)
+
     def copy(self) -> "Track":
         other = copy.copy(self)
         other._made = [list(made) for made in self._made]

@@ -34,7 +34,7 @@ class Limits:
     prompt: int = 1000
     shots: int = 200
     message_bytes: int = 16 * 1024
-    body_bytes: int = 512 * 1024
+    body_bytes: int = 4 * 2**20  # half an hour of a world's actions in a script
     messages_per_s: float = 120.0
     message_burst: int = 240
     upload_bytes: int = 32 * 2**20

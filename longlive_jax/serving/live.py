@@ -9,6 +9,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from longlive_jax.config import FRAMES_PER_SECOND
 from longlive_jax.serving import messages
+from longlive_jax.serving.keys import Reader
 from longlive_jax.serving.limits import Refused
 from longlive_jax.serving.scheduler import Scheduler
 from longlive_jax.serving.streams import Order, Stream
@@ -28,6 +29,8 @@ class Live:
         limits = scheduler.limits
         self._tokens, self._filled = float(limits.message_burst), time.monotonic()
         self._bad = 0
+        model = stream.model
+        self._reader = Reader(model.name, model.cfg.model.actions)
 
     async def run(self) -> None:
         self._scheduler.join(self._stream, self._viewer)
@@ -47,6 +50,9 @@ class Live:
         except (WebSocketDisconnect, RuntimeError, TimeoutError):
             pass  # it has gone
         finally:
+            if (keys := self._reader.let_go(time.monotonic())) is not None:
+                with contextlib.suppress(Refused):  # it has ended
+                    self._scheduler.act(self._stream, keys)
             self._scheduler.leave(self._stream, self._viewer)
 
     def _hello(self) -> dict[str, Any]:
@@ -106,7 +112,7 @@ class Live:
             return
         event = message.get("event_id", 0)
         if kind == "keys":
-            raise Refused(400, f"{stream.model.name} takes no keys: direct it by prompts")
+            scheduler.act(stream, self._reader.read(message, time.monotonic()))
         if kind == "settings":
             self._check_settings(message)
         if kind == "prompt":

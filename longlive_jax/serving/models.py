@@ -13,27 +13,31 @@ from longlive_jax.data.images import to_float
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts import pictures
 from longlive_jax.sampling.session import Engine, Session, Start
-from longlive_jax.serving import video_out
+from longlive_jax.serving import keys, video_out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A pipeline to stream from.
 
-    kind: "film", directed by prompts, or "world", by keys too. prompts: examples.
+    prompts: examples.
     steps: of the solver, that a stream may ask for; each is compiled at the start.
     """
 
     name: str
     title: str
     pipeline: Pipeline
-    kind: str = "film"
     prompts: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
 
     @property
     def cfg(self) -> config_lib.Config:
         return self.pipeline.cfg
+
+    @property
+    def kind(self) -> str:
+        """ "film", directed by prompts, or "world", by keys too."""
+        return "film" if self.cfg.model.actions.kind == "none" else "world"
 
     @property
     def pictures(self) -> int:
@@ -60,8 +64,8 @@ class Model:
             "name": self.name, "title": self.title, "kind": self.kind, "height": height,
             "width": width, "fps": config_lib.FRAMES_PER_SECOND, "chunk_frames": self.pictures,
             "steps": self.cfg.sample.steps, "steps_choices": list(self.choices),
-            "guidance": self.cfg.sample.guidance_scale, "actions": None,
-            "prompts": list(self.prompts),
+            "guidance": self.cfg.sample.guidance_scale,
+            "actions": keys.describe(self.cfg.model.actions), "prompts": list(self.prompts),
         }  # fmt: skip
 
     def configured(self, steps: int) -> config_lib.Config:

@@ -16,6 +16,7 @@ from absl import logging
 from longlive_jax.errors import InputError, NotFiniteError
 from longlive_jax.sampling.chunk import Chunk
 from longlive_jax.serving import metrics as metrics_lib
+from longlive_jax.serving.keys import Keys
 from longlive_jax.serving.limits import Limits, Refused
 from longlive_jax.serving.models import Model
 from longlive_jax.serving.streams import ACTIVE, ENDED, WAITING, Order, Request, Stream
@@ -128,6 +129,14 @@ class Scheduler:
             stream.lively = time.monotonic()
             self._wake.notify_all()
 
+    def act(self, stream: Stream, keys: Keys) -> None:
+        """Raises Refused: the stream has ended, or too many commands wait."""
+        with self._wake:
+            if stream.state == ENDED:
+                raise Refused(410, f"the stream has ended: {stream.reason}")
+            stream.commands.give(stream.session, keys)
+            stream.lively = time.monotonic()
+
     def pause(self, stream: Stream, paused: bool) -> None:
         with self._wake:
             stream.paused = paused
@@ -195,7 +204,7 @@ class Scheduler:
         while True:
             with self._wake:
                 while not self._stopping and (stream := self._choose()) is None:
-                    self._wake.wait(_TICK_S)
+                    self._wake.wait(self._rest())
                 if self._stopping:
                     return
                 parked, self._parked = self._parked, []
@@ -260,6 +269,12 @@ class Scheduler:
         self._rotate(now)
         return min(ready, key=lambda s: s.turn, default=None)
 
+    def _rest(self) -> float:
+        """Seconds until some stream may be due."""
+        now = time.monotonic()
+        due = [s.next_at - now for s in self.streams.values() if s.next_at > now]
+        return min([_TICK_S, *due])
+
     def _over(self, stream: Stream, now: float) -> str:
         """Why a stream is at its end, or ""."""
         limits = self.limits
@@ -292,7 +307,7 @@ class Scheduler:
             with self._wake:
                 if stream.state == ENDED:
                     return
-                stream.session = session
+                stream.begin(session)
                 stream.encoder = Encoder(
                     stream.video, *model.pipeline.pixels,
                     deliver=lambda picture: self._deliver(stream, picture),
@@ -310,26 +325,29 @@ class Scheduler:
             due = stream.take()
         applied, refused = stream.direct(session, due)  # encodes new prompts
         chunk = session.step()
-        if applied:
-            stream.event = max(order.event for order in applied)
-            stream.action = chunk.index, max(order.since for order in applied)
-        self._tell(stream, chunk.index, applied, refused)
+        events = self._apply(stream, chunk, applied, refused)
         count = 0
         for number, pictures in enumerate(chunk.frames.pictures()):
             pictures.frames.copy_to_host_async()
             finite = (chunk.latents_finite, pictures.finite)
+            length = pictures.frames.shape[1]
             encoder.put(
                 Piece(
                     pictures.frames, finite, chunk.index, number == 0,
-                    any(chunk.applied.cut), stream.event, not replayed,
+                    any(chunk.applied.cut), tuple(stream.events_of(stream.made, length, events)),
+                    not replayed,
                 )
             )  # fmt: skip
-            count += pictures.frames.shape[1]
-            stream.made += pictures.frames.shape[1]
+            count += length
+            stream.made += length
         if not np.asarray(chunk.finite):
             chunk.check()
         if self._observe is not None:
             self._observe(stream, chunk)
+        if stream.record is not None:
+            stream.record.extend(session)
+        if not replayed:
+            stream.pace(begin, count)
         seconds = time.monotonic() - begin
         self._count(stream, begin, seconds, replayed)
         if not replayed:
@@ -337,15 +355,22 @@ class Scheduler:
                 if stream.state != ENDED:
                     stream.save()
 
-    def _tell(self, stream, chunk, applied, refused):
+    def _apply(self, stream, chunk, orders, refused) -> list[tuple[int, int]]:
+        """Tells viewers from which picture of a chunk their messages act: (picture, event)."""
+        with self._wake:
+            commands = stream.commands.applied(chunk.receipts)
+        given = [(stream.made, order.event, order.since) for order in orders]
+        given += [(picture, keys.event, keys.since) for picture, keys in commands]
+        events = [(picture, event) for picture, event, _ in given if event]
+        stream.awaited.extend(sorted((picture, since) for picture, _, since in given))
         for viewer in list(stream.viewers):
-            for order in applied:
+            for picture, event in events:
                 viewer.send(
-                    {"type": "applied", "event_id": order.event, "chunk": chunk,
-                     "frame": stream.made}
-                )  # fmt: skip
+                    {"type": "applied", "event_id": event, "chunk": chunk.index, "frame": picture}
+                )
             for order, why in refused:
                 viewer.send({"type": "error", "message": why, "event_id": order.event})
+        return events
 
     def _count(self, stream, begin, seconds, replayed):
         m, playing = self.metrics, stream.model.playing_s
@@ -370,8 +395,8 @@ class Scheduler:
         if not stream.first_at:
             stream.first_at = now
             self.metrics.first_frame.observe(now - stream.born)
-        if stream.action is not None and picture.chunk >= stream.action[0]:
-            stream.action_s, stream.action = now - stream.action[1], None
+        while stream.awaited and stream.awaited[0][0] <= picture.frame:
+            stream.action_s = now - stream.awaited.popleft()[1]
             self.metrics.action.observe(stream.action_s)
         stream.encoded.append(now)
         for viewer in list(stream.viewers):
@@ -387,7 +412,7 @@ class Scheduler:
         ended = [s for s in self.streams.values() if s.state == ENDED]
         for stream in ended[: max(0, len(ended) - self.limits.kept)]:
             del self.streams[stream.id]
-            for path in (stream.video, stream.given, self.folder / f"{stream.id}.json"):
+            for path in stream.files:
                 path.unlink(missing_ok=True)
 
 

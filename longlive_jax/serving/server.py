@@ -104,7 +104,8 @@ class Server:
         body = await _json(request, self.limits.body_bytes)
         upload = body.get("image") if isinstance(body, dict) else None
         given = self.uploads.kind(upload) if upload else ""
-        wanted = read_request(body, self.models, self.limits, given)
+        # In a thread: the actions of a long walk take a while to check, and to write below.
+        wanted = await asyncio.to_thread(read_request, body, self.models, self.limits, given)
         stream = self.scheduler.create(wanted, self.uploads.take(upload) if upload else None)
         return JSONResponse({"id": stream.id, "position": self.scheduler.position(stream)}, 201)
 
@@ -146,9 +147,9 @@ class Server:
 
     async def script(self, request: Request) -> Response:
         stream = self._stream(request)
-        if not stream.index:
+        if not stream.recorded:
             raise Refused(409, "no chunk has been made yet")
-        return JSONResponse(stream.script())
+        return await asyncio.to_thread(lambda: JSONResponse(stream.script()))
 
     async def healthz(self, request: Request) -> Response:
         del request

@@ -1,5 +1,6 @@
 """A stream of the server: what it is to show, and how far it is."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -8,11 +9,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longlive_jax import config as config_lib
+from longlive_jax.config import FRAMES_PER_SECOND
+from longlive_jax.data import sidecars
+from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.prompts import scripts, shots
 from longlive_jax.sampling import session as session_lib
 from longlive_jax.sampling.session import Direction, Session
+from longlive_jax.serving.keys import Commands, Record, of_script
 from longlive_jax.serving.limits import Limits, Refused
 from longlive_jax.serving.messages import prompt, whole
 from longlive_jax.serving.models import Model
@@ -28,6 +34,7 @@ class Request:
 
     shots: as in a file of shots. scripted: it is made without a viewer, as long as they are.
     given: "image" or "clip" that it begins with, or "".
+    actions: of a script, for a model that takes keys; kept in a file of their own.
     """
 
     model: str
@@ -36,6 +43,7 @@ class Request:
     steps: int
     scripted: bool
     given: str = ""
+    actions: Actions | None = None
 
 
 @dataclasses.dataclass
@@ -71,7 +79,8 @@ class Stream:
         self.replayed, self._past = 0, tuple[Direction, ...]()
         self.last_end, self.rested = 0.0, True  # of the newest chunk; whether it paused since
         self.first_at = 0.0  # when the first picture was encoded
-        self.action: tuple[int, float] | None = None  # chunk, and since when its order waits
+        # From which picture each message acts, and when it came, until that picture is encoded.
+        self.awaited = collections.deque[tuple[int, float]]()
         self.action_s = 0.0
         self.encoded: list[float] = []  # when the newest pictures were
         entries = [dict(shot) for shot in request.shots]
@@ -82,6 +91,12 @@ class Stream:
             start += shot.get("chunks", 1)
         self._free = False  # a live prompt goes on until the plan's next entry
         self._blend: tuple[str, str, int, int] | None = None
+        self.commands = Commands()
+        self.next_at = 0.0  # when a world's next chunk is due
+        self.record: Record | None = None
+        if model.kind == "world":
+            actions = model.cfg.model.actions
+            self.record = Record(actions, model.cfg.model.chunk_frames, self.rows)
 
     # Files.
 
@@ -94,16 +109,37 @@ class Stream:
         return self.folder / f"{self.id}.npy"
 
     @property
+    def rows(self) -> pathlib.Path:
+        return self.folder / f"{self.id}.rows"
+
+    @property
+    def sidecar(self) -> pathlib.Path:
+        """Of the script that it was asked to be."""
+        return self.folder / f"{self.id}.actions.npz"
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        return self.video, self.given, self.rows, self.sidecar, self.folder / f"{self.id}.json"
+
+    @property
     def index(self) -> int:
         if self.session is not None:
             return self.session.index
         return self.replayed if self.state == ENDED else 0
 
+    @property
+    def recorded(self) -> int:
+        """Chunks of which a script can tell."""
+        return self.index if self.record is None else min(self.index, self.record.chunks)
+
     def script(self) -> dict[str, Any]:
         """What `launch.sample` makes the same latents from."""
+        chunks = self.recorded
         return scripts.make(
-            self.model.configured(self.request.steps), self._directions, self.index,
+            self.model.configured(self.request.steps),
+            [d for d in self._directions if d.chunk < chunks], chunks,
             seed=self.request.seed, begins_with=self.request.given or None,
+            actions=self.record.whole(chunks) if self.record is not None and chunks else None,
         )  # fmt: skip
 
     @property
@@ -119,9 +155,13 @@ class Stream:
 
     def save(self) -> None:
         """Writes what another server needs to go on with the stream."""
+        actions = self.request.actions
+        if actions is not None and not self.sidecar.exists():
+            sidecars.write(self.sidecar, actions)
+        request = dataclasses.asdict(dataclasses.replace(self.request, actions=None))
         content = {
             "format": "longlive_jax stream", "version": 1, "id": self.id, "number": self.number,
-            "request": dataclasses.asdict(self.request), "index": max(self.index, self.replayed),
+            "request": request, "index": max(self.index, self.replayed),
             "script": [dataclasses.asdict(d) for d in self._directions],
             "ended": self.reason,
         }  # fmt: skip
@@ -137,14 +177,38 @@ class Stream:
         """
         content = json.loads(path.read_text())
         request = Request(**content["request"])
+        sidecar = path.with_suffix(".actions.npz")
+        if sidecar.exists():
+            request = dataclasses.replace(request, actions=sidecars.read(sidecar))
         stream = cls(models[request.model], request, path.parent, content["number"], content["id"])
         stream._past = tuple(session_lib.direction(fields) for fields in content["script"])
         stream.replayed = content["index"]
+        if stream.record is not None:
+            stream.replayed = stream.record.load(stream.replayed)
         if content["ended"]:
             stream.state, stream.reason = ENDED, content["ended"]
         return stream
 
     # Directing: from the device's thread.
+
+    def begin(self, session: Session) -> None:
+        """Takes a session that has not stepped; under the scheduler's lock."""
+        self.session = session
+        if self.record is not None:
+            if (plan := self.record.plan(self.request.actions)) is not None:
+                session.plan([plan])
+            self.commands.begin(session)
+
+    def events_of(self, first: int, count: int, applied: Sequence[tuple[int, int]]) -> list[int]:
+        """The newest event of each of `count` pictures from picture `first` on, of a chunk.
+
+        applied: (picture, event), in their order.
+        """
+        events = []
+        for picture in range(first, first + count):
+            self.event = max((e for at, e in applied if at <= picture), default=self.event)
+            events.append(self.event)
+        return events
 
     def take(self) -> list[Order]:
         """The orders that are due with the next chunk."""
@@ -238,8 +302,20 @@ class Stream:
             return True
         if not self.viewers:
             return self.request.scripted and self.index < len(self._plan)
+        if time.monotonic() < self.next_at:
+            return False
         unseen = self.made - max(viewer.seen for viewer in self.viewers)
         return unseen <= (limits.unseen_chunks - 1) * self.model.pictures
+
+    def pace(self, begin: float, pictures: int) -> None:
+        """A world's chunks begin as far apart as they play, so that keys act in the next picture
+        that is seen, and time goes by as on a clock. A film is made ahead.
+
+        begin: s, of a chunk of `pictures`.
+        """
+        if self.model.kind == "world":
+            since = self.next_at if begin - self.next_at < 0.1 else begin  # no drift
+            self.next_at = since + pictures / FRAMES_PER_SECOND
 
     @property
     def done(self) -> bool:
@@ -304,10 +380,14 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
     if not listed:
         listed = [{"prompt": prompt(body.get("prompt"), limits), "chunks": 1}]
     try:  # what `launch.sample` would say of it
-        model.pipeline.videos([dict(shot) for shot in listed])
+        video = model.pipeline.videos([dict(shot) for shot in listed])[0]
     except InputError as error:
         raise Refused(400, str(error)) from error
-    return Request(model.name, tuple(listed), seed, int(steps), entries is not None, given)
+    actions = None
+    if entries is not None and (rows := script.get("actions")) is not None:
+        pictures = model.pictures * len(video.chunks) - (config_lib.TEMPORAL_COMPRESSION - 1)
+        actions = of_script(rows, model.cfg.model.actions, pictures)
+    return Request(model.name, tuple(listed), seed, int(steps), entries is not None, given, actions)
 
 
 def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:

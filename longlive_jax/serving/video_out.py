@@ -46,7 +46,8 @@ class Piece(NamedTuple):
     """Frames of a chunk on their way.
 
     frames: uint8 [1, frame, height, width, 3]. finite: bool [] each, of all that they depend on.
-    first: whether a chunk begins; cut: whether it begins a shot. event: the newest applied.
+    first: whether a chunk begins; cut: whether it begins a shot. events: the newest applied, of
+      each frame.
     shown: whether viewers get them.
     """
 
@@ -55,7 +56,7 @@ class Piece(NamedTuple):
     chunk: int
     first: bool
     cut: bool
-    event: int
+    events: tuple[int, ...]
     shown: bool
 
 
@@ -147,8 +148,10 @@ class Encoder:
             )  # fmt: skip
             frame.pts, frame.time_base = self.frames, Fraction(1, FRAMES_PER_SECOND)
             frame.pict_type = PictureType.NONE
-            if cut or self._key.is_set():
+            wanted = piece.shown and self._key.is_set()  # by a viewer, who has to get it
+            if wanted:
                 self._key.clear()
+            if cut or wanted:
                 frame.pict_type = PictureType.I
             data, key = b"", False
             for packet in stream.encode(frame):
@@ -157,7 +160,7 @@ class Encoder:
             if piece.shown:
                 jpeg = _jpeg(pixels) if self._wants_jpeg() else b""
                 data = header + data if key else data
-                picture = Picture(piece.chunk, self.frames, piece.event, key, first, cut,
+                picture = Picture(piece.chunk, self.frames, piece.events[i], key, first, cut,
                                   time.time(), data, jpeg)  # fmt: skip
                 self._deliver(picture)
             self.frames += 1

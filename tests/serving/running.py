@@ -15,7 +15,7 @@ from longlive_jax import load_config
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.serving.models import Model
 from longlive_jax.serving.server import Server
-from tests.launch.commands import ROOT
+from tests.launch.commands import ACTIONS, ROOT, save_tiny
 
 # The networks are the shipped ones; the pictures are small.
 QUICK = {"sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "float32"}
@@ -26,6 +26,18 @@ def model() -> Model:
     cfg = load_config(ROOT / "configs/train_ar_tiny_world.py", QUICK)
     pipeline = Pipeline(ROOT / "assets/tiny_world/checkpoint", cfg)
     return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS)
+
+
+def world(folder) -> Model:
+    """Random weights with an action path; a chunk has 8 pictures."""
+    settings = ACTIONS | {
+        "sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "float32",
+        "model.chunk_frames": 2, "sample.window_frames": 8, "sample.sink_frames": 2,
+        "actions.window": 4,
+    }  # fmt: skip
+    cfg = load_config(ROOT / "configs/tiny.py", settings)
+    checkpoint = save_tiny(folder / "checkpoint", overrides=settings)
+    return Model("walk", "A walk", Pipeline(checkpoint, cfg), prompts=("A plain.",))
 
 
 class Running:

@@ -195,6 +195,7 @@ $("#how").addEventListener("change", ({ target }) => { $("#over").hidden = targe
 player.addEventListener("state", ({ detail }) => {
   link(detail);
   if (detail === "waiting") notice("The connection broke; trying again");
+  if (detail === "open") world.input.again();
   if (detail === "open" && player.playing) notice("");
   if (detail === "gone") {
     fail("The server no longer has this stream.");

@@ -2,8 +2,16 @@
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const LOOK = 480; // mouse counts a second at full tilt
-const EVERY = 33; // ms between two messages while the view turns
-const DEAD = 0.25; // a stick's rest zone
+const EVERY = 1000 / 24 - 2; // ms between two messages while the view turns: one a picture
+const DEAD = 0.12; // a stick's rest zone
+
+/** A stick's tilt from the edge of its rest zone on, 0 to 1. */
+export function rescaled(x = 0, y = 0) {
+  const tilt = Math.hypot(x, y);
+  if (tilt <= DEAD) return [0, 0];
+  const factor = Math.min(1, (tilt - DEAD) / (1 - DEAD)) / tilt;
+  return [x * factor, y * factor];
+}
 
 /** The codes of a stick at x, y (-1 to 1, y down); diagonals have two. */
 export function stickCodes(x, y) {
@@ -17,7 +25,7 @@ export function stickCodes(x, y) {
 }
 
 /**
- * `send({t, codes, dx, dy})` is called when held codes change, and at 30 Hz while the view turns.
+ * `send({t, codes, dx, dy})` is called when held codes change, and 24 times a second while the view turns.
  * dx and dy are counts since the message before. Codes that the model has no action for are not
  * taken.
  */
@@ -38,7 +46,8 @@ export class Input {
     });
     surface.addEventListener("focus", () => this.release());
     surface.addEventListener("blur", () => this.latched || this.release());
-    addEventListener("blur", () => this.release());
+    addEventListener("blur", () => this.clear());
+    document.addEventListener("visibilitychange", () => document.hidden && this.clear());
   }
 
   /** Takes the controls of a model, or none. */
@@ -53,6 +62,19 @@ export class Input {
   release() {
     this.held.clear();
     this.latched = false;
+  }
+
+  /** The window is left: nothing is held or turned, and that is said now, since a hidden page is not polled. */
+  clear() {
+    this.release();
+    for (const stick of Object.values(this.resting ?? {})) stick();
+    this.dx = this.dy = 0;
+    if (this.active && this.sentCodes) this.say([], performance.now());
+  }
+
+  /** A connection is there, perhaps a new one, whose server knows of nothing held. */
+  again() {
+    this.sentCodes = "";
   }
 
   /** Held keys stay held while words are typed. */
@@ -93,6 +115,10 @@ export class Input {
     const list = this.keys.filter((code) => codes.has(code));
     const turned = Math.abs(this.dx) >= 1 || Math.abs(this.dy) >= 1;
     if (list.join() === this.sentCodes && !(turned && now - this.sentAt >= EVERY)) return;
+    this.say(list, now);
+  }
+
+  say(list, now) {
     const [dx, dy] = [Math.trunc(this.dx), Math.trunc(this.dy)];
     this.dx -= dx;
     this.dy -= dy;
@@ -102,9 +128,10 @@ export class Input {
   }
 
   look(x = 0, y = 0, passed = 0) {
-    if (!this.mouse || Math.hypot(x, y) < DEAD) return;
-    this.dx += x * LOOK * passed;
-    this.dy += y * LOOK * passed;
+    if (!this.mouse) return;
+    const [right, down] = rescaled(x, y);
+    this.dx += right * LOOK * passed;
+    this.dy += down * LOOK * passed;
   }
 
   /** Makes an element a touch stick: `which` is "move" or "look". */
@@ -114,6 +141,7 @@ export class Input {
       this.sticks[which] = [x, y];
       knob.style.translate = `${x * 60}% ${y * 60}%`;
     };
+    (this.resting ??= {})[which] = () => set(0, 0);
     const follow = (event) => {
       const box = element.getBoundingClientRect();
       const x = 2 * (event.clientX - box.left) / box.width - 1;

@@ -12,6 +12,8 @@ export class Models {
     Object.assign(this, { all: models, limits });
     for (const radio of document.querySelectorAll("input[name=mode]")) {
       radio.disabled = !this.first(radio.value);
+      radio.parentElement.title = radio.disabled && radio.value === "world"
+        ? "No model of this server takes keys" : "";
     }
     this.choose(models[0]);
   }

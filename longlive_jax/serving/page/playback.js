@@ -2,7 +2,7 @@
 
 const SLOWEST = 0.9, FASTEST = 1.1;
 const SLEW = 0.15; // change of rate a second
-const GRACE = 3; // pictures of the old direction that may still play after a control
+const GRACE = 3; // pictures of the old direction that a film may still show after a cut
 const LATE = 2; // pictures of an older chunk that a world may still show
 
 /**
@@ -51,7 +51,8 @@ export class Playback {
     const newest = this.urgent.findLast((event) => picture.event >= event);
     if (newest !== undefined) {
       this.urgent = this.urgent.filter((event) => event > newest);
-      this.drop((old) => old.event < newest, GRACE);
+      // A world's pictures of the same chunk are of the time before the control: they play.
+      if (this.kind === "film") this.drop((old) => old.event < newest, GRACE);
     }
     if (this.kind === "world") this.drop((old) => old.chunk < picture.chunk, LATE);
   }

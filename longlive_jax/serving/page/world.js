@@ -22,7 +22,7 @@ export class World {
     this.screen.addEventListener("click", () => this.grab());
     document.addEventListener("pointerlockchange", () => this.locked());
     const poll = (now) => {
-      this.input.poll(now);
+      if (!this.player.paused) this.input.poll(now);
       requestAnimationFrame(poll);
     };
     requestAnimationFrame(poll);
@@ -70,7 +70,9 @@ export class World {
   grab() {
     if (!this.running || !this.input.mouse || matchMedia("(pointer: coarse)").matches) return;
     this.screen.focus();
-    this.screen.requestPointerLock()?.catch?.(() => { /* keys and arrows still work */ });
+    // Without the system's acceleration where that can be had; without a pointer the arrows look.
+    this.screen.requestPointerLock({ unadjustedMovement: true })
+      ?.catch?.(() => this.screen.requestPointerLock())?.catch?.(() => {});
   }
 
   locked() {

@@ -175,7 +175,8 @@ def test_a_list_of_shots_is_that_of_launch_sample(page):
 @pytest.mark.parametrize(
     "x, y, codes",
     [
-        (0.1, 0.1, []),
+        (0.08, 0.08, []),
+        (0.1, 0.1, ["KeyS", "KeyD"]),
         (0, -1, ["KeyW"]),
         (0.7, 0.7, ["KeyS", "KeyD"]),
         (-0.9, 0.1, ["KeyA"]),
@@ -183,6 +184,30 @@ def test_a_list_of_shots_is_that_of_launch_sample(page):
 )
 def test_a_sticks_codes(page, x, y, codes):
     assert run(page, 'return (await at("input")).stickCodes(...given);', x, y) == codes
+
+
+def test_a_sticks_tilt_begins_at_the_edge_of_its_rest_zone(page):
+    tilts = [(0.1, 0), (0.12, 0), (0.56, 0), (0, -1), (1, 1)]
+    seen = run(
+        page,
+        'const { rescaled } = await at("input"); return given.map((t) => rescaled(...t));',
+        *tilts,
+    )
+    expected = [(0, 0), (0, 0), (0.5, 0), (0, -1), (0.5**0.5, 0.5**0.5)]
+    for one, wanted in zip(seen, expected):
+        assert one == pytest.approx(wanted)
+
+
+def test_a_world_shows_what_came_before_a_control_in_its_chunk(page):
+    """Each picture has an event of its own while the mouse moves: none is stale for that."""
+    code = """const { Playback } = await at("playback");
+    const play = new Playback({ kind: "world", fps: 24, chunkFrames: 8 });
+    for (let event = 1; event <= 8; event++) play.control(event);
+    for (let index = 0; index < 8; index++) play.push({ index, chunk: 0, event: index + 1 });
+    const lead = play.lead;
+    play.push({ index: 8, chunk: 1, event: 8 });
+    return [lead, play.lead, play.dropped];"""
+    assert run(page, code) == [8, 3, 6]
 
 
 def test_a_replay_sends_each_action_at_its_picture(page):

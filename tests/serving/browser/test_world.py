@@ -96,12 +96,19 @@ def test_new_words_while_walking_on(world, server):
     act.waits(page, lambda: server.newest.keys[0] == (), "W is up")
 
 
-def test_leaving_the_window_lets_go_of_the_keys(world, server):
+HIDE = """Object.defineProperty(document, "hidden", { get: () => true });
+document.dispatchEvent(new Event("visibilitychange"));"""
+
+
+@pytest.mark.parametrize(
+    "leave", ["dispatchEvent(new Event('blur'))", HIDE], ids=["blur", "hidden"]
+)
+def test_leaving_the_window_lets_go_of_the_keys(world, server, leave):
     page = world()
     page.locator("#screen").focus()
     page.keyboard.down("w")
     act.waits(page, lambda: server.newest.keys[0] == ("KeyW",), "W")
-    page.evaluate("dispatchEvent(new Event('blur'))")
+    page.evaluate(leave)
     act.waits(page, lambda: server.newest.keys[0] == (), "nothing")
 
 

@@ -1,0 +1,101 @@
+"""World mode on the real server: a model of random weights that takes keys, graded by its script."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.serving.browser import act
+from tests.serving.browser.test_world import take, turn
+
+PLAIN = "A red circle moves to the right."
+
+
+@pytest.fixture(scope="module")
+def real(browser, tmp_path_factory):
+    running = pytest.importorskip("tests.serving.running", reason="the server is not built")
+    from longlive_jax.serving.limits import Limits
+
+    folder = tmp_path_factory.mktemp("walk")
+    one = running.Running(running.world(folder), folder / "out", Limits())
+    running.until(lambda: one.ask("/readyz")[0] == 200, 300)
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def page(visit, real):
+    page = visit(real.url + "/")
+    assert page.locator("input[name=mode][value=film]").is_disabled()
+    act.start(page, PLAIN)
+    return page
+
+
+def rows(page, real):
+    """The actions of the stream so far."""
+    return real.scheduler.streams[page.evaluate("longlive.player.id")].script()["actions"]
+
+
+def test_w_and_the_mouse_are_applied_shown_and_kept(page, real, tmp_path):
+    take(page)
+    cap = "Boolean(document.querySelector('#caps [data-code=KeyW].applied'))"
+    with act.held(page, "w"):
+        act.true(page, cap)
+        turn(page, 60)
+    act.true(page, f"!{cap}")
+    first = rows(page, real)
+    walked = [row["keyboard"][0] for row in first]
+    assert walked[0] == 0 and sum(walked) >= 4
+    yaw = sum(row["mouse"][1] for row in first)
+    assert 4 < yaw < 12  # 60 counts of 0.15 degrees, however the browser rounds them
+    assert max(abs(row["mouse"][1]) for row in first) <= 12
+    act.true(
+        page, "/^\\d+\\.\\d+ s$/.test(document.querySelector('[data-number=action]').innerText)"
+    )
+    page.evaluate("document.exitPointerLock()")
+    act.true(page, "!document.pointerLockElement")
+    with page.expect_download() as got:
+        page.locator("#script").click()
+    script = json.loads(got.value.path().read_text())
+    chunks = sum(shot["chunks"] for shot in script["shots"])
+    assert len(script["actions"]) == 8 * chunks - 3
+    old = page.evaluate("longlive.player.id")
+    file = tmp_path / "script.json"
+    file.write_text(json.dumps(script))
+    page.set_input_files("#script-file", file)
+    act.true(page, f"longlive.player.id !== '{old}'")
+    new = page.evaluate("longlive.player.id")
+    act.waits(page, lambda: len(real.latents.get(new, ())) >= chunks, "the script's chunks", 180)
+    for before, after in zip(real.latents[old][:chunks], real.latents[new]):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_lost_connection_lets_go_and_what_is_still_held_comes_again(page, real):
+    page.locator("#screen").focus()
+    cap = "document.querySelector('#caps [data-code=KeyW]').classList.contains('applied')"
+    page.keyboard.down("w")
+    act.true(page, cap)
+    made = len(rows(page, real))
+    page.evaluate("longlive.player.connection.socket.close()")
+    act.waits(
+        page,
+        lambda: rows(page, real)[-1]["keyboard"][0] == 0 or len(rows(page, real)) > made + 16,
+        "the close",
+    )
+    act.waits(page, lambda: [r["keyboard"][0] for r in rows(page, real)][-2:] == [1, 1], "W again")
+    page.keyboard.up("w")
+    act.true(page, f"!{cap}")
+
+
+def test_new_words_while_walking_are_in_the_script(page, real):
+    page.locator("#screen").focus()
+    page.keyboard.down("w")
+    act.waits(page, lambda: rows(page, real)[-1]["keyboard"][0] == 1, "W")
+    page.keyboard.press("/")
+    page.keyboard.type("A blue star falls.")
+    page.keyboard.press("Enter")
+    stream = real.scheduler.streams[page.evaluate("longlive.player.id")]
+    act.waits(page, lambda: len(stream.script()["shots"]) == 2, "the prompt")
+    page.keyboard.up("w")
+    assert stream.script()["shots"][1]["prompt"] == "First person. A blue star falls."
+    act.waits(page, lambda: rows(page, real)[-1]["keyboard"][0] == 0, "W is up")
