@@ -36,8 +36,8 @@ class Limits:
 
 
 LIMITS = {
-    "first": Limits(clear=0.35, turn=0.45, moves=1.0, stands=1.5, sharpness=0.63),
-    "third": Limits(clear=0.35, turn=0.45, moves=0.3, stands=2.0, sharpness=0.68),
+    "first": Limits(clear=0.5, turn=0.6, moves=1.0, stands=1.5, sharpness=0.63),
+    "third": Limits(clear=0.45, turn=0.55, moves=0.3, stands=2.0, sharpness=0.68),
 }
 
 

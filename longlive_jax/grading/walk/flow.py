@@ -18,6 +18,7 @@ _BLOCK, _STRIDE = 32, 16  # pixels of a block's side, and between blocks
 _REACH = (20, 34)  # pixels that the whole picture may move: rows, columns
 _FIGURE = (0.24, -0.12)  # bearing within which, and slope below which who walks may be seen
 _EDGE = 0.2  # part of a block that may lie outside of the picture
+_LEAST_PEAK = 0.08  # of a picture with every frequency: what has less is nearly flat
 _FLAT = 1.0  # standard deviation, in grey levels of 255, of a block without a pattern
 _BIAS = 1e-3  # of the strongest frequency: weaker ones are noise and count less
 
@@ -201,8 +202,14 @@ def _correlation(a: np.ndarray, b: np.ndarray, window: np.ndarray) -> np.ndarray
     cross = np.conj(spectra[0]) * spectra[1]
     size = np.abs(cross)
     bias = _BIAS * size.max(axis=(-2, -1), keepdims=True) + 1e-6
-    cross = cross / (size + bias) * _low(shape)
-    return np.asarray(fft.irfft2(cross, s=shape, axes=(-2, -1))) / _low_peak(shape)
+    share = size / (size + bias) * _low(shape)
+    found = np.asarray(fft.irfft2(cross / (size + bias) * _low(shape), s=shape, axes=(-2, -1)))
+    # The peak of two equal pictures: low where few frequencies are above noise, as of blurred ones.
+    both = np.full(shape[1] // 2 + 1, 2.0, np.float32)
+    both[0] = 1
+    both[-1] = 1 if shape[1] % 2 == 0 else 2
+    equal = (share * both).sum(axis=(-2, -1), keepdims=True) / (shape[0] * shape[1])
+    return found / np.maximum(equal, _LEAST_PEAK * _low_peak(shape))
 
 
 @functools.cache

@@ -114,7 +114,7 @@ class Returns:
         assert self.first is not None
         pair = np.stack([self.first, frame])
         luma, small = pictures.luma(pair), pictures.small(pair)
-        alike = pictures.alike(*small, pictures.scenery(small[0].shape, self.view))
+        alike = pictures.alike(small[0], small[1], pictures.scenery(small[0].shape, self.view))
         return {
             "frame": number,
             "psnr": round(pictures.psnr(*pair), 3),

@@ -63,4 +63,4 @@ def test_what_stands_still_does():
 def test_pictures_without_a_pattern_or_a_link_say_nothing(frames):
     if frames is None:  # each of another world
         frames = np.concatenate([views([0], seed=seed) for seed in range(4)])
-    assert measured(frames, np.zeros(len(frames))).clear.max() < 0.35
+    assert measured(frames, np.zeros(len(frames))).clear.max() < 0.45
