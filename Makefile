@@ -38,10 +38,11 @@ lock:
 demo: $(STAMP)
 	$(PYTHON) -m launch.demo --output=out/demo
 
-# Two processes: what tests compile, XLA mostly compiles on one core. In tests/conftest.py's order:
-# files of few tests are the longest here, and pytest-xdist would take them last.
+# Three processes on two cores: what tests compile, XLA mostly compiles on one core, and some wait for
+# commands that they start. In tests/conftest.py's order: files of few tests are the longest here, and
+# pytest-xdist would take them last.
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600
