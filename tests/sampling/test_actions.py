@@ -289,5 +289,3 @@ def test_actions_that_do_not_fit_are_refused():
         text = np.zeros((2, CHUNKS, 6, 8), np.float32)
         velocity = functools.partial(dit.block_causal, cfg=cfg.model, positions=positions)
         jax.eval_shape(velocity, random_params("module"), latents=clean, timesteps=times, text=text)
-    with pytest.raises(InputError, match=r"actions.kind='module'.*a script has no actions"):
-        config_lib.validate_distillation(cfg)

@@ -10,8 +10,6 @@ import pytest
 
 from longlive_jax import config as lib
 from longlive_jax import params as params_lib
-from longlive_jax.errors import InputError
-from longlive_jax.training import feed
 from longlive_jax.training.objectives import randomness
 from tests.training import tiny
 
@@ -58,8 +56,3 @@ def test_a_share_of_clips_is_dropped():
     rows = jnp.arange(512, dtype=jnp.int32)
     kept = np.asarray(randomness.kept(objective.mesh, jax.random.key(0), rows, 0.25))
     assert set(kept) == {0, 1} and 0.7 < kept.mean() < 0.8
-
-
-def test_data_without_actions_is_refused():
-    with pytest.raises(InputError, match=r"actions.kind='module', and the training data has no"):
-        feed.Prefetcher(config(), None, None, None, None, range(1))
