@@ -1,5 +1,5 @@
 # Everything lives in .venv. `make demo` and `make test` set it up by themselves.
-.PHONY: setup lock demo test test-slow fuzz browser lint types clean
+.PHONY: setup lock demo test test-slow fuzz browser chromium lint types clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -52,12 +52,14 @@ fuzz: $(STAMP)
 	$(PYTHON) -m tests.fuzz --mutations=6000 $(ARGS)
 
 # The live page in Chromium: Debian's package, or another by LONGLIVE_CHROMIUM=PATH.
-browser: $(STAMP)
+browser: $(STAMP) chromium
+	$(PYTHON) -m pytest -m browser tests/serving/browser
+
+chromium:
 	@for b in "$$LONGLIVE_CHROMIUM" chromium chromium-browser google-chrome; do \
 	  command -v "$$b" >/dev/null && exit 0; done; \
 	{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } || \
 	  { echo "No Chromium: install it, or set LONGLIVE_CHROMIUM to its path." >&2; exit 1; }
-	$(PYTHON) -m pytest -m browser tests/serving/browser
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
