@@ -48,8 +48,21 @@ def flags(data: pathlib.Path, workdir: pathlib.Path, **overrides) -> list[str]:
     ]  # fmt: skip
 
 
-def write_cached(folder: pathlib.Path, bad=(), names=NAMES) -> pathlib.Path:
-    """Cached data, as launch.encode_dataset writes it; latents of the names in `bad` are NaN."""
+def rows_of(name: str) -> np.ndarray:
+    """The actions of a sample that `write_cached` writes: four keys, and a mouse in degrees."""
+    draw = np.random.default_rng(sum(name.encode()))
+    keys = draw.integers(0, 2, (1 + 4 * (LATENTS[0] - 1), 4))
+    moves = draw.uniform(-9, 9, (len(keys), 2))
+    return np.concatenate([keys, moves], axis=1).astype(np.float32)
+
+
+def write_cached(
+    folder: pathlib.Path, bad=(), names=NAMES, acts: config_lib.Actions | None = None
+) -> pathlib.Path:
+    """Cached data, as launch.encode_dataset writes it; latents of the names in `bad` are NaN.
+
+    acts: of a model with an action path; None: without actions.
+    """
     folder.mkdir(parents=True)
     draw, prompts = np.random.default_rng(0), ["a boat", "a cat"]
 
@@ -79,9 +92,15 @@ def write_cached(folder: pathlib.Path, bad=(), names=NAMES) -> pathlib.Path:
         }.items()
         for k in names
     }
+    more = {}
+    if acts is not None:
+        settings |= records.action_settings(acts)
+        packed = (records.pack({"name": n}, rows_of(n)) for n in names)
+        more["actions"] = [records.write_shard(folder / "actions-00000.arrayrecord", packed)]
     records.write_manifest(
         folder, samples=len(names), dtype="float32", latent_shape=LATENTS, least_chunks=2,
         failures=0, prompts=prompts, settings=settings, latents=[latents], text=[texts],
+        **more,
     )  # fmt: skip
     return folder
 
