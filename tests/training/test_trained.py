@@ -148,6 +148,41 @@ def test_the_whole_is_put_together_again():
         np.testing.assert_array_equal(weight, plain[place], err_msg="/".join(place))
 
 
+@pytest.mark.slow
+def test_actions_that_say_what_is_shown_are_learned():
+    """A latent's sign is its key. Most of the noise hides it from those who are not told the key."""
+    cfg = tiny.config(
+        latent_frames=8, batch_size=8, learning_rate=1e-2, beta1=0.9, beta2=0.98, max_grad_norm=1.0
+    )
+    own = dataclasses.replace(ACTIONS, dropout=0.0)
+    model = dataclasses.replace(cfg.model, actions=own, num_layers=1)
+    video = dataclasses.replace(cfg.video, shift=12.0)
+    cfg = dataclasses.replace(cfg, model=model, video=video)
+    goal = TeacherForcing(cfg, mesh_lib.make_mesh(cfg.mesh))
+    (program,) = Step(goal).programs.values()
+
+    def last_losses(told):
+        state, batches, found = state_lib.init(goal), data(goal), []
+        draw = np.random.default_rng(0)
+        shape, picture = batches.latents.shape[:4], draw.standard_normal((4, 4, 4))
+        for _ in range(400):
+            held = draw.integers(0, 2, shape)
+            acts = {name: np.zeros(x.shape) for name, x in batches.actions.items()}
+            acts["keyboard"][..., 0] = held[..., None] * told
+            latents = (2 * held - 1)[..., None, None, None] * picture
+            new = batches.replace(latents=latents, actions=acts)
+            new = jax.tree.map(
+                lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding),
+                new, batches,
+            )  # fmt: skip
+            state, metrics = program(state, (), new)
+            found.append(float(metrics.networks[MODEL].loss))
+        return np.mean(found[-50:])
+
+    told, guessed = last_losses(True), last_losses(False)
+    assert told < 0.4 * guessed, (told, guessed)
+
+
 def test_settings_that_cannot_work_are_refused():
     cfg = tiny.config()
     train = dataclasses.replace(cfg.train, trainable="actions")
