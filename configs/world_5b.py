@@ -23,6 +23,7 @@ def get_config():
             model=lib.Model(chunk_frames=2, actions=lib.Actions(kind="module", dropout=0.1)),
             sample=lib.Sample(steps=2, guidance_scale=3.0, window_frames=16, sink_frames=4),
             train=lib.Train(trainable="actions", latent_frames=32, learning_rate=1e-4),
-            distill=lib.Distill(latent_frames=32),
+            # Little: who does nothing stands still, which is an action too.
+            distill=lib.Distill(latent_frames=32, action_guidance=1.0),
         )
     )

@@ -10,8 +10,7 @@
     python -m launch.train --config=configs/world_doom.py --checkpoint=vae/checkpoint --workdir=run
     python -m launch.export --config=configs/world_doom.py --checkpoint=run --output=WORLD
     python -m launch.train --config=configs/world_doom.py --config.objective=dmd \\
-        --workdir=student --checkpoint=WORLD --config.data.path=doom --config.data.cached=False \\
-        --config.train.text_encoder=False --config.train.error_recycling.enabled=False
+        --workdir=student --checkpoint=WORLD --config.data.path=doom --config.data.cached=False
     python -m launch.export --config=configs/world_doom.py --config.objective=dmd \\
         --checkpoint=student --output=STUDENT
 
@@ -55,7 +54,7 @@ def get_config():
             distill=lib.Distill(
                 lora=lib.LoRA(enabled=False), steps=2000, batch_size=64, latent_frames=32,
                 learning_rate=5e-5, critic_learning_rate=5e-5, beta2=0.98, ema_start=200,
-                save_every=500, remat="qkv",
+                save_every=500, remat="qkv", action_guidance=1.0,
             ),
         )
     )  # fmt: skip

@@ -27,19 +27,22 @@ def run(cfg: config_lib.Config) -> dict:
     measure.show(figures)
 
     params = measure.random_params(objective.specs, mesh, jnp.float32, rules=mesh_lib.RULES)
-    state = state_lib.init(objective, {MODEL: params})
+    state, frozen = state_lib.init(objective, {MODEL: params}), ()
+    if cfg.train.trainable != "all":
+        make = functools.partial(measure.random_params, objective.backbone, mesh, cfg.compute_dtype)
+        frozen = objective.freeze(make(rules=mesh_lib.RULES))
     batches = jax.tree.map(random_batch, objective.batch)
-    state, metrics = compiled(state, (), batches)
+    state, metrics = compiled(state, frozen, batches)
     first = float(metrics.networks[MODEL].loss)
     times = []
     for _ in range(flags.FLAGS.chunks):
         start = time.perf_counter()
-        state, metrics = compiled(state, (), batches)
+        state, metrics = compiled(state, frozen, batches)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     if flags.FLAGS.profile:
         with jax.profiler.trace(flags.FLAGS.profile):
-            state, metrics = compiled(state, (), batches)
+            state, metrics = compiled(state, frozen, batches)
             jax.block_until_ready((state, metrics))
         figures |= trace.shares(flags.FLAGS.profile)
     p50 = measure.percentile(times, 50)

@@ -243,6 +243,20 @@ def test_a_student_is_distilled_with_its_action_path(world, videos, tmp_path):
     assert figures(tmp_path / "again")[0]["student_loss"] != log[0]["student_loss"]
 
 
+@pytest.mark.slow
+def test_consistency_under_actions_is_a_start(encoded, world, tmp_path):
+    """From videos with their actions; its adapters and its action path begin a student."""
+    first, student = tmp_path / "first", tmp_path / "student"
+    own = words(**DMD | {"objective": "consistency", "distill.consistency_levels": 8})
+    data = [f"--config.data.path={encoded}", "--config.data.cached=True"]
+    run("train", *own, *data, f"--workdir={first}", f"--checkpoint={world}")
+    assert all(np.isfinite(line["loss"]) for line in figures(first))
+    prompts = write(tmp_path / "prompts.txt", "a boat")
+    flags = [*words(**DMD, distill__steps=1), f"--config.data.path={prompts}"]
+    run("train", *flags, f"--workdir={student}", f"--checkpoint={world}", f"--start={first}")
+    assert figures(student)[0]["student_rollout_difference"] < 1e-4
+
+
 # ---------------------------------------------------------------------------------------------
 # What is refused.
 
@@ -277,3 +291,19 @@ def test_what_is_frozen_must_be_there(checkpoint, tmp_path):
                    "--config.distill.latent_frames=4", "--config.model.text_len=8")  # fmt: skip
     assert "its dit has other sizes than the config" in text and "action_model" in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["world_doom", "world_1_3b", "world_5b"])
+def test_configs_of_worlds_can_train_and_distil(name):
+    import importlib
+
+    values = importlib.import_module(f"configs.{name}").get_config()
+    cfg = lib.from_config_dict(values)
+    lib.validate_training(cfg)
+    assert cfg.model.actions.kind == "module" and cfg.model.chunk_frames in (2, 3, 4)
+    assert cfg.model.actions.dropout and cfg.distill.action_guidance
+    values.objective, values.sample.guidance_scale = "dmd", 1.0
+    lib.validate_distillation(lib.from_config_dict(values))
+    for kind in ("fp8", "nvfp4"):  # sizes that every cache takes
+        values.quant.kv = kind
+        lib.from_config_dict(values)

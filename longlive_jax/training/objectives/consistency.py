@@ -60,6 +60,10 @@ class Consistency(Objective):
         shift = cfg.video.shift
         self.sigmas = (shift * base / (1 + (shift - 1) * base)).astype(np.float32)
 
+    def freeze(self, weights: Mapping[str, Any], negative: jax.Array) -> dict[str, Any]:
+        """As `DMD.freeze`."""
+        return self.dmd.freeze(weights, negative)
+
     def cost(self, due: tuple[str, ...]) -> Cost:
         """A forward and its gradient, the average's forward, and the teacher's one or two."""
         videos = self.batch_size * self.accumulation
