@@ -54,8 +54,19 @@ def embedding(i):
     return np.random.default_rng(9 + i).standard_normal((TOKENS[i], 8)).astype(jnp.bfloat16)
 
 
-def make(folder, counts=(2, 0, 3), text=True, **manifest):
-    """Five samples in three files, one of them empty; three prompts in two."""
+ACTED = dataclasses.replace(CONFIG.model, actions=config_lib.Actions(kind="token"))
+
+
+def rows(i):
+    """The actions of sample i: four keys and a mouse, of 21 pictures."""
+    return np.random.default_rng(50 + i).random((4 * STORED - 3, 6)).astype(np.float32)
+
+
+def make(folder, counts=(2, 0, 3), text=True, acted=False, **manifest):
+    """Five samples in three files, one of them empty; three prompts in two.
+
+    acted: with actions, in two files.
+    """
     folder.mkdir()
     number, latents = itertools.count(), []
     for k, count in enumerate(counts):
@@ -66,11 +77,18 @@ def make(folder, counts=(2, 0, 3), text=True, **manifest):
                 records.pack({"name": f"v{i}", "prompts": prompts, "chunks": chunks}, array)
             )
         latents.append(records.write_shard(folder / f"latents-{k:05d}.arrayrecord", packed))
-    rows = [records.pack({"prompt": p}, embedding(i)) for i, p in enumerate(PROMPTS)]
+    made = [records.pack({"prompt": p}, embedding(i)) for i, p in enumerate(PROMPTS)]
     texts = [
         records.write_shard(folder / f"text-0000{k}.arrayrecord", part)
-        for k, part in enumerate((rows[:2], rows[2:]) if text else ())
+        for k, part in enumerate((made[:2], made[2:]) if text else ())
     ]
+    if acted:
+        made = [records.pack({"name": f"v{i}"}, rows(i)) for i in range(5)]
+        manifest["actions"] = [
+            records.write_shard(folder / f"actions-0000{k}.arrayrecord", part)
+            for k, part in enumerate((made[:2], made[2:]))
+        ]
+        manifest["settings"] = SETTINGS | records.action_settings(ACTED.actions)
     values = dict(
         samples=5, dtype="bfloat16", latent_shape=[STORED, 2, 4, 4], least_chunks=2, failures=0,
         latents=latents, text=texts, prompts=PROMPTS, settings=SETTINGS,
@@ -407,3 +425,22 @@ def test_records_of_other_fields(folder, tmp_path, fields):
     manifest.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"latents-00000\.arrayrecord: record 0 of 2 is damaged"):
         records.Records(tmp_path / "new", config())
+
+
+def test_actions_come_back(tmp_path):
+    """Cut as the latents are; a file that is gone, or another's, is refused."""
+    folder = make(tmp_path / "r", acted=True)
+    cfg = dataclasses.replace(CONFIG, model=ACTED)
+    source = records.Records(folder, cfg)
+    for i in range(5):
+        np.testing.assert_array_equal(source.sample(i, 0).actions, rows(i)[:13])
+    assert records.Records(folder, CONFIG).sample(0, 0).actions is None
+    first, second = (folder / f"actions-0000{k}.arrayrecord" for k in (0, 1))
+    kept = first.read_bytes()
+    records.write_shard(first, [records.pack({"name": f"v{i}"}, rows(i)) for i in (1, 0)])
+    with pytest.raises(InputError, match=r"actions of record 0 are those of 'v1', .* of 'v0'"):
+        records.Records(folder, cfg).sample(0, 0)
+    first.write_bytes(kept)
+    second.unlink()
+    with pytest.raises(InputError, match=r"actions-00001\.arrayrecord: is gone"):
+        records.Records(folder, cfg)

@@ -1,5 +1,6 @@
 """Our own files: checkpoints, cached datasets, the folder of a run."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -111,15 +112,15 @@ def _moved(draw: random.Random, root: pathlib.Path) -> None:
 
 @functools.cache
 def _records_config():
-    from tests.data.test_records import CONFIG
+    from tests.data.test_records import ACTED, CONFIG
 
-    return CONFIG
+    return dataclasses.replace(CONFIG, model=ACTED)
 
 
 def _records_seeds(folder):
     from tests.data.test_records import make
 
-    make(folder / "cached")
+    make(folder / "cached", acted=True)
     return [folder / "cached"]
 
 
@@ -128,14 +129,15 @@ def _read_records(path):
     found = []
     for i in range(len(source)):
         s = source.sample(i, 0)
-        found.append((s.name, s.prompts, s.chunks, np.asarray(s.latents).tobytes(), str(s.text)))
+        arrays = np.asarray(s.latents).tobytes(), np.asarray(s.actions).tobytes()
+        found.append((s.name, s.prompts, s.chunks, *arrays, str(s.text)))
     return found
 
 
 def _repacked(draw: random.Random, root: pathlib.Path) -> None:
     """Records of other content with right checksums, in files of the right sizes."""
     manifest = json.loads((root / "manifest.json").read_text())
-    kind = draw.choice(("latents", "text"))
+    kind = draw.choice(("latents", "text", "actions"))
     entry = draw.choice([e for e in manifest[kind] if e["count"]])
     shards = records.Shards(root, [records.Shard(**entry)])
     packed = []
