@@ -8,6 +8,7 @@ block form a tree with the paths of its convolutions' parameters.
 width is whole.
 """
 
+import functools
 import math
 
 import jax
@@ -106,15 +107,12 @@ def causal_conv(
     side_h, side_w = weight.shape[1] // 2, weight.shape[2] // 2
     padded, pad_w = _width_padding(x, axis, side_w, side_w)
     padding = ((side_h, side_h), pad_w)
+    whole = functools.partial(_conv_3d, time_stride=time_stride, padding=padding)
     if time_stride > 1:
-        y = _conv_3d(weight, padded, time_stride, padding)
+        y = whole(weight, padded)
     else:
-        y = lax.platform_dependent(
-            padded,
-            weight,
-            cpu=lambda x, w: _time_taps(w, x, padding),
-            default=lambda x, w: _conv_3d(w, x, 1, padding),
-        )
+        by_frame = functools.partial(_time_taps, padding=padding)
+        y = lax.platform_dependent(weight, padded, cpu=by_frame, default=whole)
     return x[:, -conv_cache.shape[1] :], y + bias.reshape(1, 1, 1, 1, -1)
 
 

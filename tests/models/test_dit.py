@@ -58,7 +58,8 @@ def test_chunks_sharded_over_seq_give_the_same_training_forward_and_gradient(wei
     g, split = golden_inputs()
     clean, noisy = (jnp.tile(split(g[k]), (2, 1, 1, 1, 1, 1))[:, :2] for k in ("tf_clean", "tf_x"))
     t = jnp.tile(jnp.asarray(g["tf_t"]).reshape(1, 3, 8), (2, 1, 1))[:, :2]
-    text = jnp.tile(jnp.asarray(g["tf_ctx"])[None], (2, 1, 1, 1))[:, :2]
+    # Larger than the golden text: of logits that hardly differ the gradients are rounding errors.
+    text = 8 * jnp.tile(jnp.asarray(g["tf_ctx"])[None], (2, 1, 1, 1))[:, :2]
     positions = jnp.tile(POSITIONS, (2, 1, 1))[:, :2]
     cfg = golden_files.MODEL
 
@@ -91,8 +92,8 @@ def test_chunks_sharded_over_seq_give_the_same_training_forward_and_gradient(wei
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     for path, g_expected in params.flatten(expected[1]).items():
         got = params.flatten(gradient)[path]
-        scale = np.abs(g_expected).max() + 1e-12  # sums cancel: float32 noise is above 1e-5 of it
-        assert np.abs(np.asarray(got) - np.asarray(g_expected)).max() < 1e-3 * scale, path
+        scale = np.abs(g_expected).max() + 1e-12
+        assert np.abs(np.asarray(got) - np.asarray(g_expected)).max() < 3e-5 * scale, path
         assert got.sharding.spec == params.flatten(put)[path].sharding.spec, path
 
 
