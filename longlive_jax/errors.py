@@ -13,3 +13,10 @@ class NotFiniteError(ArithmeticError):
 
     Commands exit with code 1; what was written before it stays.
     """
+
+
+class StorageError(OSError):
+    """Object storage that refuses a request, or does not answer: errno, reason, address.
+
+    Commands exit with code 1, and with code 2 before they have begun.
+    """

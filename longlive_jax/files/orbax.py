@@ -1,8 +1,12 @@
-"""Orbax, which takes any folder name.
+"""Orbax, which takes any folder name, and writes to gs:// and s3:// alike.
 
 Its paths are those of etils.epath, whose `glob` takes the folder's own name for a part of the
 pattern. In `run[lr=1e-5]` nothing is ever found: arrays are written, but not into the index of
 their checkpoint, and nothing can be read again. Here names are escaped.
+
+Of object storage it knows gs://: there a state has its files under their final names, and an object
+`commit_success.txt` that is written last and without which there is no state. Here s3:// is the
+same, and the stores of both are those of `files.remote`.
 """
 
 import glob
@@ -14,6 +18,10 @@ import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from longlive_jax.files import remote
 
 __all__ = ["check_read", "ocp"]
 
@@ -29,6 +37,38 @@ def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
 
 
 _LOCAL.glob = _glob
+
+_gcs_spec = tensorstore_utils.build_kvstore_tspec
+
+
+def _spec(directory: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """TensorStore's description of where the arrays of a folder lie."""
+    text = os.fspath(directory)
+    if not remote.is_remote(text):
+        return _gcs_spec(text, *args, **kwargs)
+    scheme, _, rest = text.partition("://")
+    return _with_store(_gcs_spec(f"gs://{rest}", *args, **kwargs), scheme)
+
+
+def _with_store(value: Any, scheme: str) -> Any:
+    """A description with each gs:// in it as the same key of the scheme's store."""
+    if isinstance(value, str) and value.startswith("gs://"):
+        return remote.spec(f"{scheme}://{value.removeprefix('gs://')}")
+    if isinstance(value, dict) and value.get("driver") in ("gcs", "gcs_grpc"):
+        return remote.spec(f"{scheme}://{value['bucket']}/{value['path']}")
+    if isinstance(value, dict):
+        return {key: _with_store(one, scheme) for key, one in value.items()}
+    return [_with_store(one, scheme) for one in value] if isinstance(value, list) else value
+
+
+def _is_object_storage(path: Any) -> bool:
+    return remote.is_remote(path.as_posix() if hasattr(path, "as_posix") else path)
+
+
+tensorstore_utils.build_kvstore_tspec = _spec
+gcs_utils.is_gcs_path = _is_object_storage
+# It would ask Google's client, a package of its own, to remove folders without anything in them.
+gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
 
 
 def check_read(tree: Any) -> None:
