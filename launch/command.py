@@ -14,7 +14,8 @@ from ml_collections import config_flags
 
 from longlive_jax import config as config_lib
 from longlive_jax.config import section
-from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.errors import InputError, NotFiniteError, StorageError
+from longlive_jax.files import remote, scratch
 from longlive_jax.files.atomic import partial_file, remove_abandoned
 
 FLAGS = flags.FLAGS
@@ -22,6 +23,9 @@ ROOT = pathlib.Path(__file__).parents[1]  # of the repository
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File in configs/; override a value with --config.section.key=VALUE."
 )
+# Flags of files that a command can download from a hub; and of what it may write.
+_HUB = ("dit", "vae", "umt5", "tokenizer", "lora", "start")
+_WRITTEN = ("workdir", "output")
 # What a disk answers, whatever the command was writing, and what to do then.
 _STORAGE = {
     errno.ENOSPC: "no space left on the disk of {}; free some or give another --output",
@@ -47,24 +51,53 @@ def config(default: config_lib.Config | None = None) -> config_lib.Config:
         return default
     if values is None:
         raise InputError("--config is missing; for example --config=configs/tiny.py")
-    return config_lib.from_config_dict(values)
+    cfg = config_lib.from_config_dict(values)
+    _check_paths(cfg)
+    return cfg
 
 
-def run(main: Callable[..., None], arguments: int = 0) -> None:
+def _check_paths(cfg: config_lib.Config) -> None:
+    """Refuses addresses that the config has for local paths."""
+    for name in ("path", "eval_path"):
+        value, flag = getattr(cfg.data, name), f"--config.data.{name}"
+        remote.check(value, flag)
+        if not remote.is_remote(value):
+            continue
+        if name == "eval_path":
+            raise InputError(f"{flag}={value}: is read from a local disk; copy it there")
+        if not cfg.data.cached:
+            raise InputError(
+                f"{flag}={value}: videos and prompts are read from a local disk; copy them there, "
+                "or encode videos with launch.encode_dataset, and give its folder with "
+                "data.cached=True"
+            )
+        remote.reach(value, flag)
+
+
+def run(main: Callable[..., None], arguments: int = 0, addresses: Iterable[str] = ()) -> None:
     """Parses the command line and calls `main` with its `arguments` words that are not flags.
 
-    Exit codes: 0 done, 1 results that are not finite, 2 bad input or a disk that refuses, 130
-    interrupted, 143 terminated; each but 0 with a message on stderr and no traceback.
+    Args:
+      addresses: the flags that may be addresses on object storage. They are tried before `main`
+        runs; an address for another flag is refused, as is one that nothing serves.
+
+    Exit codes: 0 done, 1 results that are not finite or storage that was lost on the way, 2 bad
+    input or a disk that refuses, 130 interrupted, 143 terminated; each but 0 with a message on
+    stderr and no traceback.
     """
     _keep_streams()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(*_parse(sys.argv, arguments))
+        words = _parse(sys.argv, arguments)
+        _check_addresses(tuple(addresses))
+        main(*words)
     except InputError as error:
         _stop(2, f"error: {error}")
     except NotFiniteError as error:
         _stop(1, f"error: {error}")
+    except StorageError as error:
+        _stop(1, f"error: {lost(error)}")
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         _stop(143 if terminated else 130, "terminated" if terminated else "interrupted")
@@ -72,6 +105,26 @@ def run(main: Callable[..., None], arguments: int = 0) -> None:
         if (reason := refused_by_disk(error)) is None:
             raise
         _stop(2, f"error: {reason}")
+
+
+def lost(error: StorageError) -> str:
+    """A line on storage that refused, or did not answer, while the command ran."""
+    return f"{error.filename}: {error.strerror}; the same command goes on where it can"
+
+
+def _check_addresses(allowed: tuple[str, ...]) -> None:
+    for name in FLAGS:
+        if name == "config" or name.startswith("config."):
+            continue
+        value, flag = FLAGS[name].value, f"--{name}"
+        if not isinstance(value, str) or (name in _HUB and value.startswith("hf://")):
+            continue
+        remote.check(value, flag)
+        if not remote.is_remote(value):
+            continue
+        if name not in allowed:
+            raise InputError(f"{flag}={value}: this command has it on a local disk; copy it there")
+        remote.reach(value, flag, write=name in _WRITTEN)
 
 
 def refused_by_disk(error: Exception) -> str | None:
@@ -259,6 +312,7 @@ def _terminate(number, frame):
 
 def _stop(code: int, message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+    scratch.remove()
     # Threads of decoders and compilers must not keep a failed command alive.
     sys.stdout.flush()
     os._exit(code)

@@ -212,4 +212,4 @@ def _bar(part: str, total: int | None) -> tqdm.tqdm:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

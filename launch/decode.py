@@ -80,4 +80,4 @@ def _check(is_finite, cfg, part, decoder, latents):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,6 +13,8 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import grown, networks, peft, workdir
 from longlive_jax.errors import InputError
+from longlive_jax.files import lines, remote
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.training import checkpoint, evaluate, feed, loop, scripts, trained
@@ -55,7 +55,7 @@ def objective(cfg: config_lib.Config, mesh: jax.sharding.Mesh) -> Goal:
 
 
 def run(
-    goal: Goal, checkpoint_path: str | None, root: pathlib.Path, show: Callable[[str], None]
+    goal: Goal, checkpoint_path: str | None, root: AnyPath, show: Callable[[str], None]
 ) -> loop.Done:
     """Trains to the last step, in the folder `root`.
 
@@ -72,7 +72,7 @@ def run(
     if prompts:
         networks.check(checkpoint_path, "vae", cfg, networks.DECODER)
     tokenizer = networks.read_tokenizer(checkpoint_path, cfg)
-    teacher = FLAGS.teacher and os.path.abspath(FLAGS.teacher)
+    teacher = FLAGS.teacher and remote.absolute(FLAGS.teacher)
     settings = dmd.settings(cfg, identity, teacher)
     if learns:
         settings |= teacher_forcing.settings(cfg, identity)
@@ -94,6 +94,7 @@ def run(
         if cfg.data.cached:
             encoder = None
         reads, failures = scripts.Prefetcher, root / "failures.jsonl"
+        failures = lines.of_process(failures, jax.process_index())
         if learns:
             own = networks.load(checkpoint_path, "vae", cfg, mesh, vae) if vae else None
             reads, encoder = feed.Prefetcher, feed.Encoders(own, encoder)

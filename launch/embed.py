@@ -66,4 +66,4 @@ def _embed_ids(cfg, mesh):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

@@ -70,4 +70,4 @@ def _captions() -> list[str]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("output",))

@@ -315,4 +315,4 @@ def _save_latents(latents, number, outputs):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

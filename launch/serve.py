@@ -146,4 +146,4 @@ def _folder() -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint",))

@@ -23,7 +23,6 @@ also a run whose last step was not finite.
 
 import functools
 import os
-import pathlib
 import sys
 import time
 import traceback
@@ -38,7 +37,8 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks
-from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.errors import InputError, NotFiniteError, StorageError
+from longlive_jax.files import lines, remote, scratch
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
@@ -68,6 +68,8 @@ def main() -> None:
         raise
     except NotFiniteError as error:
         _end(f"error: {error}")
+    except StorageError as error:
+        _end(f"error: {command.lost(error)}")
     except Exception as error:
         if command.refused_by_disk(error):
             raise
@@ -99,7 +101,7 @@ def _train() -> None:
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
     command.check_apart([FLAGS.workdir], [], networks.folders(FLAGS.checkpoint))
-    root = pathlib.Path(os.path.abspath(FLAGS.workdir))
+    root = remote.path(remote.absolute(FLAGS.workdir))
     if recipe := recipe_lib.get(cfg.quant.recipe):
         _show(f"linear layers by {matmul.backend(recipe)}")
     if isinstance(objective, TeacherForcing):
@@ -125,7 +127,7 @@ def _teacher_forcing(cfg, objective, root) -> loop.Done:
         frozen = _frozen(objective) if base else ()
         evaluator, encoders = _models(cfg, mesh, root, prompts)
         kept = best.Best(root, MODEL) if cfg.train.eval_grade else None
-        failures = root / "failures.jsonl"
+        failures = lines.of_process(root / "failures.jsonl", jax.process_index())
         inputs = loop.Inputs(
             batches=functools.partial(feed.Prefetcher, cfg, mesh, source, encoders, failures),
             params=lambda: {MODEL: _initial(cfg, mesh)},
@@ -268,9 +270,10 @@ def _end(text: str) -> None:
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         # Where another process died, JAX soon says which, and ends this one.
         time.sleep(mesh_lib.HEARTBEAT_SECONDS + 15)
+    scratch.remove()
     sys.stdout.flush()
     os._exit(1)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("workdir", "checkpoint", "teacher"))

@@ -12,7 +12,6 @@ DIR gets
 """
 
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import store
 from longlive_jax.data.images import contact_sheet
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote
 from longlive_jax.models import vae
 from longlive_jax.training import checkpoint, loop
 from longlive_jax.training.objectives import autoencoder
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> params_lib.Tree | None:
     """The moving average of the weights after the last step, on the host; None: it was stopped."""
-    root = pathlib.Path(os.path.abspath(FLAGS.workdir))
+    root = remote.path(remote.absolute(FLAGS.workdir))
     objective = autoencoder.Autoencoder(cfg, mesh, videos)
     # Clips are drawn on the device, so that a step's batch is empty.
     inputs = loop.Inputs(
@@ -78,7 +78,7 @@ def _save(ema, cfg, mesh, videos):
     mean, std = autoencoder.statistics(ema, cfg, mesh, videos)
     params = autoencoder.fold(ema, cfg.vae, mean, std)
     params = jax.tree.map(lambda x: x.astype(cfg.compute_dtype), params)
-    directory, spec = os.path.join(FLAGS.workdir, "checkpoint"), vae.spec(cfg.vae)
+    directory, spec = os.fspath(remote.join(FLAGS.workdir, "checkpoint")), vae.spec(cfg.vae)
     pieces = store.tree_pieces(params, spec)
     summary = store.save(directory, "vae", pieces, spec, section=cfg.vae)
     print(
@@ -110,7 +110,7 @@ def _measure(params, cfg, mesh, held_out) -> None:
                     )
                 ]
             errors.append(float(np.mean(difference**2)))
-    sheet = os.path.join(FLAGS.workdir, "reconstructions.png")
+    sheet = os.fspath(remote.join(FLAGS.workdir, "reconstructions.png"))
     contact_sheet(sheet, cells, 2 * len(shown), labels)
     print(
         f"held out: {clips} clips of {length} frames, PSNR "
@@ -129,4 +129,4 @@ def _show(line: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("workdir",))

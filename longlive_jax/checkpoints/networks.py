@@ -21,6 +21,7 @@ from longlive_jax.checkpoints import grown as grown_lib
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.checkpoints.parts import PARTS
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote
 from longlive_jax.models import tokenizer
 
 # What the two directions of the VAE need: a checkpoint may hold a decoder alone.
@@ -124,7 +125,7 @@ def load_or_init(
 def identity(checkpoint: str, part: str) -> str:
     """What tells a stored part from others, wherever it lies."""
     if (trained := _trained(checkpoint, part)) is not None:
-        return f"step {trained.step} of {os.path.basename(os.path.abspath(checkpoint))}"
+        return f"step {trained.step} of {os.path.basename(remote.absolute(checkpoint))}"
     info = store.Stored(directory(checkpoint), part).info
     return str(info.get("index_checksum") or info["directory"])
 

@@ -7,7 +7,6 @@ WORKDIR/checkpoints/50/   an Orbax checkpoint of the whole training state after 
 import functools
 import operator
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ import jax
 
 from longlive_jax import params as params_lib
 from longlive_jax.errors import InputError
-from longlive_jax.files import versioned
-from longlive_jax.files.orbax import check_read, ocp
+from longlive_jax.files import remote, versioned
+from longlive_jax.files.orbax import COMMITTED, check_read, ocp
+from longlive_jax.files.remote import AnyPath
 
 FORMAT, VERSION = "longlive_jax training run", 2
 RUN, STATES = "run.json", "checkpoints"
@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
 def is_run(directory: str | os.PathLike) -> bool:
     """Whether this is, or was, the folder of a training run."""
-    return os.path.isfile(pathlib.Path(directory) / RUN)
+    return remote.is_file(os.path.join(directory, RUN))
 
 
 def read(directory: str | os.PathLike) -> Run:
@@ -57,7 +57,7 @@ def read(directory: str | os.PathLike) -> Run:
     Raises:
       InputError: it is damaged, or of another version.
     """
-    file = pathlib.Path(directory) / RUN
+    file = remote.join(directory, RUN)
     run = versioned.read(
         file, FORMAT, VERSION, "give another --workdir", older=(1,), schema=_SCHEMA
     )
@@ -67,7 +67,7 @@ def read(directory: str | os.PathLike) -> Run:
 
 def write(directory: str | os.PathLike, run: Run) -> None:
     """Writes run.json in one step."""
-    versioned.write(pathlib.Path(directory) / RUN, FORMAT, VERSION, run._asdict())
+    versioned.write(remote.join(directory, RUN), FORMAT, VERSION, run._asdict())
 
 
 def parts(directory: str | os.PathLike) -> str:
@@ -85,6 +85,15 @@ def parts(directory: str | os.PathLike) -> str:
     return checkpoint
 
 
+def whole(root: AnyPath) -> list[int]:
+    """The steps of the whole states of a run, in ascending order."""
+    if remote.is_remote(root):  # where one has its name before it is whole
+        names = [path.parent.name for path in (root / STATES).glob(f"*/{COMMITTED}")]
+    else:
+        names = [path.name for path in (root / STATES).glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class State:
     """A network in the newest complete state of a run on disk; by default the one to sample from.
 
@@ -98,14 +107,14 @@ class State:
     """
 
     def __init__(self, directory: str | os.PathLike, network: str | None = None):
-        self._root = pathlib.Path(os.path.abspath(directory))
+        self._root = remote.path(remote.absolute(directory))
         self._network = network or read(directory).network
         if self._network is None:
             raise InputError(
                 f"{self._root}: its run trains nothing that is sampled from; give the checkpoint "
                 "that it wrote"
             )
-        steps = [int(p.name) for p in (self._root / STATES).glob("*") if p.name.isdecimal()]
+        steps = whole(self._root)
         if not steps:
             raise InputError(
                 f"{self._root}: its training run has saved nothing yet; wait for step "
@@ -190,13 +199,15 @@ class State:
             raise damaged(self._path, error) from error
 
 
-def is_flat(path: pathlib.Path) -> bool:
+def is_flat(path: AnyPath) -> bool:
     """Whether a state was written before a run could have several networks."""
     return "networks" not in ocp.metadata(str(path)).metadata
 
 
-def damaged(path: pathlib.Path, error: Exception) -> InputError:
-    """The error for a state that cannot be read."""
+def damaged(path: AnyPath, error: Exception) -> Exception:
+    """The error for a state that cannot be read: an InputError, or that its storage is lost."""
+    if (lost := remote.lost(path, error)) is not None:
+        return lost
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return InputError(
         f"{path}: is damaged ({reason}); remove it, and the one before it, if there is one, counts"

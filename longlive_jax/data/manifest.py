@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,8 +18,8 @@ import numpy as np
 from longlive_jax import config as config_lib
 from longlive_jax.data import action_rows
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote, versioned
 from longlive_jax.files import schema as schema_lib
-from longlive_jax.files import versioned
 
 FORMAT, VERSION = "longlive_jax records", 1
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
@@ -60,7 +59,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
       InputError: the manifest is missing (the folder is unfinished, or holds other files), damaged
         or of another version; it contradicts itself, its settings or its checksum.
     """
-    folder = pathlib.Path(folder)
+    folder = remote.path(folder)
     file = folder / MANIFEST
     if not file.is_file():
         if not folder.is_dir():
@@ -228,4 +227,4 @@ def write_manifest(folder: str | os.PathLike, **values) -> None:
       OSError: ENOSPC, naming the file.
     """
     content = {**values, "checksum": _checksum(values)}
-    versioned.write(pathlib.Path(folder) / MANIFEST, FORMAT, VERSION, content)
+    versioned.write(remote.join(folder, MANIFEST), FORMAT, VERSION, content)

@@ -31,6 +31,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.config import FRAMES_PER_SECOND
 from longlive_jax.config.actions import PADS
 from longlive_jax.data import action_rows, sidecars
+from longlive_jax.data.copies import Copies
 from longlive_jax.data.manifest import (
     AGAIN,
     KEYS,
@@ -48,10 +49,11 @@ from longlive_jax.data.manifest import (
 )
 from longlive_jax.data.source import Sample
 from longlive_jax.errors import InputError
-from longlive_jax.files import folders, versioned
+from longlive_jax.files import folders, remote, versioned
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.atomic import atomic_path, no_space
 from longlive_jax.files.names import is_plain
+from longlive_jax.files.remote import RemotePath
 
 FAILURES = "failures.jsonl"
 # The most that a killed run repeats. At full size a file has half a gigabyte.
@@ -151,12 +153,17 @@ class Shards:
     """
 
     def __init__(self, folder: str | os.PathLike, shards: Sequence[Shard]):
-        self._folder, self._shards = pathlib.Path(folder), tuple(shards)
+        self._folder, self._shards = remote.path(folder), tuple(shards)
         self._ends = list(itertools.accumulate(shard.count for shard in shards))
         for shard in shards:
-            path = self._folder / shard.file
             if not is_plain(shard.file):
-                raise InputError(f"{path}: is no file of the folder; {AGAIN}")
+                raise InputError(f"{self._folder / shard.file}: is no file of the folder; {AGAIN}")
+        self._copies = None
+        if isinstance(self._folder, RemotePath):
+            self._copies = Copies(self._folder, self._shards)
+            return
+        for shard in shards:
+            path = self._folder / shard.file
             if not path.is_file():
                 raise InputError(f"{path}: is gone; {AGAIN}")
             if (size := path.stat().st_size) != shard.bytes:
@@ -168,9 +175,16 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def _path(self, shard: Shard) -> pathlib.Path:
+        """The file of a shard on this machine."""
+        if self._copies is not None:
+            return self._copies.get(shard)
+        return pathlib.Path(self._folder) / shard.file
+
     def examine(self, check: Check, most: int, *, last: bool = False) -> None:
         """Compares each file's number of records with the manifest's, and looks at some records:
-        the first, and the `last` if that is wanted, of `most` files.
+        the first, and the `last` if that is wanted, of `most` files. On object storage it looks at
+        the first file alone: each is copied whole.
 
         Raises:
           InputError: a number differs, or a record is damaged.
@@ -178,7 +192,9 @@ class Shards:
         files = len(self._shards)
         looked = set(np.linspace(0, files - 1, min(files, most)).astype(int).tolist())
         for number, (shard, end) in enumerate(zip(self._shards, self._ends)):
-            path = self._folder / shard.file
+            if self._copies is not None and number:
+                return
+            path = self._path(shard)
             try:
                 with _opened(path) as reader:
                     found = reader.num_records()
@@ -204,7 +220,7 @@ class Shards:
             raise IndexError(f"record {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        path, row = self._folder / shard.file, index - (self._ends[number] - shard.count)
+        path, row = self._path(shard), index - (self._ends[number] - shard.count)
         try:
             with _opened(path) as reader:
                 (record,) = reader.read([row])

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pathlib
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import lines, remote
 from longlive_jax.files.names import as_text
 
 LEAST_READ = 20  # samples read before the share of failed ones is judged
@@ -185,14 +185,9 @@ class Health:
         self.read = self.failed = 0
         self.failures: list[tuple[str, str]] = []
         self._max_bad_share = max_bad_share
-        self._report = pathlib.Path(report)
+        self._report = remote.path(report)
         self._seen: set[tuple[str, str]] = set()
-        try:
-            self._report.parent.mkdir(parents=True, exist_ok=True)
-            with self._report.open("a", encoding="utf-8"):
-                pass
-        except OSError as error:
-            raise InputError(f"{self._report}: cannot be written: {error.strerror}") from error
+        lines.begin(self._report)
 
     def add(self, sample: Sample) -> None:
         """Counts a sample that was read.
@@ -207,10 +202,8 @@ class Health:
         self.failures += new
         if new:
             texts = [{"path": as_text(p), "reason": as_text(r)} for p, r in new]
-            lines = [json.dumps(text, ensure_ascii=False) for text in texts]
-            # One write: lines stay whole where several processes share the file.
-            with self._report.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+            added = (json.dumps(text, ensure_ascii=False) for text in texts)
+            lines.add(self._report, "".join(f"{line}\n" for line in added))
         if self.read >= LEAST_READ and self.failed > self._max_bad_share * self.read:
             raise InputError(
                 f"data: {self.failed} of {self.read} samples read met something unreadable, "

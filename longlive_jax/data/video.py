@@ -18,7 +18,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from longlive_jax.data import mp4
 from longlive_jax.errors import InputError, NotFiniteError
-from longlive_jax.files.atomic import named, partial_file
+from longlive_jax.files import remote
+from longlive_jax.files.atomic import discard, named, partial_file, put
 
 QUEUED_CHUNKS = 3  # how far the encoder may lag before `write` waits for it
 _BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix
@@ -58,7 +59,7 @@ class VideoWriter:
         *,
         frames: int | None = None,
     ):
-        self.path = pathlib.Path(path)
+        self.path = remote.path(path)
         self.frames_written = 0  # handed over by `write`; the encoder may be behind
         if height < 2 or width < 2 or height % 2 or width % 2:
             raise InputError(
@@ -126,9 +127,9 @@ class VideoWriter:
             self._thread.join()
             self._raise_error()
             if self._encoded:
-                os.replace(self._partial, self.path)
+                put(self._partial, self.path)
             else:
-                self._partial.unlink(missing_ok=True)
+                discard(self._partial, self.path)
         except BaseException:  # also a second Ctrl-C while the encoder finishes
             self._abandon()
             raise
@@ -141,7 +142,7 @@ class VideoWriter:
         with contextlib.suppress(queue.Full):  # then the thread will see _abandoned instead
             self._queue.put_nowait(_DONE)
         self._thread.join()
-        self._partial.unlink(missing_ok=True)
+        discard(self._partial, self.path)
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -11,18 +11,24 @@ import zlib
 from collections.abc import Iterator
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote, scratch
 
 
 def partial_file(path: str | os.PathLike) -> pathlib.Path:
     """Creates the empty file, beside `path`, to write before renaming it to `path`.
 
     It is hidden, so that `*.mp4` does not find it, and keeps the suffix, from which numpy and PIL
-    derive the format. Folders that are missing are made.
+    derive the format. Folders that are missing are made. For an address on object storage it is on
+    a local disk; `put` sends it.
 
     Raises:
       InputError: nothing can be written at `path`.
       OSError: ENOSPC, naming `path`.
     """
+    if remote.is_remote(path):
+        partial = scratch.folder() / remote.path(path).name
+        partial.touch()
+        return partial
     path = pathlib.Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file in it")
@@ -37,12 +43,35 @@ def partial_file(path: str | os.PathLike) -> pathlib.Path:
     return partial
 
 
+def put(partial: pathlib.Path, path: str | os.PathLike) -> None:
+    """Gives a whole `partial_file` the name that it is for.
+
+    Raises:
+      StorageError: object storage refuses it, or does not answer.
+    """
+    if not remote.is_remote(path):
+        os.replace(partial, path)
+        return
+    remote.path(path).write_bytes(partial.read_bytes())
+    discard(partial, path)
+
+
+def discard(partial: pathlib.Path, path: str | os.PathLike) -> None:
+    """Removes a `partial_file` that is not wanted; one that is gone already is no error."""
+    partial.unlink(missing_ok=True)
+    if remote.is_remote(path):
+        with contextlib.suppress(OSError):
+            partial.parent.rmdir()
+
+
 def remove_abandoned(path: str | os.PathLike) -> None:
     """Removes what killed runs left of `path`, and of its numbered siblings: path-000, ...
 
     The files of runs that may still write are left: on this machine, of processes that are there;
     of other machines that share the folder, those of the last ABANDONED_SECONDS.
     """
+    if remote.is_remote(path):
+        return  # there is nothing beside an object
     path = pathlib.Path(path)
     stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     name = re.compile(rf"\.{stem}(-\d{{3,}})?\.partial-(?:([0-9a-f]{{8}})-)?(\d+){suffix}")
@@ -83,7 +112,7 @@ def named(error: OSError, path: str | os.PathLike, partial: pathlib.Path) -> OSE
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields an empty file beside `path`; renames it to `path` after the block.
+    """Yields an empty file beside `path`; renames it to `path` after the block, or sends it there.
 
     An exception inside the block, KeyboardInterrupt included, removes the file and leaves an older
     file at `path` unchanged.
@@ -95,9 +124,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     partial = partial_file(path)
     try:
         yield partial
-        os.replace(partial, path)
+        put(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        discard(partial, path)
         if isinstance(error, OSError) and (better := named(error, path, partial)) is not error:
             raise better from error
         raise

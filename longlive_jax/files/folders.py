@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 from longlive_jax.errors import InputError
+from longlive_jax.files import lease, remote
 from longlive_jax.files.atomic import no_space
 from longlive_jax.files.names import is_stray
+from longlive_jax.files.remote import AnyPath, RemotePath
 
 
 def make(
     folder: str | os.PathLike,
     flag: str,
     what: str = "",
-    is_ours: Callable[[list[pathlib.Path]], bool] = lambda files: True,
+    is_ours: Callable[[list[Any]], bool] = lambda files: True,
 ) -> None:
-    """Makes a folder, if it is missing.
+    """Makes a folder, if it is missing. On object storage there is nothing to make.
 
     Args:
       flag: the flag that names the folder, such as "--output", for messages.
@@ -31,10 +33,10 @@ def make(
       InputError: the folder cannot be made, or it holds other files.
       OSError: ENOSPC, naming `folder`.
     """
-    folder = pathlib.Path(folder)
+    folder = remote.path(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in folder.iterdir() if not is_stray(path.name)]
+        files = [path for path in _entries(folder) if not is_stray(path.name)]
     except FileExistsError as error:
         raise InputError(f"{flag}={folder}: is a file; give a folder") from error
     except OSError as error:
@@ -47,13 +49,27 @@ def make(
         )
 
 
+def _entries(folder: AnyPath) -> list[Any]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        if isinstance(folder, RemotePath):
+            return []
+        raise
+
+
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, taken: str) -> Iterator[None]:
     """Locks an existing folder, until the block or this process ends.
 
     Raises:
       InputError: as `open_locked`.
+      StorageError: object storage refuses, or does not answer.
     """
+    if remote.is_remote(folder):
+        with lease.held(RemotePath(folder), taken):
+            yield
+        return
     with open_locked(pathlib.Path(folder) / ".lock", taken):
         yield
 

@@ -23,7 +23,9 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from longlive_jax.files import remote
 
-__all__ = ["check_read", "ocp"]
+__all__ = ["COMMITTED", "check_read", "ocp"]
+
+COMMITTED = "commit_success.txt"  # of a whole state on object storage
 
 _LOCAL = type(epath.Path(os.sep))
 _elsewhere = _LOCAL.glob  # also of files on this machine, before

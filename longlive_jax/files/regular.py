@@ -3,6 +3,8 @@
 import os
 import stat
 
+from longlive_jax.files import remote
+
 MAX_BYTES = 256 << 20  # the index of a model of a million tensors is a tenth of it
 MAX_TEXT = 64 << 20  # of prompts or a caption: 100,000 long ones
 
@@ -17,10 +19,13 @@ def read(path: str | os.PathLike, limit: int | None = None) -> bytes:
       OSError: it cannot be opened or read.
       ValueError: it is a pipe or a device, which may never end; or it has more bytes.
     """
-    check(path)
     limit = MAX_BYTES if limit is None else limit
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
+    if remote.is_remote(path):
+        content = remote.path(path).read_bytes()
+    else:
+        check(path)
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit} bytes")
     return content

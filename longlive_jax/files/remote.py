@@ -31,12 +31,11 @@ from longlive_jax.errors import InputError, StorageError
 SCHEMES = ("gs", "s3")
 TRIES_VARIABLE = "LONGLIVE_STORAGE_TRIES"  # of a request that fails, before it is an error
 _TRIES = 12  # with the pauses between them, at most 16 seconds, two minutes
+_QUICK = 4  # tries of the first request of a command: some seconds
 MAX_OBJECT = 5 * 2**30 - 1  # bytes of one request that writes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _ONE_SLASH = re.compile(r"(gs|s3):/(?!/)", re.IGNORECASE)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-
-AnyPath = "pathlib.Path | RemotePath"
 
 
 class Info(NamedTuple):
@@ -90,7 +89,7 @@ def check(given: str | os.PathLike, name: str = "path") -> None:
         raise InputError(f"{name}={text}: has '.', '..' or '//' in it; give the address without")
 
 
-def path(given: str | os.PathLike, name: str = "path") -> "pathlib.Path | RemotePath":
+def path(given: str | os.PathLike, name: str = "path") -> "AnyPath":
     """The path of what a user gave. Errors as `check`."""
     if isinstance(given, RemotePath):
         return given
@@ -103,21 +102,57 @@ def absolute(given: str | os.PathLike) -> str:
     return os.fspath(path(given)) if is_remote(given) else os.path.abspath(given)
 
 
-def join(folder: str | os.PathLike, *names: str) -> "pathlib.Path | RemotePath":
+def is_file(given: str | os.PathLike) -> bool:
+    """Whether there is such a file or object; also of names that no file can have."""
+    where = path(given) if is_remote(given) else given
+    return where.is_file() if isinstance(where, RemotePath) else os.path.isfile(where)
+
+
+def join(folder: str | os.PathLike, *names: str) -> "AnyPath":
     """The path of a file in a folder."""
     return path(folder).joinpath(*names)
 
 
-def spec(address: str | os.PathLike) -> dict[str, Any]:
-    """TensorStore's description of the store of an address; its keys go on from there."""
+def reach(given: str | os.PathLike, name: str, *, write: bool = False) -> None:
+    """Refuses an address that cannot be read, or written, before any work. A local path passes.
+
+    Args:
+      name: of the flag, for the message.
+      write: whether it will be written to; an object is, and removed.
+
+    Raises:
+      InputError: as `check`; no such bucket, no credentials, no permission, no answer.
+    """
+    where = path(given, name)
+    if not isinstance(where, RemotePath):
+        return
+    # Beside a file, in a folder: credentials may be for what begins with it alone.
+    place = where.parent if where.suffix and where.parent.key else where
+    key = f"{place.key}/.probe-{os.urandom(6).hex()}".lstrip("/")
+    try:
+        store = ts.KvStore.open(spec(f"{scheme(where)}://{where.bucket}", _QUICK)).result()
+        store.list(ts.KvStore.KeyRange(f"{key}/", _after(f"{key}/"))).result()
+        if write:
+            store.write(key, b"").result()
+            store.write(key, None).result()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"{name}={given}: {_error(where, error).strerror}") from error
+
+
+def spec(address: str | os.PathLike, tries: int | None = None) -> dict[str, Any]:
+    """TensorStore's description of the store of an address; its keys go on from there.
+
+    tries: of each request; None: those of a run that is under way.
+    """
     kind, _, rest = os.fspath(address).partition("://")
     bucket, _, key = rest.partition("/")
-    tries = {"max_retries": _tries(), "initial_delay": "500ms", "max_delay": "16s"}
+    most = min(tries or _tries(), _tries())
+    retries = {"max_retries": most, "initial_delay": "500ms", "max_delay": "16s"}
     if kind == "gs":
         driver = os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")  # Orbax reads it too
         found = {"driver": driver, "bucket": bucket, "path": key}
-        return found | ({"gcs_request_retries": tries} if driver == "gcs" else {})
-    found = {"driver": "s3", "bucket": bucket, "path": key, "s3_request_retries": tries}
+        return found | ({"gcs_request_retries": retries} if driver == "gcs" else {})
+    found = {"driver": "s3", "bucket": bucket, "path": key, "s3_request_retries": retries}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
@@ -340,6 +375,7 @@ class RemotePath(type(epath.Path("gs://bucket"))):
     replace = rename
 
 
+AnyPath = pathlib.Path | RemotePath
 epath.register_path_cls(tuple(f"{one}://" for one in SCHEMES))(RemotePath)
 
 
@@ -367,22 +403,32 @@ def _after(prefix: str) -> str:
     return prefix[:-1] + chr(ord("/") + 1)
 
 
+def lost(where: str | os.PathLike, error: Exception) -> StorageError | None:
+    """An error of a library that used the storage at `where`, if the storage is what failed."""
+    if isinstance(error, StorageError):
+        return error
+    if not is_remote(where):
+        return None
+    words = ("retry attempts failed", *(word for words, _ in _REASONS for word in words))
+    return _error(where, error) if any(word in str(error) for word in words) else None
+
+
 _REASONS = (
     (("NoSuchBucket", "bucket does not exist"), "there is no bucket of this name; make it first"),
     (
-        ("UNAUTHENTICATED", "InvalidAccessKeyId", "SignatureDoesNotMatch", "http_response_code='401'",
-         "Failed to get credentials", "No credentials", "ExpiredToken", "InvalidToken"),
+        ("UNAUTHENTICATED", "InvalidAccessKeyId", "SignatureDoesNotMatch", "response_code='401'",
+         "Failed to get credentials", "ExpiredToken", "InvalidToken"),
         "no credentials, or wrong ones; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3, "
         "GOOGLE_APPLICATION_CREDENTIALS for gs, or log in with the cloud's tool",
     ),
     (
-        ("PERMISSION_DENIED", "AccessDenied", "http_response_code='403'"),
+        ("PERMISSION_DENIED", "AccessDenied", "response_code='403'"),
         "no permission: it is read-only for these credentials, or there are none",
     ),
 )  # fmt: skip
 
 
-def _error(where: RemotePath, error: Exception) -> StorageError:
+def _error(where: str | os.PathLike, error: Exception) -> StorageError:
     """What TensorStore raises, as an error that names the address and the way out."""
     text = str(error)
     for words, reason in _REASONS:

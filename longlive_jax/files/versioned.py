@@ -3,18 +3,18 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, StorageError
 from longlive_jax.files import regular
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.atomic import atomic_path
+from longlive_jax.files.remote import AnyPath
 
 
 def read(
-    file: pathlib.Path,
+    file: AnyPath,
     form: str,
     version: int,
     way_out: str,
@@ -42,6 +42,8 @@ def read(
         known = found[0] == form and found[1] in (version, *older)
         if known and (wrong := schema_lib.mismatch(content, schema)):
             raise ValueError(wrong)
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: is damaged ({_reason(error)}); {way_out}") from error
     if not known:
@@ -52,7 +54,7 @@ def read(
     return content
 
 
-def write(file: pathlib.Path, form: str, version: int, content: Mapping[str, Any]) -> None:
+def write(file: AnyPath, form: str, version: int, content: Mapping[str, Any]) -> None:
     """Writes a file that `read` reads; see `write_json`."""
     write_json(file, {"format": form, "version": version, **content})
 
@@ -78,6 +80,8 @@ def read_json(file: str | os.PathLike, schema: Any = object) -> Any:
     """
     try:
         content = parse(regular.read(file))
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(f"{file}: {_reason(error)}") from error
     except ValueError as error:

@@ -10,7 +10,9 @@ import tokenizers
 from absl import logging
 
 from longlive_jax.captions import clean
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, StorageError
+from longlive_jax.files import remote
+from longlive_jax.files.remote import RemotePath
 from longlive_jax.models import sentencepiece
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -37,10 +39,10 @@ class Tokenizer:
         Raises:
           InputError: no such file, not a tokenizer, or one of another model.
         """
-        path = pathlib.Path(path)
-        if os.path.isdir(path):
+        path = remote.path(path)
+        if not remote.is_remote(path) and os.path.isdir(path):
             path = path / (FILE if (path / FILE).is_file() else SENTENCEPIECE)
-        if not os.path.isfile(path):  # pathlib raises for names that no file can have
+        if not remote.is_file(path):
             raise InputError(
                 f"tokenizer: {path} is not a file; give UMT5's {FILE} or {SENTENCEPIECE}, which "
                 "the released model keeps in google/umt5-xxl/"
@@ -126,8 +128,13 @@ def as_json(path: str | os.PathLike) -> bytes:
       InputError: it is neither of them.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        if isinstance(where := remote.path(path), RemotePath):
+            content = where.read_bytes()
+        else:
+            with open(path, "rb") as file:
+                content = file.read(_MAX_BYTES + 1)
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(f"tokenizer: {path}: {error.strerror or error}") from error
     with _refused(path):

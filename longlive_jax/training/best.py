@@ -1,7 +1,6 @@
 """The best checkpoint of a run by the grade of its evaluations; its folder is a checkpoint too."""
 
 import math
-import pathlib
 import shutil
 
 import jax
@@ -9,8 +8,9 @@ import jax
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
-from longlive_jax.files import versioned
+from longlive_jax.files import remote, versioned
 from longlive_jax.files.orbax import ocp
+from longlive_jax.files.remote import AnyPath, RemotePath
 
 FOLDER, GRADE = "best", "grade"
 FORMAT, VERSION = "longlive_jax best checkpoint", 1
@@ -31,10 +31,11 @@ class Best:
       InputError: what an earlier process kept is damaged.
     """
 
-    def __init__(self, root: pathlib.Path, network: str):
+    def __init__(self, root: AnyPath, network: str):
         self._root, self._network = root / FOLDER, network
         self.step, self.grade = 0, -math.inf
-        for path in self._states():
+        for step in workdir.whole(self._root):
+            path = self._root / workdir.STATES / str(step)
             try:
                 kept = ocp.metadata(str(path)).custom_metadata or {}
                 grade = float(kept[GRADE])  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -52,7 +53,11 @@ class Best:
         try:
             state = {"networks": {self._network: {"ema": ema}}}
             ocp.save(str(path), state, overwrite=True, custom_metadata={GRADE: grade})
-        except OSError as error:
+        except Exception as error:
+            if (lost := remote.lost(path, error)) is not None:
+                raise lost from error
+            if not isinstance(error, OSError):
+                raise
             raise InputError(
                 f"{path}: cannot be written ({error.strerror or error}); the best before it, if "
                 "any, is whole; free some space, and the same command goes on"
@@ -67,9 +72,12 @@ class Best:
         return True
 
     def _remove_others(self) -> None:
-        for path in self._states() if jax.process_index() == 0 else ():
-            if int(path.name) != self.step:
+        if jax.process_index() != 0:
+            return
+        for path in list((self._root / workdir.STATES).glob("*")):
+            if not path.name.isdecimal() or int(path.name) == self.step:
+                continue
+            if isinstance(path, RemotePath):
+                path.rmtree(missing_ok=True)
+            else:
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _states(self) -> list[pathlib.Path]:
-        return [p for p in (self._root / workdir.STATES).glob("*") if p.name.isdecimal()]

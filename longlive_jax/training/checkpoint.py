@@ -5,8 +5,8 @@ never hides an older one; and it is read onto any mesh, by any number of process
 """
 
 import contextlib
-import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +15,9 @@ import jax
 from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
-from longlive_jax.files import folders
+from longlive_jax.files import folders, remote
 from longlive_jax.files.orbax import check_read, ocp
+from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
@@ -25,7 +26,7 @@ _FULL = ("No space left", "ENOSPC", "Disk quota", "EDQUOT", "File too large", "E
 
 @contextlib.contextmanager
 def acquire(
-    root: pathlib.Path,
+    root: AnyPath,
     settings: Mapping[str, Any],
     network: str | None,
     checkpoint: str | None = None,
@@ -52,8 +53,8 @@ def acquire(
         yield
         return
     with folders.locked(root, f"--workdir={root}: another process trains in it"):
-        where = os.path.abspath(checkpoint) if checkpoint else old.checkpoint
-        below = os.path.abspath(base) if base else None
+        where = remote.absolute(checkpoint) if checkpoint else old.checkpoint
+        below = remote.absolute(base) if base else None
         workdir.write(root, workdir.Run(settings, where, network, below))
         yield
 
@@ -64,8 +65,10 @@ class Checkpoints:
     The last `keep_last` are kept, and those of every step that `keep_every` divides.
     """
 
-    def __init__(self, root: pathlib.Path, plan: Plan):
+    def __init__(self, root: AnyPath, plan: Plan):
         self._path = root / workdir.STATES
+        elsewhere = isinstance(root, RemotePath) and workdir.is_run(root)
+        self._begun = workdir.read(root) if elsewhere else None  # for `rescue`
         policies = ocp.training.preservation_policies
         latest, every = policies.LatestN(plan.keep_last), plan.keep_every
         keep = policies.AnyPreservationPolicy(
@@ -110,7 +113,7 @@ class Checkpoints:
         When it returns, the state may be donated. Waits for the state before to be written.
 
         Raises:
-          InputError: as `check`.
+          InputError, StorageError: as `check`.
         """
         self.wait()
         with self._explained(step):
@@ -122,12 +125,30 @@ class Checkpoints:
 
         Raises:
           InputError: it has; the disk is full. Older states are as they were.
+          StorageError: it has; object storage refuses, or does not answer. So are they then.
         """
         self._finish(0)
 
     def wait(self) -> None:
         """Waits until all is on disk. Errors as `check`."""
         self._finish(None)
+
+    def rescue(self, step: int, state: TrainState) -> pathlib.Path | None:
+        """Writes a state to a local folder, from which the run can go on, as its own is lost.
+
+        Returns:
+          the folder; None: the processes have none in common, or it cannot be written.
+        """
+        if jax.process_count() > 1:
+            return None
+        try:
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="longlive_jax_rescued-"))
+            ocp.save(str(folder / workdir.STATES / str(step)), state)
+            if self._begun is not None:
+                workdir.write(folder, self._begun)
+            return folder
+        except Exception:  # the error that is told is the storage's
+            return None
 
     def close(self) -> None:
         """Waits, and ends. Errors as `check`."""
@@ -153,6 +174,8 @@ class Checkpoints:
             yield
         except Exception as error:
             self._saving = None
+            if (lost := remote.lost(self._path, error)) is not None:
+                raise lost from error
             reason = str(error)
             if not any(words in reason for words in _FULL):
                 raise

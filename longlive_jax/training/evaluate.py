@@ -6,7 +6,6 @@ With train.eval_grade they are graded: the run keeps the best of its checkpoints
 import contextlib
 import dataclasses
 import math
-import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -23,6 +22,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import remove_abandoned
 from longlive_jax.files.names import as_bytes
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.grading import summary
 from longlive_jax.grading import video as grading
 from longlive_jax.models import dit
@@ -41,7 +41,7 @@ FOLDER = "evaluation"
 class Evaluation:
     """The folder with the videos, and their grade, 0 to 1, if they are graded."""
 
-    folder: pathlib.Path
+    folder: AnyPath
     grade: float | None
 
 
@@ -123,7 +123,7 @@ class Evaluator:
         self,
         cfg: config_lib.Config,
         mesh: jax.sharding.Mesh,
-        root: pathlib.Path,
+        root: AnyPath,
         prompts: Prompts,
         vae: params_lib.Tree,
         embed: Callable[[params_lib.Tree], Texts],
@@ -186,7 +186,7 @@ class Evaluator:
             grade = float(multihost_utils.broadcast_one_to_all(np.float32(grade)))
         return Evaluation(folder, grade)
 
-    def _grade(self, folder: pathlib.Path, videos: Sequence[np.ndarray]) -> float:
+    def _grade(self, folder: AnyPath, videos: Sequence[np.ndarray]) -> float:
         """Writes `folder`/grade.json, as launch.grade does; returns the grade."""
         records = [
             grading.grade(

@@ -18,7 +18,9 @@ from longlive_jax.data.clips import VideoFolder, sample_folders
 from longlive_jax.data.images import to_float
 from longlive_jax.data.source import Health, Sample, Source
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote
 from longlive_jax.files.names import as_bytes
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.models import vae
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.prompts.encoder import PromptEncoder
@@ -37,7 +39,7 @@ def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
     """
     if cfg.data.cached:
         source = records.Records(cfg.data.path, cfg)
-        content = (pathlib.Path(cfg.data.path) / records.MANIFEST).read_bytes()
+        content = remote.join(cfg.data.path, records.MANIFEST).read_bytes()
     else:
         source = VideoFolder(cfg)
         names = [path.name for path in sample_folders(pathlib.Path(cfg.data.path) / "video")]
@@ -70,7 +72,7 @@ class Prefetcher(prefetch.Prefetcher):
         mesh: jax.sharding.Mesh,
         source: Source,
         encoders: Encoders,
-        failures: pathlib.Path,
+        failures: AnyPath,
         steps: range,
     ):
         self._cfg, self._encoders = cfg, encoders

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from longlive_jax import params as params_lib
-from longlive_jax.errors import NotFiniteError
+from longlive_jax.errors import NotFiniteError, StorageError
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.training import checkpoint, metrics, state
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
@@ -70,7 +70,7 @@ class Done:
 def run(
     objective: Objective,
     plan: Plan,
-    root: pathlib.Path,
+    root: AnyPath,
     inputs: Inputs,
     show: Callable[[str], None],
 ) -> tuple[TrainState, Done]:
@@ -82,6 +82,8 @@ def run(
 
     Raises:
       InputError: bad data, a damaged state, a full disk.
+      StorageError: object storage refuses, or does not answer, for long. What was saved stands, and
+        the state is in a local folder, if the run has one process.
       DivergedError: too many steps in a row were not finite; or the last step was, whose state is
         saved all the same.
     """
@@ -105,27 +107,45 @@ def _run(objective, plan, root, inputs, show, stop) -> tuple[TrainState, Done]:
         contextlib.closing(metrics.Metrics(root, objective, plan, done, show)) as log,
     ):
         stopped = False
-        while done < plan.steps and not stopped:
-            asked = time.perf_counter()
-            batch, names = next(batches)
-            began = time.perf_counter()
-            now, report = compiled[step.due(done)](now, inputs.frozen, batch)
-            done += 1
-            _refuse_divergence(plan, log.add(done, report, names, began, began - asked))
+        try:
+            while done < plan.steps and not stopped:
+                asked = time.perf_counter()
+                batch, names = next(batches)
+                began = time.perf_counter()
+                now, report = compiled[step.due(done)](now, inputs.frozen, batch)
+                done += 1
+                _refuse_divergence(plan, log.add(done, report, names, began, began - asked))
 
-            last, stopped = done == plan.steps, stop.reached(done)
-            saved.check()
-            if done % plan.save_every == 0 or last or stopped:
-                # First its line, then the state: a run that goes on from it has the line.
-                _refuse_divergence(plan, log.flush())
-                saved.save(done, now)
-            if evaluate is not None and not stopped and (done % plan.eval_every == 0 or last):
-                _refuse_divergence(plan, log.flush())
-                show(f"evaluation: {evaluate(done, now.networks)}")
-        saved.close()
+                last, stopped = done == plan.steps, stop.reached(done)
+                saved.check()
+                if done % plan.save_every == 0 or last or stopped:
+                    # First its line, then the state: a run that goes on from it has the line.
+                    _refuse_divergence(plan, log.flush())
+                    log.sync()
+                    saved.save(done, now)
+                if evaluate is not None and not stopped and (done % plan.eval_every == 0 or last):
+                    _refuse_divergence(plan, log.flush())
+                    show(f"evaluation: {evaluate(done, now.networks)}")
+            saved.close()
+            log.sync()
+        except StorageError as error:
+            raise _rescued(error, root, saved, log, done, now) from error
     if done == plan.steps:
         _refuse_bad_end(plan, now)
     return now, Done(done, stopped)
+
+
+def _rescued(error, root, saved, log, done, now) -> StorageError:
+    """The error of a run whose storage is lost, after what can be saved is saved elsewhere."""
+    reason = f"{error.strerror}. What it has of this run stands"
+    folder = saved.rescue(done, now)
+    if folder is not None:
+        try:
+            log.keep(folder)
+            reason += f"; step {done} is in {folder}, and --workdir={folder} goes on from there"
+        except OSError:
+            pass
+    return StorageError(error.errno, reason, error.filename or str(root))
 
 
 def _compile(step, due, show):

@@ -18,6 +18,8 @@ import tensorboardX
 from longlive_jax.errors import InputError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
+from longlive_jax.files.remote import AnyPath
+from longlive_jax.files.scratch import Mirror
 from longlive_jax.training import cost
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
@@ -25,6 +27,7 @@ from longlive_jax.training.prefetch import decode_names
 from longlive_jax.training.step import StepMetrics
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+_SYNC_SECONDS = 60  # between what is sent to object storage, beside each saved state
 
 
 class _Pending(NamedTuple):
@@ -41,13 +44,14 @@ class Metrics:
     """Every process calls every method; the first one writes.
 
     Args:
-      root: gets metrics.jsonl and tensorboard/. Lines after step `start` are cut off.
+      root: gets metrics.jsonl and tensorboard/. Lines after step `start` are cut off. On object
+        storage it gets them now and then: `sync`.
       show: prints a line a step.
     """
 
     def __init__(
         self,
-        root: pathlib.Path,
+        root: AnyPath,
         objective: Objective,
         plan: Plan,
         start: int,
@@ -60,10 +64,13 @@ class Metrics:
         self._worked = 0.0
         self._file = self._board = None
         if jax.process_index() == 0:
-            cut(root / METRICS, start)
-            self._file = (root / METRICS).open("a", encoding="utf-8")
+            self._mirror, self._synced = Mirror(root), self._start
+            folder = self._mirror.folder
+            self._mirror.fetch(METRICS)
+            cut(folder / METRICS, start)
+            self._file = (folder / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
-                str(root / TENSORBOARD), purge_step=start + 1, flush_secs=10
+                str(folder / TENSORBOARD), purge_step=start + 1, flush_secs=10
             )
 
     def add(
@@ -105,7 +112,25 @@ class Metrics:
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(f"train/{name}", value, step.number)
             self._show(self._text(line, metrics))
+            if now - self._synced > _SYNC_SECONDS:
+                self.sync()
         return line
+
+    def sync(self) -> None:
+        """Sends the log as it is to object storage, if the run's folder is there.
+
+        Raises:
+          StorageError: it refuses, or does not answer.
+        """
+        if self._file is not None and self._board is not None:
+            self._board.flush()
+            self._mirror.sync()
+            self._synced = time.perf_counter()
+
+    def keep(self, folder: pathlib.Path) -> None:
+        """Writes the lines so far to another folder."""
+        if self._file is not None:
+            (folder / METRICS).write_bytes((self._mirror.folder / METRICS).read_bytes())
 
     def close(self) -> None:
         if self._file is not None and self._board is not None:

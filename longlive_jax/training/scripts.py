@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +12,9 @@ from longlive_jax import config as config_lib
 from longlive_jax.data import records
 from longlive_jax.data.source import Health, Sample, Source
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote
 from longlive_jax.files.names import as_bytes
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.prompts import shots
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.prompts.walks import Walks
@@ -35,7 +36,7 @@ def open_source(cfg: config_lib.Config) -> tuple[Source, str]:
             cfg.train, latent_frames=cfg.distill.latent_frames, text_encoder=False
         )
         source = records.Records(cfg.data.path, dataclasses.replace(cfg, train=train))
-        content = (pathlib.Path(cfg.data.path) / records.MANIFEST).read_bytes()
+        content = remote.join(cfg.data.path, records.MANIFEST).read_bytes()
     else:
         if cfg.video.image_to_video:
             raise InputError(
@@ -98,7 +99,7 @@ class Prefetcher(prefetch.Prefetcher):
 
     def __init__(
         self, cfg: config_lib.Config, mesh: jax.sharding.Mesh, source: Source,
-        encoder: PromptEncoder | None, failures: pathlib.Path, steps: range,
+        encoder: PromptEncoder | None, failures: AnyPath, steps: range,
     ):  # fmt: skip
         self._cfg, self._encoder = cfg, encoder
         self._like = batch_lib.abstract_scripts(cfg, mesh)

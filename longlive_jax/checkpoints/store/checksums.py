@@ -4,6 +4,7 @@ CRC-32, as zip has it: zlib computes it in hardware, without the interpreter's l
 threads keep ahead of what disks give. It finds damage; it does not tell who made a file.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import os
@@ -13,16 +14,36 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 from longlive_jax.errors import InputError
+from longlive_jax.files.remote import AnyPath, RemotePath
 
 _BLOCK = 4 << 20  # bytes read at once
 _THREADS = 8  # more find no more bandwidth
+_FETCHED = 4  # folders of object storage that are on the disk at a time
 
 Checksums = Mapping[str, str]  # by the name of a file in a folder, with / between folders
 
 
-def of_file(file: pathlib.Path) -> str:
+def _fetched(
+    folder: RemotePath, sums: Checksums, into: pathlib.Path | None, way_out: str
+) -> pathlib.Path:
+    """A local copy of the files of a folder on object storage, those that have checksums."""
+    assert into is not None
+    for name in sums:
+        target = into / folder.name / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.write_bytes((folder / name).read_bytes())
+        except FileNotFoundError as error:
+            reason = f"{name}: {error.strerror}"
+            raise InputError(f"{folder}: is damaged ({reason}); {way_out}") from error
+    return into / folder.name
+
+
+def of_file(file: AnyPath) -> str:
     """The checksum of a file's content, eight hexadecimal digits."""
     value = 0
+    if isinstance(file, RemotePath):
+        return f"{zlib.crc32(file.read_bytes()):08x}"
     with file.open("rb", buffering=0) as f:
         while block := f.read(_BLOCK):
             value = zlib.crc32(block, value)
@@ -58,7 +79,7 @@ def check_links(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def checking(
-    root: pathlib.Path, sums: Mapping[str, Checksums], way_out: str
+    root: AnyPath, sums: Mapping[str, Checksums], way_out: str, into: pathlib.Path | None = None
 ) -> Iterator[Callable[[str], None]]:
     """Compares folders with their checksums, in threads, ahead of the reader.
 
@@ -66,20 +87,39 @@ def checking(
       root: where the folders are.
       sums: by folder, in the order in which they will be read.
       way_out: what to do about damage; ends the message.
+      into: a folder that gets the folders of a `root` on object storage.
 
     Yields:
       a function that waits for a folder of `sums`, and raises InputError if it is damaged.
     """
     threads = min(_THREADS, os.cpu_count() or 1)
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="checksums")
-    jobs = {g: pool.submit(_check, root / g, files, way_out) for g, files in sums.items()}
+    waiting = collections.deque(sums.items())
+    jobs: dict[str, concurrent.futures.Future] = {}
+
+    def ahead(number: int) -> None:
+        """Begins with some more: of what is on object storage, the disk has few at a time."""
+        for _ in range(min(number, len(waiting))):
+            group, files = waiting.popleft()
+            jobs[group] = pool.submit(_check, root / group, files, way_out, into)
+
+    def wait(folder: str) -> None:
+        while folder not in jobs and waiting:
+            ahead(1)
+        jobs[folder].result()
+        if into is not None:
+            ahead(1)
+
+    ahead(_FETCHED if into is not None else len(waiting))
     try:
-        yield lambda folder: jobs[folder].result()
+        yield wait
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check(folder: pathlib.Path, sums: Checksums, way_out: str) -> None:
+def _check(folder: AnyPath, sums: Checksums, way_out: str, into: pathlib.Path | None) -> None:
+    if isinstance(folder, RemotePath):
+        folder = _fetched(folder, sums, into, way_out)
     check_links(folder)
     for name, expected in sums.items():
         try:

@@ -1,7 +1,6 @@
 """index.json of a network: its arrays, and the group and the rows in which each of them lies."""
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Mapping
 
@@ -10,10 +9,11 @@ import numpy as np
 
 from longlive_jax import params as params_lib
 from longlive_jax.checkpoints.store import checksums
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, StorageError
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files import versioned
 from longlive_jax.files.names import is_plain
+from longlive_jax.files.remote import AnyPath
 
 FILE = "index.json"
 _SCHEMA = {
@@ -49,7 +49,7 @@ class Index:
     checksums: Mapping[str, checksums.Checksums]
 
 
-def read(folder: pathlib.Path, checksum: str | None, way_out: str) -> Index:
+def read(folder: AnyPath, checksum: str | None, way_out: str) -> Index:
     """The index of the network in `folder`.
 
     Args:
@@ -74,6 +74,8 @@ def read(folder: pathlib.Path, checksum: str | None, way_out: str) -> Index:
         sums = content.get("checksums", {})
         _check_names(groups, sums)
         _check_rows(leaves, groups)
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: {FILE} is damaged ({reason}); {way_out}") from error

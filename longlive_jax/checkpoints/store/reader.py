@@ -22,7 +22,9 @@ from longlive_jax.checkpoints.store import checksums
 from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.errors import InputError
+from longlive_jax.files import remote, scratch
 from longlive_jax.files.orbax import check_read, ocp
+from longlive_jax.files.remote import RemotePath
 from longlive_jax.quant import weights as weights_lib
 from longlive_jax.recipes import Recipe
 
@@ -149,7 +151,7 @@ def parts(directory: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       InputError: no checkpoint there, or a damaged one.
     """
-    return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory))))
+    return tuple(directory_lib.read(remote.path(remote.absolute(directory))))
 
 
 def sources(directory: str | os.PathLike, name: str) -> tuple[str, ...]:
@@ -158,7 +160,7 @@ def sources(directory: str | os.PathLike, name: str) -> tuple[str, ...]:
     Raises:
       InputError: no checkpoint there, or a damaged one.
     """
-    return tuple(directory_lib.read(pathlib.Path(os.path.abspath(directory)))[name]["sources"])
+    return tuple(directory_lib.read(remote.path(remote.absolute(directory)))[name]["sources"])
 
 
 class Stored:
@@ -175,7 +177,7 @@ class Stored:
     """
 
     def __init__(self, directory: str | os.PathLike, name: str):
-        root = pathlib.Path(os.path.abspath(directory))
+        root = remote.path(remote.absolute(directory))
         has = directory_lib.read(root)
         if name not in has:
             way_out = "give another checkpoint"
@@ -192,6 +194,13 @@ class Stored:
         self._way_out = f"copy the checkpoint or convert the {name} again"
         self._index = index_lib.read(self.path, self.info.get("index_checksum"), self._way_out)
         self.groups = self._index.groups
+        # Of a checkpoint on object storage, the groups that are being read.
+        self._here = scratch.folder() if isinstance(self.path, RemotePath) else self.path
+        if isinstance(self.path, RemotePath) and not self._index.checksums:
+            raise InputError(
+                f"{self.path}: has no checksums, it was written before they were; copy it to a "
+                "local disk"
+            )
 
     def spec(self) -> params_lib.Tree:
         """Specs of the arrays on disk; only the layer axes of stacked ones have names."""
@@ -295,7 +304,9 @@ class Stored:
     ) -> contextlib.AbstractContextManager[Callable[[str], None]]:
         """`checksums.checking` of these groups, in the order in which they will be read."""
         if sums := self._index.checksums:
-            return checksums.checking(self.path, {g: sums[g] for g in groups}, self._way_out)
+            into = self._here if self._here != self.path else None
+            sums = {g: sums[g] for g in groups}
+            return checksums.checking(self.path, sums, self._way_out, into)
         return contextlib.nullcontext(self._check_dtypes)
 
     def _check_dtypes(self, group: str) -> None:
@@ -335,13 +346,19 @@ class Stored:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with self._damage(group), context:
-            tree = ocp.load(self.path / group, params_lib.unflatten(abstract))
+            tree = ocp.load(self._here / group, params_lib.unflatten(abstract))
             check_read(tree)
             arrays = params_lib.flatten(tree)
             wanted = {path: (x.shape, x.dtype) for path, x in abstract.items()}
             if wrong := [p for p, x in arrays.items() if (x.shape, x.dtype) != wanted.get(p)]:
                 raise ValueError(f"{'/'.join(wrong[0])} has another shape or dtype")
+        self._read(group)
         return arrays
+
+    def _read(self, group: str) -> None:
+        """Removes the local copy of a group that was read."""
+        if self._here != self.path:
+            shutil.rmtree(self._here / group, ignore_errors=True)
 
     def copy(self, folder: pathlib.Path) -> None:
         """Copies the network's files, and no others, to an empty folder.
@@ -353,8 +370,9 @@ class Stored:
             for group in self.groups:
                 check(group)
                 with self._damage(group):
-                    shutil.copytree(self.path / group, folder / group)
-            shutil.copyfile(self.path / index_lib.FILE, folder / index_lib.FILE)
+                    shutil.copytree(self._here / group, folder / group)
+                self._read(group)
+            (folder / index_lib.FILE).write_bytes((self.path / index_lib.FILE).read_bytes())
 
     def extents(self) -> Iterator[tuple[params_lib.Path, int, int]]:
         """Path, first row and number of rows of each of `pieces`."""

@@ -23,15 +23,19 @@ from longlive_jax.checkpoints.store import directory as directory_lib
 from longlive_jax.checkpoints.store import index as index_lib
 from longlive_jax.checkpoints.store.reader import Stored
 from longlive_jax.errors import InputError
-from longlive_jax.files import versioned
+from longlive_jax.files import scratch, versioned
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.files.orbax import ocp
+from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.models import tokenizer as tokenizer_lib
 from longlive_jax.recipes import Recipe
 
 _GROUP_BYTES = 256 << 20  # a group is in memory about three times while it is written
 _NAME = re.compile(r"[A-Za-z]\w*")
 _MAX_NAME = 200  # bytes of a network's name: its folder's may have 255, and is longer
+
+
+Send = Callable[[pathlib.Path], None]
 
 
 class Summary(NamedTuple):
@@ -77,8 +81,8 @@ def save(
         is invalid.
     """
 
-    def write(folder: pathlib.Path) -> dict:
-        index = _write_groups(folder, pieces, quantized.spec(spec, recipe))
+    def write(folder: pathlib.Path, send: Send) -> dict:
+        index = _write_groups(folder, pieces, quantized.spec(spec, recipe), send)
         versioned.write_json(folder / index_lib.FILE, index)
         kind = parts_lib.PARTS.get(network or name)
         info = {
@@ -108,7 +112,8 @@ def copy(stored: Stored, directory: str | os.PathLike) -> None:
       InputError: as `save`.
     """
 
-    def write(folder: pathlib.Path) -> dict:
+    def write(folder: pathlib.Path, send: Send) -> dict:
+        del send
         stored.copy(folder)
         return stored.info
 
@@ -116,9 +121,12 @@ def copy(stored: Stored, directory: str | os.PathLike) -> None:
 
 
 def _add(
-    directory: str | os.PathLike, name: str, write: Callable[[pathlib.Path], dict]
+    directory: str | os.PathLike, name: str, write: Callable[[pathlib.Path, Send], dict]
 ) -> dict[str, Any]:
-    """Adds a network that `write` writes to an empty folder; returns what `write` returns."""
+    """Adds a network that `write` writes to an empty folder; returns what `write` returns.
+
+    `write` also gets a function for a folder in it that is whole, which may be gone afterwards.
+    """
     too_long = len(name.encode(errors="replace")) > _MAX_NAME
     if not _NAME.fullmatch(name) or too_long or name == tokenizer_lib.NAME:
         raise InputError(
@@ -126,15 +134,16 @@ def _add(
             f"digits and _, at most {_MAX_NAME} bytes"
         )
     with directory_lib.writing(directory) as (root, parts):
+        if isinstance(root, RemotePath):
+            return _add_remote(root, name, parts, write)
         # Left by a process that was killed.
         partial = root / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         directory_lib.remove_unused(root, name, parts)
         partial.mkdir()
         try:
-            info = write(partial)
-            names = (name if i == 0 else f"{name}_{i}" for i in range(1 << 20))
-            final = next(root / n for n in names if not (root / n).exists())
+            info = write(partial, lambda folder: None)
+            final = _free(root, name)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -142,6 +151,36 @@ def _add(
         parts[name] = info | {"directory": final.name}
         directory_lib.write(root, parts)
         directory_lib.remove_unused(root, name, parts)
+    return info
+
+
+def _free(root: AnyPath, name: str) -> AnyPath:
+    """A name for a network's folder that none has yet."""
+    names = (name if i == 0 else f"{name}_{i}" for i in range(1 << 20))
+    return next(root / n for n in names if not (root / n).exists())
+
+
+def _add_remote(root: RemotePath, name: str, parts: dict, write: Callable) -> dict[str, Any]:
+    """As `_add`, on object storage: files have their final names, and metadata.json is last."""
+    directory_lib.remove_unused(root, name, parts)
+    final, here = _free(root, name), scratch.folder()
+    assert isinstance(final, RemotePath)
+    (final / directory_lib.UNFINISHED).write_bytes(b"")
+
+    def send(folder: pathlib.Path) -> None:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            (final / path.relative_to(here).as_posix()).write_bytes(path.read_bytes())
+            path.unlink()
+
+    try:
+        info = write(here, send)
+        send(here)
+    finally:
+        shutil.rmtree(here, ignore_errors=True)
+    parts[name] = info | {"directory": final.name}
+    directory_lib.write(root, parts)
+    (final / directory_lib.UNFINISHED).unlink(missing_ok=True)
+    directory_lib.remove_unused(root, name, parts)
     return info
 
 
@@ -155,7 +194,7 @@ def save_tokenizer(
     Raises:
       InputError: as `save`; or not UMT5's tokenizer.
     """
-    tokenizer_lib.Tokenizer.from_file(file)
+    tokenizer_lib.Tokenizer.from_file(file)  # refuses what is none
     with directory_lib.writing(directory) as (root, parts):
         with atomic_path(root / tokenizer_lib.FILE) as partial:
             partial.write_bytes(tokenizer_lib.as_json(file))
@@ -179,8 +218,10 @@ def tree_pieces(tree: params_lib.Tree, spec: params_lib.Tree) -> Iterator[Piece]
         yield Piece(w.path, w.layer or 0, np.asarray(jax.device_get(rows)))
 
 
-def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params_lib.Tree) -> dict:
-    """Writes pieces as they come, in groups of about `_GROUP_BYTES`."""
+def _write_groups(
+    directory: pathlib.Path, pieces: Iterable[Piece], spec: params_lib.Tree, send: Send
+) -> dict:
+    """Writes pieces as they come, in groups of about `_GROUP_BYTES`; `send` gets each group."""
     leaves = params_lib.flatten(spec)
     dtypes: dict[params_lib.Path, np.dtype] = {}
     groups: dict[str, dict[str, list[int]]] = {}
@@ -200,6 +241,7 @@ def _write_groups(directory: pathlib.Path, pieces: Iterable[Piece], spec: params
         with context:
             ocp.save(str(directory / name), params_lib.unflatten({p.path: p.array for p in group}))
         sums[name] = checksums.of_folder(directory / name)
+        send(directory / name)
         groups[name] = {"/".join(p.path): [p.start, len(p.array)] for p in group}
         group.clear()
 

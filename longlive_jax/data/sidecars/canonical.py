@@ -13,7 +13,7 @@ import numpy as np
 
 from longlive_jax.data.sidecars.actions import Actions
 from longlive_jax.errors import InputError
-from longlive_jax.files import regular, versioned
+from longlive_jax.files import regular, remote, versioned
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.files.atomic import atomic_path
@@ -26,7 +26,7 @@ _FACTS = {"fps": float, "keys": [str], "view?": str, "pad?": int, "source?": str
 
 def path_for(video: str | os.PathLike, end: str = ENDS[0]) -> pathlib.Path:
     """The sidecar of a video: its name, with ".actions.npz" for its suffix."""
-    video = pathlib.Path(video)
+    video = remote.path(video)
     return video.with_name(video.stem + end)
 
 
