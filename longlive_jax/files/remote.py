@@ -215,8 +215,10 @@ class RemotePath(type(epath.Path("gs://bucket"))):
         """The names of all objects below, from here."""
         start = self._prefix
         range_ = ts.KvStore.KeyRange(start, _after(start)) if start else ts.KvStore.KeyRange()
-        found = self._wait(self._store().list(range_, strip_prefix_length=len(start.encode())))
-        return sorted(os.fsdecode(name) for name in found if name)
+        names = map(os.fsdecode, self._wait(self._store().list(range_)))
+        # A name that ends with a slash is an object that other tools make for a folder.
+        inside = (name[len(start) :] for name in names if name.startswith(start))
+        return sorted(name for name in inside if name and not name.endswith("/"))
 
     # What is there.
 
@@ -414,7 +416,7 @@ def lost(where: str | os.PathLike, error: Exception) -> StorageError | None:
 
 
 _REASONS = (
-    (("NoSuchBucket", "bucket does not exist"), "there is no bucket of this name; make it first"),
+    (("NoSuchBucket", "NOT_FOUND"), "there is no bucket of this name; make it first"),
     (
         ("UNAUTHENTICATED", "InvalidAccessKeyId", "SignatureDoesNotMatch", "response_code='401'",
          "Failed to get credentials", "ExpiredToken", "InvalidToken"),
