@@ -125,14 +125,16 @@ def reader(server: Server) -> dict[str, str]:
 def asking_for_permission(server: Server) -> Iterator[None]:
     """The server checks signatures and permissions meanwhile; otherwise it takes whatever comes."""
     url = f"{server.environment['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
-    for count, inside in (("0", True), ("inf", False)):
-        urllib.request.urlopen(urllib.request.Request(url, data=count.encode())).close()
-        if inside:
-            try:
-                yield
-            except BaseException:
-                urllib.request.urlopen(urllib.request.Request(url, data=b"inf")).close()
-                raise
+    _post(url, "0")
+    try:
+        yield
+    finally:
+        _post(url, "inf")
+
+
+def _post(url: str, text: str) -> None:
+    request = urllib.request.Request(url, text.encode(), {"Content-Type": "text/plain"})
+    urllib.request.urlopen(request).close()
 
 
 def _answers(url: str) -> bool:
