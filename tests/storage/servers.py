@@ -102,10 +102,10 @@ def client(service: str, server: Server):
     )  # fmt: skip
 
 
-def reader(server: Server) -> dict[str, str]:
+def reader(server: Server, name: str = "reader") -> dict[str, str]:
     """The environment of a user who may read the bucket and not write to it."""
     iam = client("iam", server)
-    iam.create_user(UserName="reader")
+    iam.create_user(UserName=name)
     allowed = {
         "Version": "2012-10-17",
         "Statement": {
@@ -113,9 +113,9 @@ def reader(server: Server) -> dict[str, str]:
         },
     }  # fmt: skip
     iam.put_user_policy(
-        UserName="reader", PolicyName="read", PolicyDocument=json.dumps(allowed)
+        UserName=name, PolicyName="read", PolicyDocument=json.dumps(allowed)
     )
-    key = iam.create_access_key(UserName="reader")["AccessKey"]
+    key = iam.create_access_key(UserName=name)["AccessKey"]
     return server.environment | {
         "AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],
     }  # fmt: skip

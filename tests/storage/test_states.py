@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 
 import jax
@@ -184,7 +185,8 @@ def test_a_state_that_is_half_there_is_none(s3):
         Checkpoints(root, PLAN).restore(template(state(0, 1000)))
 
 
-def test_a_server_that_dies_loses_no_word_about_it(monkeypatch):
+def test_a_server_that_dies_loses_no_word_about_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with servers.s3() as server:
         for key, value in server.environment.items():
             monkeypatch.setenv(key, value)

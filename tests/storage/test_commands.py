@@ -1,0 +1,201 @@
+"""The commands with addresses: what they write, what they refuse, what a lost storage leaves."""
+
+import json
+import pathlib
+import signal
+
+import av
+import numpy as np
+import pytest
+
+from longlive_jax.checkpoints import store, workdir
+from longlive_jax.data import records
+from longlive_jax.files import remote
+from tests.launch.commands import PROMPTS, TINY, run, save_tiny, write
+from tests.multiprocess.processes import Job
+from tests.storage import servers
+from tests.training import tiny_run
+
+SMALL = {"train__steps": 4, "train__save_every": 2, "train__accumulation": 1}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    return tiny_run.write_cached(tmp_path_factory.mktemp("data") / "cached")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "ckpt")
+
+
+def upload(folder: pathlib.Path, target: remote.RemotePath) -> remote.RemotePath:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            (target / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+    return target
+
+
+def download(source: remote.RemotePath, folder: pathlib.Path) -> pathlib.Path:
+    for path in source.rglob("*"):
+        target = folder / str(path).removeprefix(f"{source}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return folder
+
+
+def refused(command, *words, code=2, **kwargs):
+    done = run(command, *words, check=False, **kwargs)
+    assert done.code == code, done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    return last
+
+
+def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint, tmp_path):
+    """Killed and started again, with all of it on s3: the same numbers as on a local disk."""
+    data, weights = upload(cached, s3.path("data")), upload(checkpoint, s3.path("ckpt"))
+    prompts = write(tmp_path / "prompts.txt", "\n".join(PROMPTS))
+    values = SMALL | dict(
+        data__eval_path=prompts, train__eval_every=4, train__eval_steps=1, train__eval_chunks=1
+    )
+    local, there = tmp_path / "local", s3.path("run")
+    run("train", *tiny_run.flags(cached, local, **values), f"--checkpoint={checkpoint}")
+    flags = [*tiny_run.flags(data, there, **values), f"--checkpoint={weights}"]
+    with Job(tmp_path / "job", flags, devices=1) as job:
+        job.wait_for(lambda: workdir.whole(there))
+        job.signal(signal.SIGKILL)
+        job.processes[0].join()
+    done = run("train", *flags)
+    assert "on from step" in done.stdout and f"done: {there}" in done.stdout
+    here = download(there, tmp_path / "here")
+    assert tiny_run.numbers(here) == tiny_run.numbers(local)
+    assert workdir.whole(there)[-1] == 4 and json.loads((here / "run.json").read_text())
+    for name in ("evaluation/step-000004/0.mp4", "tensorboard"):
+        assert (here / name).exists() or list((here / "evaluation").rglob("*")), name
+    assert list((here / "evaluation").rglob("*.mp4")) and not (here / ".lock").exists()
+    assert workdir.read(there).checkpoint == str(weights)
+
+    # From there to a checkpoint that stands alone, and to videos.
+    made = s3.path("exported")
+    run("export", "--config=configs/tiny.py", f"--checkpoint={there}", f"--output={made}")
+    assert store.parts(str(made)) == ("dit", "vae", "umt5", "tokenizer")
+    own = tmp_path / "exported"
+    run("export", "--config=configs/tiny.py", f"--checkpoint={here}", f"--output={own}")
+    for name in ("dit", "vae"):
+        a, b = (list(store.Stored(str(where), name).pieces()) for where in (made, own))
+        assert [(p.path, p.start) for p in a] == [(p.path, p.start) for p in b]
+        assert all(np.array_equal(x.array, y.array) for x, y in zip(a, b))
+    words = [*TINY, "--config.sample.chunks=1", "--config.sample.steps=1", f"--prompts={prompts}"]
+    video = s3.path("videos/out.mp4")
+    run("sample", *words, f"--checkpoint={made}", f"--output={video}")
+    run("sample", *words, f"--checkpoint={own}", f"--output={tmp_path}/out.mp4")
+    for number in ("000", "001"):
+        file = tmp_path / f"out-{number}.mp4"
+        assert s3.path(f"videos/out-{number}.mp4").read_bytes() == file.read_bytes()
+        with av.open(str(file)) as opened:
+            assert opened.streams.video[0].frames > 0
+
+
+def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with servers.s3() as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        remote._opened.cache_clear()
+        there = server.path("run")
+        flags = tiny_run.flags(cached, there, **SMALL | dict(train__steps=10**6))
+        with Job(tmp_path / "job", flags, devices=1) as job:
+            job.wait_for(lambda: workdir.whole(there))
+            server.stop()
+            assert job.wait() == [1], job.text()
+        last = job.text().rstrip().splitlines()[-1]
+        assert last.startswith(f"error: {there}") and "does not answer" in last, job.text()
+        assert "Traceback" not in job.text()
+    remote._opened.cache_clear()
+    (rescued,) = (tmp_path / "tmp").glob("longlive_jax_rescued-*")
+    assert f"--workdir={rescued}" in last
+    step = workdir.whole(rescued)[-1]
+    flags = tiny_run.flags(cached, rescued, **SMALL | dict(train__steps=step + 1))
+    done = run("train", *flags)
+    assert f"on from step {step}" in done.stdout
+    assert len(tiny_run.lines(rescued)) == step + 1
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--workdir=hdfs://name/run", "nothing serves hdfs://"),
+        ("--workdir=gs:/bucket/run", "has one slash"),
+        ("--workdir=s3://nobodys-bucket/run", "there is no bucket of this name"),
+        ("--checkpoint=file:///ckpt", "nothing serves file://"),
+        ("--config.data.path=hdfs://name/data", "nothing serves hdfs://"),
+        ("--config.data.path=s3://nobodys-bucket/data", "there is no bucket of this name"),
+        ("--config.data.eval_path=s3://bucket/prompts.txt", "is read from a local disk"),
+    ],
+)
+def test_train_refuses_before_anything_starts(s3, cached, tmp_path, monkeypatch, flag, words):
+    monkeypatch.chdir(tmp_path)
+    flags = [f for f in tiny_run.flags(cached, s3.path("no")) if f.split("=")[0] != flag.split("=")[0]]
+    text = refused("train", *flags, flag)
+    assert words in text and flag.partition("=")[0] in text, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_flags_are_local(s3):
+    text = refused("sample", *TINY, "--prompts=s3://bucket/p.txt", "--output=out.mp4")
+    assert "--prompts=s3://bucket/p.txt: this command has it on a local disk" in text
+    text = refused("make_tiny_world", "--output=gs://bucket/world")
+    assert "--output=gs://bucket/world: this command has it on a local disk" in text
+    text = refused("train", *tiny_run.flags("s3://bucket/videos", "x", data__cached=False))
+    assert "encode videos with launch.encode_dataset" in text
+
+
+def test_a_read_only_bucket_is_refused_and_a_read_only_checkpoint_is_read(
+    s3, cached, checkpoint, tmp_path, monkeypatch
+):
+    weights = upload(checkpoint, s3.path("read-only"))
+    for key, value in servers.reader(s3, "guest").items():
+        monkeypatch.setenv(key, value)
+    words = [*TINY, "--config.sample.chunks=1", "--config.sample.steps=1"]
+    prompts = write(tmp_path / "prompts.txt", PROMPTS[0])
+    with servers.asking_for_permission(s3):
+        text = refused("train", *tiny_run.flags(cached, s3.path("new")))
+        assert "read-only for these credentials" in text
+        done = run("sample", *words, f"--checkpoint={weights}", f"--prompts={prompts}",
+                   f"--output={tmp_path}/out.mp4")  # fmt: skip
+        assert "1 video" in done.stdout
+        text = refused("sample", *words, f"--checkpoint={weights}", f"--prompts={prompts}",
+                       f"--output={s3.path('out.mp4')}")  # fmt: skip
+        assert "read-only for these credentials" in text
+
+
+# The data and the checkpoint, damaged.
+
+
+def test_a_manifest_that_is_half_written(s3, cached):
+    data = upload(cached, s3.path("half-data"))
+    manifest = data / records.MANIFEST
+    manifest.write_bytes(manifest.read_bytes()[:-40])
+    text = refused("train", *tiny_run.flags(data, s3.path("new")))
+    assert f"{manifest}: is damaged" in text
+    manifest.unlink()
+    text = refused("train", *tiny_run.flags(data, s3.path("new")))
+    assert "holds no cached training data" in text
+    assert not s3.path("new").exists()
+
+
+def test_a_checkpoint_that_is_half_there(s3, checkpoint, tmp_path):
+    weights = upload(checkpoint, s3.path("half"))
+    words = [*TINY, f"--prompts={write(tmp_path / 'p.txt', PROMPTS[0])}", f"--checkpoint={weights}",
+             f"--output={tmp_path}/out.mp4"]  # fmt: skip
+    group = next(p for p in (weights / "vae").iterdir() if p.name != "index.json")
+    file = next(iter(group.rglob("*")))
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "is damaged" in refused("sample", *words)
+    file.unlink()
+    assert "is damaged" in refused("sample", *words)
+    (weights / "metadata.json").unlink()
+    assert "is no checkpoint" in refused("sample", *words)
