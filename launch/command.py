@@ -16,7 +16,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.config import section
 from longlive_jax.errors import InputError, NotFiniteError, StorageError
 from longlive_jax.files import remote, scratch
-from longlive_jax.files.atomic import partial_file, remove_abandoned
+from longlive_jax.files.atomic import discard, partial_file, remove_abandoned
 
 FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).parents[1]  # of the repository
@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 # Flags of files that a command can download from a hub; and of what it may write.
 _HUB = ("dit", "vae", "umt5", "tokenizer", "lora", "start")
-_WRITTEN = ("workdir", "output")
+_WRITTEN = ("workdir", "output", "save_latents", "contact_sheet")
 # What a disk answers, whatever the command was writing, and what to do then.
 _STORAGE = {
     errno.ENOSPC: "no space left on the disk of {}; free some or give another --output",
@@ -156,7 +156,7 @@ def check_output(name: str, *suffixes: str) -> None:
     if not path.endswith(suffixes):
         raise InputError(f"--{name}={path}: must end with {' or '.join(suffixes)}")
     remove_abandoned(path)
-    partial_file(path).unlink()
+    discard(partial_file(path), path)
 
 
 def check_apart(

@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import os
-import pathlib
 import time
 from collections.abc import Iterable, Iterator
 
@@ -33,10 +32,12 @@ from longlive_jax.checkpoints import networks
 from longlive_jax.data import records
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
+from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
-from longlive_jax.files import folders
+from longlive_jax.files import folders, remote
 from longlive_jax.files.names import as_text
+from longlive_jax.files.remote import AnyPath
 from longlive_jax.models import umt5
 from longlive_jax.models.vae_spec import SHARDED, check_mesh
 from longlive_jax.prompts import pictures
@@ -57,7 +58,7 @@ def main() -> None:
     if not cfg.train.text_encoder:
         networks.read_tokenizer(FLAGS.checkpoint, cfg)
     settings = _settings(cfg, source)
-    folder = pathlib.Path(FLAGS.output)
+    folder = remote.path(FLAGS.output)
     if (folder / records.MANIFEST).is_file():
         had = records.read_manifest(folder)["settings"]
         folders.check_settings(f"--output={folder}", had, settings)
@@ -65,7 +66,7 @@ def main() -> None:
     else:
         whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)
         head = {"settings": settings, "clips_per_file": whole_batches}
-        with records.Progress(folder, head) as progress:
+        with Progress(folder, head) as progress:
             _encode(cfg, mesh, source, progress)
             if not cfg.train.text_encoder:
                 _embed(cfg, mesh, progress)
@@ -114,13 +115,13 @@ def _settings(cfg: config_lib.Config, source: Source) -> dict:
             "data.path": os.path.abspath(cfg.data.path),
             "dtype": cfg.dtype,
             "--epochs": FLAGS.epochs,
-            "--checkpoint": os.path.abspath(FLAGS.checkpoint),
+            "--checkpoint": remote.absolute(FLAGS.checkpoint),
             "the number of folders": len(source),
         }
     )
 
 
-def _encode(cfg, mesh, source: Source, progress: records.Progress) -> None:
+def _encode(cfg, mesh, source: Source, progress: Progress) -> None:
     """Writes the files of latents that are missing."""
     total = len(source) * FLAGS.epochs
     done = _lines(progress, "latents")
@@ -214,7 +215,7 @@ def _floats(pixels, where):
     return table.at[pixels].get(mode="promise_in_bounds", out_sharding=where)
 
 
-def _embed(cfg, mesh, progress: records.Progress) -> None:
+def _embed(cfg, mesh, progress: Progress) -> None:
     """Writes the files of embeddings that are missing."""
     prompts, done = _prompts(progress), _lines(progress, "text")
     there = len(records.Shards(progress.folder, _shards(done)))
@@ -241,7 +242,7 @@ def _embed(cfg, mesh, progress: records.Progress) -> None:
     bar.close()
 
 
-def _finish(cfg, progress: records.Progress) -> None:
+def _finish(cfg, progress: Progress) -> None:
     latents = _lines(progress, "latents")
     report = (progress.folder / records.FAILURES).read_text(encoding="utf-8")
     progress.finish(
@@ -283,7 +284,7 @@ def _latent_shape(cfg: config_lib.Config) -> tuple[int, int, int, int]:
     return cfg.train.latent_frames, *size, cfg.vae.z_dim
 
 
-def _summary(folder: pathlib.Path) -> str:
+def _summary(folder: AnyPath) -> str:
     manifest = records.read_manifest(folder)
     files = [*manifest["latents"], *manifest["text"], *manifest["actions"]]
     return (
@@ -294,4 +295,4 @@ def _summary(folder: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, addresses=("checkpoint", "output"))

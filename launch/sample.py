@@ -28,6 +28,7 @@ from longlive_jax.data import sidecars
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.files import remote
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.pipeline import Pipeline, vae_mesh
 from longlive_jax.prompts import actions as actions_lib
@@ -136,6 +137,11 @@ def _sample(cfg, folder: Folder | None, start: float) -> None:
 
 def _layout(cfg):
     """The folder of --layout, with all that its files depend on."""
+    if remote.is_remote(FLAGS.output):
+        raise InputError(
+            f"--output={FLAGS.output}: a folder of --layout is on a local disk; copy it there when "
+            "it is whole"
+        )
     items = layouts.items(FLAGS.layout, FLAGS.prompts, FLAGS.samples)
     command.check_apart([FLAGS.output], [FLAGS.prompts], networks.folders(FLAGS.checkpoint))
     names = ("layout", "samples", "seed", "batch", "weights")
@@ -315,4 +321,4 @@ def _save_latents(latents, number, outputs):
 
 
 if __name__ == "__main__":
-    command.run(main, addresses=("checkpoint", "output"))
+    command.run(main, addresses=("checkpoint", "output", "save_latents", "contact_sheet"))

@@ -8,6 +8,7 @@ has its name when it is whole.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import pathlib
@@ -31,13 +32,16 @@ class Copies:
 
     def __init__(self, folder: RemotePath, shards: Sequence[Shard]):
         self._folder = folder
-        # Of its content too: a dataset may be written again at the same address.
-        named = str(folder).encode() + (folder / MANIFEST).read_bytes()
-        self._name = hashlib.sha256(named).hexdigest()[:16]
-        there = {path.name for path in folder.iterdir()}
+        there = {path.name for path in folder.iterdir()} if shards else set()
         for shard in shards:
             if shard.file not in there:
                 raise InputError(f"{folder / shard.file}: is gone; {AGAIN}")
+
+    @functools.cached_property
+    def _name(self) -> str:
+        # Of its content too: a dataset may be written again at the same address.
+        named = str(self._folder).encode() + (self._folder / MANIFEST).read_bytes()
+        return hashlib.sha256(named).hexdigest()[:16]
 
     def get(self, shard: Shard) -> pathlib.Path:
         """The local file, copied if it is not here.

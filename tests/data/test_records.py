@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from longlive_jax import config as config_lib
 from longlive_jax.data import records
+from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import batches
 from longlive_jax.errors import InputError
 
@@ -288,7 +289,7 @@ def test_no_folder_of_records(tmp_path):
         records.Records(tmp_path / "none", CONFIG)
     with pytest.raises(InputError, match=r"data.cached=False for a folder of videos"):
         records.Records(tmp_path, CONFIG)
-    with records.Progress(tmp_path / "begun", {"settings": {}}):
+    with Progress(tmp_path / "begun", {"settings": {}}):
         pass
     with pytest.raises(InputError, match=r"is unfinished.*again with the same flags"):
         records.Records(tmp_path / "begun", CONFIG)
@@ -321,13 +322,13 @@ LATENTS = {"kind": "latents", "shard": SHARD, "prompts": ["a"], "chunks": [1], "
 
 
 def test_progress_goes_on(tmp_path):
-    with records.Progress(tmp_path / "p", head()) as progress:
+    with Progress(tmp_path / "p", head()) as progress:
         progress.add(LATENTS | {"prompts": ("a", "b")})
     (tmp_path / "p" / ".latents-00001.partial-7.arrayrecord").write_bytes(b"killed")
     with (tmp_path / "p" / records.PROGRESS).open("ab") as file:
         file.write(b'{"kind": "late')  # and its last line
     for _ in range(2):
-        with records.Progress(tmp_path / "p", head() | {"clips": 5}) as progress:
+        with Progress(tmp_path / "p", head() | {"clips": 5}) as progress:
             assert progress.head["clips"] == 3
             assert progress.lines[0] == LATENTS | {"prompts": ["a", "b"]}
             progress.add({"kind": "text", "shard": SHARD})
@@ -344,21 +345,21 @@ def test_progress_goes_on(tmp_path):
     )],
 )  # fmt: skip
 def test_progress_with_a_line_of_another_kind(tmp_path, line):
-    records.Progress(tmp_path, head()).close()
+    Progress(tmp_path, head()).close()
     with (tmp_path / records.PROGRESS).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError, match="is damaged"):
-        records.Progress(tmp_path, head())
+        Progress(tmp_path, head())
     (tmp_path / records.PROGRESS).write_text(line + "\n")
     with pytest.raises(InputError, match="is damaged"):
-        records.Progress(tmp_path, head())
+        Progress(tmp_path, head())
 
 
 def test_progress_that_has_just_begun(tmp_path):
     (tmp_path / records.PROGRESS).write_bytes(b'{"settings": {"tr')
-    with records.Progress(tmp_path, head()) as progress:
+    with Progress(tmp_path, head()) as progress:
         assert progress.lines == []
-    assert records.Progress(tmp_path, head()).head["clips"] == 3
+    assert Progress(tmp_path, head()).head["clips"] == 3
 
 
 @pytest.mark.parametrize(
@@ -370,28 +371,28 @@ def test_progress_that_has_just_begun(tmp_path):
     ],
 )
 def test_progress_with_other_settings(tmp_path, other, message):
-    records.Progress(tmp_path, head()).close()
+    Progress(tmp_path, head()).close()
     with pytest.raises(InputError, match=message):
-        records.Progress(tmp_path, head(**other))
+        Progress(tmp_path, head(**other))
 
 
 def test_progress_of_one_process(tmp_path):
-    with records.Progress(tmp_path, head()), pytest.raises(InputError, match="another process"):
-        records.Progress(tmp_path, head())
-    records.Progress(tmp_path, head()).close()
+    with Progress(tmp_path, head()), pytest.raises(InputError, match="another process"):
+        Progress(tmp_path, head())
+    Progress(tmp_path, head()).close()
 
 
 def test_progress_in_a_folder_of_something_else(tmp_path):
     (tmp_path / "video").mkdir()
     with pytest.raises(InputError, match=r"holds 'video' and no cached training data"):
-        records.Progress(tmp_path, head())
+        Progress(tmp_path, head())
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file: .*give a folder"):
-        records.Progress(tmp_path / "file", head())
+        Progress(tmp_path / "file", head())
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / records.PROGRESS).write_text("{\n{\n")
     with pytest.raises(InputError, match=r"progress.jsonl: is damaged"):
-        records.Progress(tmp_path / "damaged", head())
+        Progress(tmp_path / "damaged", head())
 
 
 def test_a_manifest_with_settings_by_names_of_before(folder, tmp_path):

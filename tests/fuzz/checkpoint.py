@@ -13,6 +13,7 @@ from longlive_jax import params as params_lib
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.checkpoints.store import checksums
 from longlive_jax.data import records
+from longlive_jax.data.progress import Progress
 from longlive_jax.files import arrays as arrays_lib
 from longlive_jax.training import metrics
 from tests.fuzz import mutate
@@ -158,7 +159,7 @@ def _repacked(draw: random.Random, root: pathlib.Path) -> None:
 def _progress_seeds(folder):
     """A folder that is being encoded."""
     place = folder / "unfinished"
-    with records.Progress(place, {"settings": {"train.seed": 0}, "clips_per_file": 2}) as progress:
+    with Progress(place, {"settings": {"train.seed": 0}, "clips_per_file": 2}) as progress:
         shard = {"file": "latents-00000.arrayrecord", "count": 1, "bytes": 9}
         (place / shard["file"]).write_bytes(b"x" * 9)
         line = {"kind": "latents", "read": [["one", [["a.mp4", "why"]]]], "prompts": ["a cat"]}
@@ -169,7 +170,7 @@ def _progress_seeds(folder):
 def _read_progress(path):
     from launch import encode_dataset
 
-    with records.Progress(path, {"settings": {"train.seed": 0}, "clips_per_file": 2}) as progress:
+    with Progress(path, {"settings": {"train.seed": 0}, "clips_per_file": 2}) as progress:
         done = encode_dataset._lines(progress, "latents")
         records.Shards(path, encode_dataset._shards(done))
         encode_dataset._prompts(progress)

@@ -11,6 +11,7 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data import records
+from longlive_jax.data.progress import Progress
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.pipeline import Pipeline
 from tests.launch.commands import PROMPTS, run, save_tiny, write
@@ -139,7 +140,7 @@ def die(where):
         return lambda *args, **kwargs: (call(*args, **kwargs), kill())
 
     small_files()
-    write_shard, add = records.write_shard, records.Progress.add
+    write_shard, add = records.write_shard, Progress.add
     if where in ("latents-00001", "text-00001"):
 
         def write_until(path, packed):
@@ -153,11 +154,11 @@ def die(where):
 
         records.write_shard = write_until
     elif where == "between a file and its line":
-        records.Progress.add = kill
+        Progress.add = kill
     elif where == "after a line":
-        records.Progress.add = then_kill(add)
+        Progress.add = then_kill(add)
     elif where == "before the manifest":
-        records.Progress.finish = kill
+        Progress.finish = kill
     elif where == "after the manifest":
         records.write_manifest = then_kill(records.write_manifest)
 

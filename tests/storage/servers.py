@@ -39,7 +39,10 @@ class Server:
     def __init__(self, scheme: str, words: list[str], environment: dict[str, str], ready: str):
         self.scheme, self.environment = scheme, _ALONE | environment
         self.process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment
+            words,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | environment,
         )
         end = time.monotonic() + 30
         while not _answers(ready):
@@ -112,9 +115,7 @@ def reader(server: Server, name: str = "reader") -> dict[str, str]:
             "Effect": "Allow", "Action": ["s3:GetObject", "s3:ListBucket"], "Resource": "*",
         },
     }  # fmt: skip
-    iam.put_user_policy(
-        UserName=name, PolicyName="read", PolicyDocument=json.dumps(allowed)
-    )
+    iam.put_user_policy(UserName=name, PolicyName="read", PolicyDocument=json.dumps(allowed))
     key = iam.create_access_key(UserName=name)["AccessKey"]
     return server.environment | {
         "AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],

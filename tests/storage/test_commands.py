@@ -1,8 +1,11 @@
 """The commands with addresses: what they write, what they refuse, what a lost storage leaves."""
 
+import functools
 import json
+import os
 import pathlib
 import signal
+import tempfile
 
 import av
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.data import records
 from longlive_jax.files import remote
-from tests.launch.commands import PROMPTS, TINY, run, save_tiny, write
-from tests.multiprocess.processes import Job
+from tests.launch import commands
+from tests.launch.commands import PROMPTS, TINY, save_tiny, write
+from tests.multiprocess import processes
 from tests.storage import servers
 from tests.training import tiny_run
+from tests.training.tiny_videos import write_videos
 
 SMALL = {"train__steps": 4, "train__save_every": 2, "train__accumulation": 1}
 
@@ -44,6 +49,28 @@ def download(source: remote.RemotePath, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+# Commands are forks of a process that began with another environment than this test's.
+_PASSED_ON = ("AWS_", "TENSORSTORE_", "LONGLIVE_", "TMPDIR")
+
+
+def here() -> functools.partial:
+    wanted = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+    return functools.partial(_enter, wanted)
+
+
+def _enter(wanted):
+    os.environ.update(wanted)
+    tempfile.tempdir = None
+
+
+def run(command, *words, **kwargs):
+    return commands.run(command, *words, patch=here(), **kwargs)
+
+
+def job(folder, flags):
+    return processes.Job(folder, flags, devices=1, patch=here())
+
+
 def refused(command, *words, code=2, **kwargs):
     done = run(command, *words, check=False, **kwargs)
     assert done.code == code, done.stderr
@@ -52,6 +79,21 @@ def refused(command, *words, code=2, **kwargs):
     return last
 
 
+def test_a_run_and_its_data_are_elsewhere(server, cached, tmp_path):
+    """Begun and gone on with, its folder and its data on object storage: the same numbers."""
+    data, there, local = upload(cached, server.path("data")), server.path("run"), tmp_path / "local"
+    run("train", *tiny_run.flags(cached, local, **SMALL))
+    run("train", *tiny_run.flags(data, there, **SMALL | dict(train__steps=2)))
+    assert workdir.whole(there) == [2]
+    done = run("train", *tiny_run.flags(data, there, **SMALL))
+    assert "on from step 2" in done.stdout and f"done: {there}" in done.stdout
+    found = download(there, tmp_path / "found")
+    assert tiny_run.numbers(found) == tiny_run.numbers(local)
+    assert workdir.whole(there)[-1] == 4 and not (there / ".lock").exists()
+    assert list((found / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint, tmp_path):
     """Killed and started again, with all of it on s3: the same numbers as on a local disk."""
     data, weights = upload(cached, s3.path("data")), upload(checkpoint, s3.path("ckpt"))
@@ -62,18 +104,16 @@ def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint,
     local, there = tmp_path / "local", s3.path("run")
     run("train", *tiny_run.flags(cached, local, **values), f"--checkpoint={checkpoint}")
     flags = [*tiny_run.flags(data, there, **values), f"--checkpoint={weights}"]
-    with Job(tmp_path / "job", flags, devices=1) as job:
-        job.wait_for(lambda: workdir.whole(there))
-        job.signal(signal.SIGKILL)
-        job.processes[0].join()
+    with job(tmp_path / "job", flags) as training:
+        training.wait_for(lambda: workdir.whole(there))
+        training.signal(signal.SIGKILL)
+        training.processes[0].join()
     done = run("train", *flags)
     assert "on from step" in done.stdout and f"done: {there}" in done.stdout
-    here = download(there, tmp_path / "here")
-    assert tiny_run.numbers(here) == tiny_run.numbers(local)
-    assert workdir.whole(there)[-1] == 4 and json.loads((here / "run.json").read_text())
-    for name in ("evaluation/step-000004/0.mp4", "tensorboard"):
-        assert (here / name).exists() or list((here / "evaluation").rglob("*")), name
-    assert list((here / "evaluation").rglob("*.mp4")) and not (here / ".lock").exists()
+    found = download(there, tmp_path / "found")
+    assert tiny_run.numbers(found) == tiny_run.numbers(local)
+    assert workdir.whole(there)[-1] == 4 and json.loads((found / "run.json").read_text())
+    assert len(list((found / "evaluation/step-000004").glob("*.mp4"))) == 2
     assert workdir.read(there).checkpoint == str(weights)
 
     # From there to a checkpoint that stands alone, and to videos.
@@ -81,7 +121,7 @@ def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint,
     run("export", "--config=configs/tiny.py", f"--checkpoint={there}", f"--output={made}")
     assert store.parts(str(made)) == ("dit", "vae", "umt5", "tokenizer")
     own = tmp_path / "exported"
-    run("export", "--config=configs/tiny.py", f"--checkpoint={here}", f"--output={own}")
+    run("export", "--config=configs/tiny.py", f"--checkpoint={found}", f"--output={own}")
     for name in ("dit", "vae"):
         a, b = (list(store.Stored(str(where), name).pieces()) for where in (made, own))
         assert [(p.path, p.start) for p in a] == [(p.path, p.start) for p in b]
@@ -106,13 +146,13 @@ def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
         remote._opened.cache_clear()
         there = server.path("run")
         flags = tiny_run.flags(cached, there, **SMALL | dict(train__steps=10**6))
-        with Job(tmp_path / "job", flags, devices=1) as job:
-            job.wait_for(lambda: workdir.whole(there))
+        with job(tmp_path / "job", flags) as training:
+            training.wait_for(lambda: workdir.whole(there))
             server.stop()
-            assert job.wait() == [1], job.text()
-        last = job.text().rstrip().splitlines()[-1]
-        assert last.startswith(f"error: {there}") and "does not answer" in last, job.text()
-        assert "Traceback" not in job.text()
+            assert training.wait() == [1], training.text()
+        last = training.text().rstrip().splitlines()[-1]
+        assert last.startswith(f"error: {there}") and "does not answer" in last, training.text()
+        assert "Traceback" not in training.text()
     remote._opened.cache_clear()
     (rescued,) = (tmp_path / "tmp").glob("longlive_jax_rescued-*")
     assert f"--workdir={rescued}" in last
@@ -137,7 +177,9 @@ def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
 )
 def test_train_refuses_before_anything_starts(s3, cached, tmp_path, monkeypatch, flag, words):
     monkeypatch.chdir(tmp_path)
-    flags = [f for f in tiny_run.flags(cached, s3.path("no")) if f.split("=")[0] != flag.split("=")[0]]
+    flags = [
+        f for f in tiny_run.flags(cached, s3.path("no")) if f.split("=")[0] != flag.split("=")[0]
+    ]
     text = refused("train", *flags, flag)
     assert words in text and flag.partition("=")[0] in text, text
     assert list(tmp_path.iterdir()) == []
@@ -169,6 +211,39 @@ def test_a_read_only_bucket_is_refused_and_a_read_only_checkpoint_is_read(
         text = refused("sample", *words, f"--checkpoint={weights}", f"--prompts={prompts}",
                        f"--output={s3.path('out.mp4')}")  # fmt: skip
         assert "read-only for these credentials" in text
+
+
+@pytest.mark.slow
+def test_a_dataset_is_encoded_to_s3(s3, checkpoint, tmp_path):
+    """Killed on the way and gone on with: the same files as on a local disk."""
+    videos = write_videos(tmp_path / "videos")
+    words = [f for f in tiny_run.flags(videos, "x", data__cached=False) if "workdir" not in f]
+    words += [f"--checkpoint={checkpoint}", "--epochs=8"]
+    local, there = tmp_path / "local", s3.path("encoded")
+    run("encode_dataset", *words, f"--output={local}")
+    patch = functools.partial(_die_after_a_file, here())
+    done = commands.run("encode_dataset", *words, f"--output={there}", patch=patch, check=False)
+    assert done.code == -signal.SIGKILL and (there / records.PROGRESS).is_file()
+    assert "is unfinished" in refused("train", *tiny_run.flags(there, tmp_path / "no"))
+    run("encode_dataset", *words, f"--output={there}")
+    names = {p.name for p in local.iterdir()}
+    assert {p.name for p in there.iterdir()} == names
+    for name in names - {records.MANIFEST}:
+        assert (there / name).read_bytes() == (local / name).read_bytes(), name
+    run("train", *tiny_run.flags(there, tmp_path / "run", **SMALL))
+
+
+def _die_after_a_file(enter):
+    from longlive_jax.data.progress import Progress
+
+    enter()
+    real = Progress.add
+
+    def add(self, line):
+        real(self, line)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Progress.add = add
 
 
 # The data and the checkpoint, damaged.

@@ -12,7 +12,12 @@ from longlive_jax.errors import InputError, StorageError
 from longlive_jax.files import remote
 from tests.storage import servers
 
-FILES = {"a": b"1", "folder/b.txt": "zwei \u2013 2".encode(), "folder/deep/c": b"", "folder2/d": b"4"}
+FILES = {
+    "a": b"1",
+    "folder/b.txt": "zwei \u2013 2".encode(),
+    "folder/deep/c": b"",
+    "folder2/d": b"4",
+}
 
 
 @pytest.fixture
@@ -183,7 +188,7 @@ def test_a_server_that_does_not_answer(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers._free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    with pytest.raises(InputError, match="does not answer .*Could not connect"):
+    with pytest.raises(InputError, match=r"does not answer .*Could not connect"):
         remote.reach("s3://bucket/run", "--workdir")
 
 

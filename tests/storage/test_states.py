@@ -120,12 +120,12 @@ def _hold(folder: str, told, seconds: float) -> None:
 def test_a_folder_has_one_writer(s3, monkeypatch):
     monkeypatch.setattr(lease, "RENEWS", 0.2)
     root = s3.path("locked")
-    with folders.locked(root, "--workdir: another process trains in it"):
-        with (
-            pytest.raises(InputError, match=r"another process trains in it \(.*process \d+\)"),
-            folders.locked(root, "--workdir: another process trains in it"),
-        ):
-            pass
+    with (
+        folders.locked(root, "--workdir: another process trains in it"),
+        pytest.raises(InputError, match=r"another process trains in it \(.*process \d+\)"),
+        folders.locked(root, "--workdir: another process trains in it"),
+    ):
+        pass
     assert not (root / lease.FILE).exists()
     with folders.locked(root, ""):
         pass
