@@ -32,6 +32,7 @@ from longlive_jax.checkpoints import networks
 from longlive_jax.data import records
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
+from longlive_jax.data.manifest import PROGRESS
 from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
@@ -62,7 +63,7 @@ def main() -> None:
     if (folder / records.MANIFEST).is_file():
         had = records.read_manifest(folder)["settings"]
         folders.check_settings(f"--output={folder}", had, settings)
-        (folder / records.PROGRESS).unlink(missing_ok=True)
+        (folder / PROGRESS).unlink(missing_ok=True)
     else:
         whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)
         head = {"settings": settings, "clips_per_file": whole_batches}

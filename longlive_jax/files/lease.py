@@ -38,12 +38,21 @@ def held(folder: RemotePath, taken: str) -> Iterator[None]:
     renewing.start()
     try:
         yield
-    finally:
+    except StorageError:  # it does not answer: it is not asked to give the lock back, which expires
         ended.set()
-        renewing.join()
-        with contextlib.suppress(StorageError):
-            if _holder(lock.read_generation()[0]).get("token") == _token():
-                lock.unlink(missing_ok=True)
+        raise
+    except BaseException:
+        _give_back(lock, ended, renewing)
+        raise
+    _give_back(lock, ended, renewing)
+
+
+def _give_back(lock: RemotePath, ended: threading.Event, renewing: threading.Thread) -> None:
+    ended.set()
+    renewing.join()
+    with contextlib.suppress(StorageError):
+        if _holder(lock.read_generation()[0]).get("token") == _token():
+            lock.unlink(missing_ok=True)
 
 
 def _acquire(lock: RemotePath, taken: str) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 
 from longlive_jax.data import manifest as manifest_lib
 from longlive_jax.data import records
+from longlive_jax.data.manifest import write_manifest
 from longlive_jax.errors import InputError
 from tests.data.test_records import CONFIG, PROMPTS, SETTINGS, TOKENS, clip, config, embedding, make
 
@@ -137,7 +138,7 @@ def many(folder, files, odd=None):
         for i in range(files)
     ]
     rows = [records.pack({"prompt": p}, embedding(i)) for i, p in enumerate(PROMPTS)]
-    records.write_manifest(
+    write_manifest(
         folder, samples=files, dtype="bfloat16", latent_shape=[6, 2, 4, 4], least_chunks=3, failures=0,
         latents=latents, text=[records.write_shard(folder / "text-00000.arrayrecord", rows)],
         prompts=PROMPTS, settings=SETTINGS,

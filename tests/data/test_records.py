@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from longlive_jax import config as config_lib
 from longlive_jax.data import records
+from longlive_jax.data.manifest import PROGRESS, write_manifest
 from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import batches
 from longlive_jax.errors import InputError
@@ -94,7 +95,7 @@ def make(folder, counts=(2, 0, 3), text=True, acted=False, **manifest):
         samples=5, dtype="bfloat16", latent_shape=[STORED, 2, 4, 4], least_chunks=2, failures=0,
         latents=latents, text=texts, prompts=PROMPTS, settings=SETTINGS,
     )  # fmt: skip
-    records.write_manifest(folder, **values | manifest)
+    write_manifest(folder, **values | manifest)
     return folder
 
 
@@ -325,7 +326,7 @@ def test_progress_goes_on(tmp_path):
     with Progress(tmp_path / "p", head()) as progress:
         progress.add(LATENTS | {"prompts": ("a", "b")})
     (tmp_path / "p" / ".latents-00001.partial-7.arrayrecord").write_bytes(b"killed")
-    with (tmp_path / "p" / records.PROGRESS).open("ab") as file:
+    with (tmp_path / "p" / PROGRESS).open("ab") as file:
         file.write(b'{"kind": "late')  # and its last line
     for _ in range(2):
         with Progress(tmp_path / "p", head() | {"clips": 5}) as progress:
@@ -333,7 +334,7 @@ def test_progress_goes_on(tmp_path):
             assert progress.lines[0] == LATENTS | {"prompts": ["a", "b"]}
             progress.add({"kind": "text", "shard": SHARD})
     assert [line["kind"] for line in progress.lines] == ["latents", "text", "text"]
-    assert [p.name for p in (tmp_path / "p").iterdir()] == [records.PROGRESS]
+    assert [p.name for p in (tmp_path / "p").iterdir()] == [PROGRESS]
 
 
 @pytest.mark.parametrize(
@@ -346,17 +347,17 @@ def test_progress_goes_on(tmp_path):
 )  # fmt: skip
 def test_progress_with_a_line_of_another_kind(tmp_path, line):
     Progress(tmp_path, head()).close()
-    with (tmp_path / records.PROGRESS).open("a") as file:
+    with (tmp_path / PROGRESS).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError, match="is damaged"):
         Progress(tmp_path, head())
-    (tmp_path / records.PROGRESS).write_text(line + "\n")
+    (tmp_path / PROGRESS).write_text(line + "\n")
     with pytest.raises(InputError, match="is damaged"):
         Progress(tmp_path, head())
 
 
 def test_progress_that_has_just_begun(tmp_path):
-    (tmp_path / records.PROGRESS).write_bytes(b'{"settings": {"tr')
+    (tmp_path / PROGRESS).write_bytes(b'{"settings": {"tr')
     with Progress(tmp_path, head()) as progress:
         assert progress.lines == []
     assert Progress(tmp_path, head()).head["clips"] == 3
@@ -390,7 +391,7 @@ def test_progress_in_a_folder_of_something_else(tmp_path):
     with pytest.raises(InputError, match=r"file: .*give a folder"):
         Progress(tmp_path / "file", head())
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / records.PROGRESS).write_text("{\n{\n")
+    (tmp_path / "damaged" / PROGRESS).write_text("{\n{\n")
     with pytest.raises(InputError, match=r"progress.jsonl: is damaged"):
         Progress(tmp_path / "damaged", head())
 

@@ -10,7 +10,7 @@ import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.data import records
+from longlive_jax.data import progress, records
 from longlive_jax.data.progress import Progress
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.pipeline import Pipeline
@@ -160,7 +160,7 @@ def die(where):
     elif where == "before the manifest":
         Progress.finish = kill
     elif where == "after the manifest":
-        records.write_manifest = then_kill(records.write_manifest)
+        progress.write_manifest = then_kill(progress.write_manifest)
 
 
 def test_killed_and_run_again(encoded, encode, tmp_path):

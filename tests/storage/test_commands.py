@@ -13,6 +13,7 @@ import pytest
 
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.data import records
+from longlive_jax.data.manifest import PROGRESS
 from longlive_jax.files import remote
 from tests.launch import commands
 from tests.launch.commands import PROMPTS, TINY, save_tiny, write
@@ -223,7 +224,7 @@ def test_a_dataset_is_encoded_to_s3(s3, checkpoint, tmp_path):
     run("encode_dataset", *words, f"--output={local}")
     patch = functools.partial(_die_after_a_file, here())
     done = commands.run("encode_dataset", *words, f"--output={there}", patch=patch, check=False)
-    assert done.code == -signal.SIGKILL and (there / records.PROGRESS).is_file()
+    assert done.code == -signal.SIGKILL and (there / PROGRESS).is_file()
     assert "is unfinished" in refused("train", *tiny_run.flags(there, tmp_path / "no"))
     run("encode_dataset", *words, f"--output={there}")
     names = {p.name for p in local.iterdir()}

@@ -9,6 +9,7 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax.data import records
+from longlive_jax.data.manifest import write_manifest
 
 SIZES = {
     "video.height": 32, "video.width": 64, "sample.vae_latents_per_call": 1,
@@ -97,7 +98,7 @@ def write_cached(
         settings |= records.action_settings(acts)
         packed = (records.pack({"name": n}, rows_of(n)) for n in names)
         more["actions"] = [records.write_shard(folder / "actions-00000.arrayrecord", packed)]
-    records.write_manifest(
+    write_manifest(
         folder, samples=len(names), dtype="float32", latent_shape=LATENTS, least_chunks=2,
         failures=0, prompts=prompts, settings=settings, latents=[latents], text=[texts],
         **more,
