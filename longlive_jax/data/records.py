@@ -110,7 +110,7 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> Shard:
       InputError: nothing can be written at `path`.
       OSError: ENOSPC, naming `path`.
     """
-    path, count = pathlib.Path(path), 0
+    path, count = remote.path(path), 0
     with atomic_path(path) as partial:
         try:
             writer = array_record_module.ArrayRecordWriter(os.fsencode(partial), _WRITE)

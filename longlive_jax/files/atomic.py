@@ -29,6 +29,7 @@ def partial_file(path: str | os.PathLike) -> pathlib.Path:
         partial = scratch.folder() / remote.path(path).name
         partial.touch()
         return partial
+    remote.check(path)  # an address that was made a local path has one slash
     path = pathlib.Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file in it")

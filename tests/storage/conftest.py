@@ -1,4 +1,5 @@
 import os
+import pathlib
 
 import pytest
 
@@ -26,6 +27,15 @@ def environment(request, monkeypatch, tmp_path):
             for key, value in request.getfixturevalue(name).environment.items():
                 monkeypatch.setenv(key, value)
     return os.environ
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_taken_for_a_local_path():
+    """pathlib.Path makes /s3/BUCKET/KEY of an etils path, without a word."""
+    places = [pathlib.Path(root, name) for root in ("/", ".") for name in ("s3", "gs", "s3:", "gs:")]
+    before = {path for path in places if path.exists()}
+    yield
+    assert {path for path in places if path.exists()} == before
 
 
 @pytest.fixture(params=["s3", "gs"])
