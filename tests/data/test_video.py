@@ -77,17 +77,26 @@ def test_timestamps(tmp_path):
     assert times == [Fraction(k, 24) for k in range(30)]
 
 
-def test_chunked_writes_equal_one_write(tmp_path, monkeypatch):
-    # Its macroblock tree makes other bits of the same pictures in one of a hundred encodings
-    # (libx264 165 with AVX-512, one thread or more).
-    same = ("libx264", {"preset": "veryfast", "x264-params": "mbtree=0"})
-    monkeypatch.setattr(video_lib, "_encoder", lambda height, width: same)
+def test_chunked_writes_equal_one_write(tmp_path):
     frames = moving_frames(33)
     one = write(tmp_path / "one.mp4", frames)
     with VideoWriter(tmp_path / "many.mp4", HEIGHT, WIDTH) as writer:
         for start, stop in [(0, 1), (1, 1), (1, 9), (9, 33)]:
             writer.write(jnp.asarray(frames[start:stop]))
     assert (tmp_path / "many.mp4").read_bytes() == one.read_bytes()
+
+
+def test_the_encoder_is_never_given_avx512(monkeypatch):
+    """With it, libx264 sometimes makes another file of the same pictures."""
+
+    def refuse(*args):
+        raise ValueError("no NVENC")
+
+    monkeypatch.setattr(video_lib.av.CodecContext, "create", refuse)
+    for has, params in ((True, "asm=AVX2"), (False, None)):
+        monkeypatch.setattr(video_lib, "_has_avx512", lambda has=has: has)
+        codec, options = video_lib._encoder.__wrapped__(HEIGHT, WIDTH)
+        assert codec == "libx264" and options.get("x264-params") == params
 
 
 def test_written_frames_may_be_overwritten_by_the_caller(tmp_path):
