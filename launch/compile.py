@@ -38,10 +38,15 @@ flags.DEFINE_integer("vae_device", None, "Index of a device that is the VAE's al
 def main() -> None:
     start = time.monotonic()
     cfg = command.config()
-    if bool(FLAGS.cache) == bool(FLAGS.topology):
+    if not FLAGS.cache and not FLAGS.topology:
         raise InputError(
-            "give one of --cache, the folder for programs of this machine, and --topology, a slice "
-            f"of TPUs to compile for; got --cache={FLAGS.cache} and --topology={FLAGS.topology}"
+            "--cache is missing; give the folder for the compiled programs, or --topology for the "
+            "TPUs to compile for"
+        )
+    if FLAGS.cache and FLAGS.topology:
+        raise InputError(
+            f"--cache={FLAGS.cache}: keeps the programs of this machine, and "
+            f"--topology={FLAGS.topology} compiles for another; give one of them"
         )
     mesh = topology_lib.mesh(cfg.mesh, FLAGS.topology)
     replicas = cfg.mesh.data * cfg.mesh.fsdp
