@@ -6,16 +6,23 @@
 Every folder of VIDEOS/video gives one sample an epoch, from another start each time. With an action
 path in the config each video has a sidecar, whose rows are stored beside the latents. The devices
 of config.mesh encode together: most clips an hour with all of them on mesh.data. Stopped at any
-moment, the same command goes on after the last whole file. Then train with
---config.data.path=DIR --config.data.cached=True.
+moment, the same command goes on after the last whole file.
+
+On many hosts run the same command on each, as often as there are devices or machines, with DIR on a
+disk that they share: they deal the files out among themselves, whoever comes later joins, and what
+one leaves when it dies the others take up. The result is that of one process, to the bit. Then
+train with --config.data.path=DIR --config.data.cached=True.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import os
+import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator
 
@@ -29,14 +36,15 @@ from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.checkpoints import networks
+from longlive_jax.data import progress as progress_lib
 from longlive_jax.data import records
 from longlive_jax.data.clips import VideoFolder
 from longlive_jax.data.images import to_float
-from longlive_jax.data.manifest import PROGRESS
 from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import Health, Sample, Source, batches
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, remote
+from longlive_jax.files.atomic import remove_abandoned
 from longlive_jax.files.names import as_text
 from longlive_jax.files.remote import AnyPath
 from longlive_jax.models import umt5
@@ -47,6 +55,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert.")
 flags.DEFINE_string("output", None, "The folder to make, or to go on with.")
 flags.DEFINE_integer("epochs", 1, "Samples of each folder of videos.", lower_bound=1)
+
+_PROCESS = f"{socket.gethostname()}:{os.getpid()}"
 
 
 def main() -> None:
@@ -63,7 +73,7 @@ def main() -> None:
     if (folder / records.MANIFEST).is_file():
         had = records.read_manifest(folder)["settings"]
         folders.check_settings(f"--output={folder}", had, settings)
-        (folder / PROGRESS).unlink(missing_ok=True)
+        progress_lib.remove(folder)
     else:
         whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)
         head = {"settings": settings, "clips_per_file": whole_batches}
@@ -71,7 +81,8 @@ def main() -> None:
             _encode(cfg, mesh, source, progress)
             if not cfg.train.text_encoder:
                 _embed(cfg, mesh, progress)
-            _finish(cfg, progress)
+            _show_rates(progress, mesh.size)
+            progress.finish(functools.partial(_manifest, cfg, progress))
     print(f"{_summary(folder)}, {time.monotonic() - start:.1f} s: {as_text(folder)}")
 
 
@@ -123,71 +134,95 @@ def _settings(cfg: config_lib.Config, source: Source) -> dict:
 
 
 def _encode(cfg, mesh, source: Source, progress: Progress) -> None:
-    """Writes the files of latents that are missing."""
-    total = len(source) * FLAGS.epochs
+    """Writes files of latents until there are all, by whichever process."""
+    total, size = len(source) * FLAGS.epochs, progress.head["clips_per_file"]
     done = _lines(progress, "latents")
     for kind in ("shard", "actions"):
         records.Shards(progress.folder, _shards(done, kind))  # refuses files that are gone
-    # The report and the count of failures are made again from the lines of complete files.
-    report = progress.folder / records.FAILURES
-    report.unlink(missing_ok=True)
-    health, used = Health(cfg.data.max_bad_share, report), set()
-    for name, failures in itertools.chain.from_iterable(line["read"] for line in done):
-        used.add((health.read // len(source), name))
-        health.add(Sample(name, (), 0, failures=tuple((path, why) for path, why in failures)))
-    if health.read == total:
-        return
-    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.ENCODER)
-    stream = batches(source, (0,), 1, health.read, cfg.train.seed, cfg.data.workers)
-    bar = tqdm.tqdm(total=total, initial=health.read, unit=" clips", disable=None)
-    with contextlib.closing(stream), bar:
-        for number in itertools.count(len(done)):
-            count = min(progress.head["clips_per_file"], total - health.read)
-            if not count:
-                return
-            line = {"kind": "latents", "read": [], "prompts": [], "chunks": []}
-            samples = _take(itertools.islice(stream, count), len(source), health, used, line, bar)
-            rows: list[bytes] = []
-            shard = records.write_shard(
-                progress.folder / f"latents-{number:05d}.arrayrecord",
-                _packed(cfg, mesh, params, samples, rows),
+    health = _health(cfg, progress)
+    load = functools.cache(
+        lambda: networks.load(FLAGS.checkpoint, "vae", cfg, mesh, networks.ENCODER)
+    )
+    reader, bar = _Reader(cfg, source), tqdm.tqdm(total=total, unit=" clips", disable=None)
+    with contextlib.closing(reader), bar:
+        for number in progress.work("latents", math.ceil(total / size)):
+            first, count = number * size, min(size, total - number * size)
+            bar.update(sum(len(x["read"]) for x in _lines(progress, "latents")) - bar.n)
+            start, line = (
+                time.monotonic(),
+                {"kind": "latents", "read": [], "prompts": [], "chunks": []},
             )
+            samples = _take(reader.read(first, count), health, line, bar)
+            rows: list[bytes] = []
+            path = progress.folder / f"latents-{number:05d}.arrayrecord"
+            remove_abandoned(path)
+            shard = records.write_shard(path, _packed(cfg, mesh, load, samples, rows))
             if cfg.model.actions.kind != "none":
                 path = progress.folder / f"actions-{number:05d}.arrayrecord"
                 line["actions"] = dataclasses.asdict(records.write_shard(path, rows))
+            line |= {"by": _PROCESS, "seconds": round(time.monotonic() - start, 3)}
             progress.add(line | {"shard": dataclasses.asdict(shard)})
 
 
-def _take(stream, folders: int, health: Health, used: set, line: dict, bar) -> Iterator[Sample]:
+def _health(cfg, progress: Progress) -> Health:
+    """The failures that are known, and a report of them, made again from the lines."""
+    report = progress.folder / records.FAILURES
+    report.unlink(missing_ok=True)
+    health = Health(cfg.data.max_bad_share, report)
+    lines = _lines(progress, "latents")
+    for name, failures in itertools.chain.from_iterable(line["read"] for line in lines):
+        health.add(Sample(name, (), 0, failures=tuple((path, why) for path, why in failures)))
+    return health
+
+
+class _Reader:
+    """The samples by their number. Those that follow each other come from one stream."""
+
+    def __init__(self, cfg: config_lib.Config, source: Source):
+        self._seed, self._workers, self._source = cfg.train.seed, cfg.data.workers, source
+        self._stream, self._next = None, -1
+
+    def read(self, first: int, count: int) -> Iterator[Sample]:
+        if first != self._next:
+            self.close()
+            self._stream = batches(self._source, (0,), 1, first, self._seed, self._workers)
+        self._next = first + count
+        for (sample,) in itertools.islice(self._stream, count):
+            yield sample
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _take(samples: Iterable[Sample], health: Health, line: dict, bar) -> Iterator[Sample]:
     """The samples to encode; what `progress` needs of them goes into `line`.
 
-    For a folder that gives no sample, the source gives another folder's; a folder is used once an
-    epoch.
+    For a folder that gives no sample the source gives another folder's, which has a number of its
+    own: it is left out.
     """
-    for (sample,) in stream:
-        key = health.read // folders, sample.name
+    for sample in samples:
         health.add(sample)
         bar.update()
         line["read"].append((sample.name, sample.failures))
-        if key in used:
+        if sample.skipped:
             continue
-        used.add(key)
         line["chunks"].append(sample.chunks)
         line["prompts"] = list(dict.fromkeys([*line["prompts"], *sample.prompts]))
         yield sample
 
 
-def _packed(cfg, mesh, params, samples: Iterable[Sample], rows: list[bytes]) -> Iterator[bytes]:
+def _packed(cfg, mesh, load, samples: Iterable[Sample], rows: list[bytes]) -> Iterator[bytes]:
     """Records of samples; each replica of the mesh encodes one sample of a batch.
 
-    rows: gets the records of their actions.
+    load: gives the encoder's weights. rows: gets the records of the samples' actions.
     """
     replicas = _replicas(mesh)
     for batch in itertools.batched(samples, replicas):
         frames = [sample.frames for sample in batch]
         frames += frames[-1:] * (replicas - len(frames))
         latents = pictures.encode(
-            cfg, params, mesh, functools.partial(_read, mesh, frames), len(frames[0])
+            cfg, load(), mesh, functools.partial(_read, mesh, frames), len(frames[0])
         )
         for sample, one in zip(batch, latents):
             if not np.isfinite(one).all():
@@ -218,40 +253,56 @@ def _floats(pixels, where):
 
 def _embed(cfg, mesh, progress: Progress) -> None:
     """Writes the files of embeddings that are missing."""
-    prompts, done = _prompts(progress), _lines(progress, "text")
-    there = len(records.Shards(progress.folder, _shards(done)))
-    if there == len(prompts):
-        return
+    prompts = _prompts(progress)
+    records.Shards(progress.folder, _shards(_lines(progress, "text")))  # refuses what is gone
     read = networks.read_tokenizer(FLAGS.checkpoint, cfg)
-    params = networks.load(FLAGS.checkpoint, "umt5", cfg, mesh)
-    bar = tqdm.tqdm(total=len(prompts), initial=there, unit=" prompts", disable=None)
-    groups = itertools.batched(prompts[there:], records.PROMPTS_PER_FILE)
-    for number, group in enumerate(groups, len(done)):
-        ids, mask = read(group, cfg.model.text_len)
-        rows = umt5.encode_prompts(
-            params, cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
-        )
-        shard = records.write_shard(
-            progress.folder / f"text-{number:05d}.arrayrecord",
-            (
-                records.pack({"prompt": prompt}, row[:length])
-                for prompt, row, length in zip(group, rows, mask.sum(axis=1))
-            ),
-        )
-        progress.add({"kind": "text", "shard": dataclasses.asdict(shard)})
-        bar.update(len(group))
-    bar.close()
+    load = functools.cache(lambda: networks.load(FLAGS.checkpoint, "umt5", cfg, mesh))
+    groups = list(itertools.batched(prompts, records.PROMPTS_PER_FILE))
+    with tqdm.tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
+        for number in progress.work("text", len(groups)):
+            group, path = groups[number], progress.folder / f"text-{number:05d}.arrayrecord"
+            remove_abandoned(path)
+            ids, mask = read(group, cfg.model.text_len)
+            rows = umt5.encode_prompts(
+                load(), cfg.umt5, ids, mask, cfg.model.text_len, cfg.compute_dtype
+            )
+            shard = records.write_shard(
+                path,
+                (
+                    records.pack({"prompt": prompt}, row[:length])
+                    for prompt, row, length in zip(group, rows, mask.sum(axis=1))
+                ),
+            )
+            progress.add({"kind": "text", "shard": dataclasses.asdict(shard)})
+            bar.update(sum(shard.count for shard in _shards(_lines(progress, "text"))) - bar.n)
 
 
-def _finish(cfg, progress: Progress) -> None:
-    latents = _lines(progress, "latents")
-    report = (progress.folder / records.FAILURES).read_text(encoding="utf-8")
-    progress.finish(
+def _show_rates(progress: Progress, devices: int) -> None:
+    """Prints what this process encoded in a second, a device, and all processes together."""
+    clips: collections.Counter = collections.Counter()
+    seconds: collections.Counter = collections.Counter()
+    for line in _lines(progress, "latents"):
+        if line.get("seconds"):
+            clips[line["by"]] += len(line["chunks"])
+            seconds[line["by"]] += line["seconds"]
+    rates = {by: clips[by] / seconds[by] for by in clips}
+    if own := rates.get(_PROCESS):
+        print(
+            f"{clips[_PROCESS]} clips here, {own:.3g} a second, {own / devices:.3g} a device; in "
+            f"all {sum(clips.values())} by {len(rates)} process(es), {sum(rates.values()):.3g} a "
+            "second",
+            file=sys.stderr,
+        )
+
+
+def _manifest(cfg, progress: Progress) -> dict:
+    latents, health = _lines(progress, "latents"), _health(cfg, progress)
+    return dict(
         samples=sum(len(line["chunks"]) for line in latents),
         dtype=cfg.dtype,
         latent_shape=_latent_shape(cfg),
         least_chunks=min(min(line["chunks"], default=math.inf) for line in latents),
-        failures=report.count("\n"),
+        failures=len(health.failures),
         latents=_shards(latents),
         text=_shards(_lines(progress, "text")),
         **({"actions": acted} if (acted := _shards(latents, "actions")) else {}),

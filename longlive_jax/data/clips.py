@@ -189,7 +189,7 @@ class VideoFolder:
             folder = self._folders[(index + tried) % len(self)]
             sample = self._try(folder, key, failures)
             if sample is not None:
-                return dataclasses.replace(sample, failures=tuple(failures))
+                return dataclasses.replace(sample, failures=tuple(failures), skipped=tried)
             if tried % 100 == 99:  # a long search must not look like a hang
                 where, why = failures[-1]
                 logging.warning("data: %d folders give no sample; %s: %s", tried + 1, where, why)

@@ -4,17 +4,22 @@ On object storage it is written whole with each line; its folder is locked there
 """
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from longlive_jax.data.manifest import PROGRESS, SHARD, write_manifest
+from longlive_jax.data.manifest import MANIFEST, PROGRESS, SHARD, write_manifest
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, lease, remote, versioned
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.remote import AnyPath, RemotePath
+
+_log = logging.getLogger(__name__)
 
 # Of progress.jsonl: its first line, and the others by their kind.
 _BEGUN = {"settings": {str: object}, "clips_per_file?": int}
@@ -25,16 +30,20 @@ _DONE = {
         "chunks": [int],
         "read": [[(str, [[str]])]],
         "actions?": SHARD,
+        "by?": str,
+        "seconds?": float,
     },
     "text": {"shard": SHARD},
-}
+}  # by, seconds: the process that made the file, and how long it took
 
 
 class Progress:
     """A folder that is being written: the settings it was begun with, and its complete files.
 
     A file of records first gets its name, then its line here; without a line it is written again.
-    One process locks the folder, until it calls `close` or ends.
+    On a disk any number of processes, of any hosts that share it, write a folder together: `work`
+    deals the files out, and those of a process that ends are taken by the others. Object storage
+    has one process, which locks the folder until it calls `close` or ends.
 
     Args:
       head: stored in a new folder. An unfinished folder must have the same "settings", and keeps
@@ -42,23 +51,23 @@ class Progress:
 
     Attributes:
       head: stored when the folder was begun.
-      lines: one for each complete file, in the order they were added.
+      lines: one for each complete file, by kind and number; those of other processes as of the last
+        `refresh`, which `add` and `work` do too.
 
     Raises:
-      InputError: the folder holds other files, was begun with other settings, cannot be written,
-        or another process writes to it.
+      InputError: the folder holds other files, was begun with other settings or cannot be written;
+        on object storage, another process writes to it.
     """
 
     def __init__(self, folder: str | os.PathLike, head: Mapping[str, Any]):
         self.folder = remote.path(folder)
         self._file = _begin(self.folder)
         try:
-            for partial in self.folder.glob(".*.partial-*"):  # of a process that was killed
-                partial.unlink()
-            lines = self._read()
-            if not lines:
-                self._append(head)
-                lines = [json.loads(json.dumps(head))]
+            with self._file.locked():
+                lines = self._read()
+                if not lines:
+                    self._append(head)
+                    lines = [json.loads(json.dumps(head))]
             self.head, *self.lines = lines
             folders.check_settings(
                 f"--output={self.folder}", self.head["settings"], head["settings"]
@@ -69,17 +78,60 @@ class Progress:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds the line of a complete file, with whatever later steps need to know about it."""
-        self._append(line)
-        self.lines.append(json.loads(json.dumps(line)))
+        with self._file.locked():
+            _, *self.lines = self._read()
+            self._append(line)
+            self.lines = _sorted([*self.lines, json.loads(json.dumps(line))])
 
-    def finish(self, **manifest) -> None:
-        """Writes the manifest, which completes the folder, and removes the progress file."""
-        write_manifest(self.folder, **manifest)
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+    def refresh(self) -> None:
+        """Reads the lines that other processes have added."""
+        with self._file.locked():
+            _, *self.lines = self._read()
+
+    def work(self, kind: str, count: int) -> Iterator[int]:
+        """Deals out files of a kind: the numbers of those that this process is to write, and `add`.
+
+        Ends when all of them have a line. A number belongs to this process while it is the newest
+        that was given. Processes begin far from each other, so that each has files in a row.
+
+        Args:
+          kind: "latents" or "text". count: how many files there are of it.
+        """
+        last, told = -1, False
+        while missing := self._missing(kind, count):
+            for number in _order(missing, last):
+                with self._file.claimed(f".claim-{kind}-{number:05d}") as ours:
+                    if not ours:
+                        continue
+                    if number in self._missing(kind, count):
+                        last = number
+                        yield number
+                    break
+            else:
+                if not told:
+                    _log.warning("%s: waiting for %d files of others", self.folder, len(missing))
+                    told = True
+                time.sleep(1)
+
+    def _missing(self, kind: str, count: int) -> list[int]:
+        self.refresh()
+        done = {file_number(line) for line in self.lines if line["kind"] == kind}
+        return [number for number in range(count) if number not in done]
+
+    def finish(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes the manifest of `make`, which completes the folder, if no other process has.
+
+        Removes the progress file. `make` is called while the folder is locked.
+        """
+        with self._file.locked():
+            if not (self.folder / MANIFEST).is_file():
+                _, *self.lines = self._read()
+                write_manifest(self.folder, **make())
+            remove(self.folder)
         self.close()
 
     def close(self) -> None:
-        """Unlocks the folder. Closing twice does nothing."""
+        """On object storage, unlocks the folder. Closing twice does nothing."""
         self._file.close()
 
     def __enter__(self) -> "Progress":
@@ -97,7 +149,7 @@ class Progress:
             for i, line in enumerate(lines):
                 if wrong := _wrong_line(line) if i else schema_lib.mismatch(line, _BEGUN):
                     raise ValueError(f"line {i + 1}: {wrong}")
-            return lines
+            return [*lines[:1], *_sorted(lines[1:])]
         except ValueError as error:
             raise InputError(
                 f"{self._file.name}: is damaged ({error}); give a new --output"
@@ -105,6 +157,42 @@ class Progress:
 
     def _append(self, line):
         self._file.append(json.dumps(line).encode() + b"\n")
+
+
+def remove(folder: AnyPath) -> None:
+    """Removes what tells of the progress of a folder that has its manifest."""
+    for claim in folder.glob(".claim-*"):  # of processes that were killed
+        claim.unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def file_number(line: Mapping[str, Any]) -> int:
+    """Of a line's file among those of its kind: 12 of latents-00012.arrayrecord."""
+    return int(line["shard"]["file"].partition("-")[2].partition(".")[0])
+
+
+def _sorted(lines):
+    return sorted(lines, key=lambda line: (line["kind"], file_number(line)))
+
+
+def _order(missing: list[int], last: int) -> Iterator[int]:
+    """The order in which a process that wrote file `last` tries to claim missing ones.
+
+    The next one; else the longest row of missing ones, from its start and, where others are at work
+    there, from its middle; at last all.
+    """
+    if last + 1 in missing:
+        yield last + 1
+    rows = [[missing[0]]]
+    for number in missing[1:]:
+        if number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    for row in sorted(rows, key=len, reverse=True):
+        yield row[0]
+        yield row[len(row) // 2]
+    yield from missing
 
 
 def _wrong_line(line: Any) -> str:
@@ -119,28 +207,60 @@ def _wrong_line(line: Any) -> str:
         pair = len(read) == 2 and isinstance(read[0], str) and isinstance(read[1], list)
         if not pair or any(len(failure) != 2 for failure in read[1]):
             return "read is no list of names with their failures"
+    try:
+        file_number(line)
+    except ValueError:
+        return f"its file is named {line['shard']['file'][:40]!r}"
     return ""
 
 
 class _Lines(Protocol):
-    """The file, locked until it is closed."""
+    """The file. What it holds is read and changed while it is locked."""
 
     name: str
 
+    def locked(self) -> contextlib.AbstractContextManager[None]: ...
+    def claimed(self, name: str) -> contextlib.AbstractContextManager[bool]: ...
     def read(self) -> bytes: ...
-    def truncate(self, size: int) -> Any: ...
+    def truncate(self, size: int, /) -> Any: ...
     def append(self, text: bytes) -> None: ...
     def close(self) -> None: ...
 
 
 class _Local:
-    def __init__(self, folder: pathlib.Path, taken: str):
-        self._file = folders.open_locked(folder / PROGRESS, taken, "a+b")
+    """Locked while it is read or changed, which is short: others wait."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder, self.name = folder, str(folder / PROGRESS)
+        self._file = folders.opened(folder / PROGRESS, "a+b")
+        self.truncate, self.close = self._file.truncate, self._file.close
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Whether no other process has the file of this name, which then is ours in the block."""
+        path = self._folder / name
+        with folders.opened(path, "w") as claim:
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)  # while it is locked
+
+    def read(self) -> bytes:
         self._file.seek(0)
-        self.name = self._file.name
-        self.read, self.truncate, self.close = (
-            self._file.read, self._file.truncate, self._file.close,
-        )  # fmt: skip
+        return self._file.read()
 
     def append(self, text: bytes) -> None:
         self._file.write(text)
@@ -149,16 +269,26 @@ class _Local:
 
 
 class _Remote:
-    def __init__(self, folder: RemotePath, taken: str):
+    """Locked until it is closed, since no two processes may change an object."""
+
+    def __init__(self, folder: RemotePath):
+        taken = f"--output={folder}: another process is writing to it"
         self._path, self._held = folder / PROGRESS, contextlib.ExitStack()
         self._held.enter_context(lease.held(folder, taken))
         self.name = str(self._path)
         self._text = self._path.read_bytes() if self._path.is_file() else b""
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def claimed(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        del name
+        return contextlib.nullcontext(True)
+
     def read(self) -> bytes:
         return self._text
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, /) -> None:
         self._text = self._text[:size]
 
     def append(self, text: bytes) -> None:
@@ -170,12 +300,11 @@ class _Remote:
 
 
 def _begin(folder: AnyPath) -> _Lines:
-    """Opens progress.jsonl of an unfinished or new folder, and locks it."""
+    """Opens progress.jsonl of an unfinished or new folder."""
     folders.make(
         folder,
         "--output",
         "cached training data",
         lambda files: any(file.name == PROGRESS for file in files),
     )
-    taken = f"--output={folder}: another process is writing to it"
-    return _Remote(folder, taken) if isinstance(folder, RemotePath) else _Local(folder, taken)
+    return _Remote(folder) if isinstance(folder, RemotePath) else _Local(folder)

@@ -39,6 +39,7 @@ class Sample:
     text: [chunk, text_len, text_dim], the prompts' embeddings, or None.
     actions: float32 [1 + 4 (latent_frames - 1), key + 2], of `data.action_rows`, or None.
     failures: (path, reason) of each file that could not be read while making this sample.
+    skipped: records before its own that gave none, among them the one that was asked for.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Sample:
     text: np.ndarray | None = None
     actions: np.ndarray | None = None
     failures: tuple[tuple[str, str], ...] = ()
+    skipped: int = 0
 
 
 class Source(Protocol):

@@ -81,18 +81,28 @@ def open_locked(file: pathlib.Path, taken: str, mode: str = "w") -> IO:
       InputError: it cannot be written; or another process has the lock: `taken`, and the way out.
       OSError: ENOSPC, naming the file.
     """
+    lock = opened(file, mode)
     try:
-        opened = file.open(mode)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise InputError(f"{taken}; wait for it, or give another") from error
+    return lock
+
+
+def opened(file: pathlib.Path, mode: str) -> IO:
+    """Opens a file to write to.
+
+    Raises:
+      InputError: it cannot be written.
+      OSError: ENOSPC, naming the file.
+    """
+    try:
+        return file.open(mode)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise no_space(file) from error
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        opened.close()
-        raise InputError(f"{taken}; wait for it, or give another") from error
-    return opened
 
 
 def check_settings(where: str, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """launch.encode_dataset: from folders of videos to records, also in several attempts."""
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -173,6 +174,17 @@ def test_killed_and_run_again(encoded, encode, tmp_path):
         if where != "after the manifest":
             assert not (out / "manifest.json").exists()
     encode(out)
+    assert content(out) == content(encoded[0])
+
+
+def test_several_processes_make_the_same(encoded, encode, tmp_path):
+    """One of them is killed at a file; another comes later."""
+    out = tmp_path / "out"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        dying = functools.partial(die, "latents-00001")
+        calls = [pool.submit(encode, out, patch=p, check=False) for p in (small_files, dying)]
+        codes = {call.result().code for call in calls}
+    assert 0 in codes and codes <= {0, -signal.SIGKILL}
     assert content(out) == content(encoded[0])
 
 
