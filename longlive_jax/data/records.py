@@ -59,6 +59,9 @@ CLIPS_PER_FILE, PROMPTS_PER_FILE = 16, 256
 _ARRAY = {"shape": [int], "dtype": str}
 # Files of which a record is read when a dataset is opened. One of latents can have 32 MB.
 _EXAMINED = {"latents": 16, "actions": 16, "text": 256}
+# Files whose size and number of records are looked at then: all, unless there are very many. Of the
+# others a read sees that they are damaged.
+_SIZED = 2048
 # What is wrong with fields and array of record `index`; "" if nothing is.
 Check = Callable[[int, dict[str, Any], np.ndarray], str]
 
@@ -134,7 +137,7 @@ class Shards:
     """Files of records, as one sequence. A file is open only while one of its records is read.
 
     Raises:
-      InputError: a file is missing, or has another size than when it was written.
+      InputError: a file is missing; or one of `_SIZED` has another size than when it was written.
     """
 
     def __init__(self, folder: str | os.PathLike, shards: Sequence[Shard]):
@@ -147,10 +150,13 @@ class Shards:
         if isinstance(self._folder, RemotePath):
             self._copies = Copies(self._folder, self._shards)
             return
+        there = set(os.listdir(self._folder)) if shards else set()  # one question for all files
         for shard in shards:
+            if shard.file not in there:
+                raise InputError(f"{self._folder / shard.file}: is gone; {AGAIN}")
+        for number in _some(len(shards), _SIZED):
+            shard = shards[number]
             path = self._folder / shard.file
-            if not path.is_file():
-                raise InputError(f"{path}: is gone; {AGAIN}")
             if (size := path.stat().st_size) != shard.bytes:
                 raise InputError(
                     f"{path}: {size} bytes, {shard.bytes} were written: it is truncated or "
@@ -167,7 +173,7 @@ class Shards:
         return pathlib.Path(self._folder) / shard.file
 
     def examine(self, check: Check, most: int, *, last: bool = False) -> None:
-        """Compares each file's number of records with the manifest's, and looks at some records:
+        """Compares files' numbers of records with the manifest's, and looks at some records:
         the first, and the `last` if that is wanted, of `most` files. On object storage it looks at
         the first file alone: each is copied whole.
 
@@ -175,8 +181,9 @@ class Shards:
           InputError: a number differs, or a record is damaged.
         """
         files = len(self._shards)
-        looked = set(np.linspace(0, files - 1, min(files, most)).astype(int).tolist())
-        for number, (shard, end) in enumerate(zip(self._shards, self._ends)):
+        looked = set(_some(files, most))
+        for number in _some(files, _SIZED):
+            shard, end = self._shards[number], self._ends[number]
             if self._copies is not None and number:
                 return
             path = self._path(shard)
@@ -217,6 +224,11 @@ class Shards:
             raise InputError(
                 f"{path}: record {row} of {shard.count} is damaged ({error}); {AGAIN}"
             ) from error
+
+
+def _some(files: int, most: int) -> list[int]:
+    """`most` of the numbers of so many files, evenly, with the first and the last; or all."""
+    return np.linspace(0, files - 1, min(files, most)).astype(int).tolist()
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ import dataclasses
 import errno
 import itertools
 import json
+import os
 import pickle
 import shutil
 import tempfile
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from longlive_jax import config as config_lib
 from longlive_jax.data import records
-from longlive_jax.data.manifest import PROGRESS, write_manifest
+from longlive_jax.data.manifest import PROGRESS, Shard, write_manifest
 from longlive_jax.data.progress import Progress
 from longlive_jax.data.source import batches
 from longlive_jax.errors import InputError
@@ -104,6 +106,29 @@ def make(folder, counts=(2, 0, 3), text=True, acted=False, **manifest):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make(tmp_path_factory.mktemp("records") / "r")
+
+
+@pytest.mark.slow
+def test_a_million_clips_are_opened_in_seconds(tmp_path):
+    """Names of all files and the size of some are looked at, and a few records."""
+    made = make(tmp_path / "one", counts=(20,), text=False, samples=20)
+    whole, count = made / "latents-00000.arrayrecord", 50_000
+    folder = tmp_path / "many"
+    folder.mkdir()
+    shards = [Shard(f"latents-{k:05d}.arrayrecord", 20, whole.stat().st_size) for k in range(count)]
+    for shard in shards:
+        os.link(whole, folder / shard.file)
+    prompts = PROMPTS + [f"{k}: a scene of its own, told in a line." for k in range(10**6)]
+    manifest = records.read_manifest(made) | {"prompts": prompts, "samples": 20 * count}
+    write_manifest(folder, **manifest | {"latents": shards})
+    start = time.monotonic()
+    source = records.Records(folder, config(train_text_encoder=True))
+    assert time.monotonic() - start < 10
+    assert len(source) == 10**6
+    assert source.sample(10**6 - 1, 0).name == "v19"
+    os.remove(folder / shards[1234].file)
+    with pytest.raises(InputError, match=r"latents-01234\.arrayrecord: is gone"):
+        records.Records(folder, config(train_text_encoder=True))
 
 
 # A record.
