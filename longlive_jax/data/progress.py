@@ -128,7 +128,7 @@ class _Lines(Protocol):
     name: str
 
     def read(self) -> bytes: ...
-    def truncate(self, size: int) -> Any: ...
+    def truncate(self, size: int, /) -> Any: ...
     def append(self, text: bytes) -> None: ...
     def close(self) -> None: ...
 
@@ -158,7 +158,7 @@ class _Remote:
     def read(self) -> bytes:
         return self._text
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, /) -> None:
         self._text = self._text[:size]
 
     def append(self, text: bytes) -> None:

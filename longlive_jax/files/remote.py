@@ -300,6 +300,14 @@ class RemotePath(type(epath.Path("gs://bucket"))):
             raise FileNotFoundError(2, "no such object", str(self))
         return found.value
 
+    def read_range(self, start: int, size: int) -> bytes:
+        """So many bytes of an object, which must be there."""
+        read = self._store().read(self.key, byte_range=slice(start, start + size))
+        found = self._wait(read)
+        if found.state != "value":
+            raise FileNotFoundError(2, "no such object", str(self))
+        return found.value
+
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
 

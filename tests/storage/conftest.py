@@ -32,7 +32,9 @@ def environment(request, monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def nothing_is_taken_for_a_local_path():
     """pathlib.Path makes /s3/BUCKET/KEY of an etils path, without a word."""
-    places = [pathlib.Path(root, name) for root in ("/", ".") for name in ("s3", "gs", "s3:", "gs:")]
+    places = [
+        pathlib.Path(root, name) for root in ("/", ".") for name in ("s3", "gs", "s3:", "gs:")
+    ]
     before = {path for path in places if path.exists()}
     yield
     assert {path for path in places if path.exists()} == before
