@@ -80,8 +80,12 @@ def refused(command, *words, code=2, **kwargs):
     return last
 
 
-def test_a_run_and_its_data_are_elsewhere(server, cached, tmp_path):
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
+def test_a_run_and_its_data_are_elsewhere(kind, request, cached, tmp_path, monkeypatch):
     """Begun and gone on with, its folder and its data on object storage: the same numbers."""
+    server = request.getfixturevalue(kind)
+    for key, value in server.environment.items():
+        monkeypatch.setenv(key, value)
     data, there, local = upload(cached, server.path("data")), server.path("run"), tmp_path / "local"
     run("train", *tiny_run.flags(cached, local, **SMALL))
     run("train", *tiny_run.flags(data, there, **SMALL | dict(train__steps=2)))
@@ -138,6 +142,7 @@ def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint,
             assert opened.streams.video[0].frames > 0
 
 
+@pytest.mark.slow  # test_states.py has it within a process
 def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()

@@ -161,6 +161,8 @@ def test_a_lock_that_was_taken_over_is_left_alone(s3, monkeypatch):
     with folders.locked(lock.parent, "taken"):
         lock.write_text('{"host": "elsewhere", "process": 1, "token": "x"}')
         time.sleep(0.5)
+        with pytest.raises(StorageError, match="another process has taken it over"):
+            Checkpoints(lock.parent, PLAN).save(1, state(1, 1000))
     assert "elsewhere" in lock.read_text()
 
 
@@ -174,8 +176,10 @@ def test_a_state_that_is_half_there_is_none(s3):
         states.save(step, state(step, 1000))
     states.close()
     (root / workdir.STATES / "2/commit_success.txt").unlink()
+    assert half_written(root) == {2}
     states = Checkpoints(root, PLAN)
     assert states.latest == 1 and workdir.whole(root) == [1]
+    assert not half_written(root)
     states.save(2, state(2, 1000))
     states.close()
     assert workdir.whole(root) == [1, 2]
