@@ -1,5 +1,5 @@
 # Everything lives in .venv. `make demo` and `make test` set it up by themselves.
-.PHONY: setup lock demo test test-slow fuzz browser chromium lint types clean
+.PHONY: setup lock demo test test-slow fuzz browser chromium tpu libtpu lint types clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -60,6 +60,17 @@ chromium:
 	  command -v "$$b" >/dev/null && exit 0; done; \
 	{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } || \
 	  { echo "No Chromium: install it, or set LONGLIVE_CHROMIUM to its path." >&2; exit 1; }
+
+# Compiles for slices of TPUs. libtpu, of the version that jax[tpu] asks for, has a folder of its own:
+# where it is found, JAX looks for chips at every start.
+LIBTPU := $(VENV)/tpu
+tpu: libtpu
+	PYTHONPATH=$(LIBTPU) $(PYTHON) -m pytest -m tpu tests/tpu
+
+libtpu: $(STAMP)
+	@test -d $(LIBTPU)/libtpu || $(PYTHON) -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --target $(LIBTPU) "$$($(PYTHON) -c 'import importlib.metadata as m; \
+	  print(next(r for r in m.requires("jax") if r.startswith("libtpu")).partition(";")[0])')"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

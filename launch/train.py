@@ -15,7 +15,8 @@ evaluation it may be left out: then the weights are random.
 
 Where no cluster lets the hosts find each other, add --coordinator=HOST:PORT --num_processes=N
 --process_id=I. On SIGTERM or Ctrl-C to one host all save and end; a second Ctrl-C ends at once.
---dry_run compiles the step, prints its memory, and ends: no array is made, no data read.
+--dry_run compiles the step, prints its memory and what a device sends, and ends: no array is made,
+no data read. With --topology=v5p:2x2x4 it does so for a slice of TPUs that is not here.
 
 Exit codes: 0 done, or saved after a signal; 2 bad config or data, or a full disk; 1 anything else,
 also a run whose last step was not finite.
@@ -36,6 +37,7 @@ from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
+from longlive_jax import topology as topology_lib
 from longlive_jax.checkpoints import networks
 from longlive_jax.errors import InputError, NotFiniteError, StorageError
 from longlive_jax.files import lines, remote, scratch
@@ -59,6 +61,7 @@ flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no clust
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "With --coordinator: this one's.", lower_bound=0)
 flags.DEFINE_bool("dry_run", False, "Compile the step, print its memory, and end.")
+flags.DEFINE_string("topology", None, "With --dry_run: TPUs to compile for, like v5p:2x2x4.")
 
 
 def main() -> None:
@@ -86,9 +89,14 @@ def _train() -> None:
                 "config with objective='dmd'"
             )
     (config_lib.validate_distillation if distils else config_lib.validate_training)(cfg)
-    mesh_lib.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    mesh = mesh_lib.make_mesh(cfg.mesh)
-    if not mesh.local_devices:
+    if FLAGS.topology and not FLAGS.dry_run:
+        raise InputError(
+            f"--topology={FLAGS.topology}: is for --dry_run; a run uses the devices that are here"
+        )
+    if not FLAGS.topology:
+        mesh_lib.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    mesh = topology_lib.mesh(cfg.mesh, FLAGS.topology)
+    if not FLAGS.topology and not mesh.local_devices:
         raise InputError(
             f"config: mesh of {mesh.size} devices, which leaves none to process "
             f"{jax.process_index()} of {jax.process_count()}; {jax.device_count()} are there: "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,11 @@ def make_mesh(
             f"{config.size} devices, {len(devices)} found; lower one of them, or on a CPU set "
             f"JAX_NUM_CPU_DEVICES={config.size}"
         )
-    grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp, config.seq)
+    shape, devices = (config.data, config.fsdp, config.seq), devices[: config.size]
+    if devices[0].platform == "tpu":  # neighbours on the mesh are neighbours in the torus
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import those before it, and itself.
-ORDER = ["errors", "files", "captions", "formats", "recipes", "config", "data", "grading", "mesh", "params",
+ORDER = ["errors", "files", "captions", "formats", "recipes", "config", "data", "grading", "mesh", "topology", "params", "collectives",
          "kernels", "ops", "quant", "models", "nnx", "diffusion", "checkpoints", "prompts",
          "sampling", "pipeline", "training", "serving"]  # fmt: skip
 FILES = sorted((ROOT / "longlive_jax").rglob("*.py"))

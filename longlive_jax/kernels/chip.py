@@ -1,6 +1,21 @@
-"""The first checks of every kernel's `supports`: which chip this is, whether an array is local."""
+"""The first checks of every kernel's `supports`: for which chip, and whether an array is local."""
 
 import jax
+
+
+def platform(x: jax.Array) -> str:
+    """Of the devices that x's program is compiled for: "cpu", "gpu" or "tpu".
+
+    Those of x's mesh, which a machine may compile for without having them; without a mesh JAX's
+    default ones. x may be any shape and dtype, or a `jax.ShapeDtypeStruct`.
+    """
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    # jax 0.11 knows its kind alone.
+    return getattr(device, "platform", None) or (
+        "tpu" if device.device_kind.startswith("TPU") else jax.default_backend()
+    )
 
 
 def is_hopper() -> bool:

@@ -1,6 +1,6 @@
 """Dense attention over a valid prefix of keys: cross-attention and the streaming sampler's.
 
-cuDNN on NVIDIA GPUs, XLA elsewhere. Softmax statistics are float32 in both.
+cuDNN on NVIDIA GPUs, JAX's flash attention on TPUs, XLA elsewhere. Softmax statistics are float32.
 """
 
 import functools
@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.ops import cudnn
+from longlive_jax.ops import cudnn, flash_tpu
 
 _LOGITS = 2**27  # most logits the XLA path holds at once: 512 MB of float32
 
@@ -26,6 +26,8 @@ def attention(
     Returns:
       [batch, token, head, head_dim] in q's dtype.
     """
+    if flash_tpu.supports(q):
+        return flash_tpu.attention(q, k, v, kv_len)
     if not cudnn.supports(q):
         return _xla(q, k, v, kv_len)
     if kv_len is None:

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
+from longlive_jax.kernels import chip
+
 # jax 0.12 added `score_mod` to the parameters of both primitives.
 _HAS_SCORE_MOD = "score_mod" in inspect.signature(fused._dot_product_attention_fwd_impl).parameters
 _UNUSED = 7  # bias, sequence lengths, packed offsets and page tables, none of which we pass
 
 
 def supports(q: jax.Array) -> bool:
-    """Whether cuDNN runs queries of this dtype and head_dim, both ways, on the default backend."""
+    """Whether cuDNN runs queries of this dtype and head_dim, both ways, on its devices."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return chip.platform(q) == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,21 +7,23 @@ keys than this call has: p = exp(s - lse) and D = sum(dout * out) are all that a
 whole (FlashAttention-2, arXiv 2307.08691, section 3.1.2), so the gradients of the pieces add up.
 JAX must not differentiate either function: the caller needs a custom_vjp.
 
-Backends: "cudnn" on NVIDIA GPUs in half precision, "xla" anywhere.
+Backends: "cudnn" on NVIDIA GPUs in half precision, "flash_tpu" on TPUs, "xla" anywhere.
 """
 
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.ops import cudnn
+from longlive_jax.ops import cudnn, flash_tpu
 
-BACKENDS = ("xla", "cudnn")
+BACKENDS = ("xla", "cudnn", "flash_tpu")
 _LOGITS = 2**27  # most logits the XLA backend holds in one matrix: 512 MB of float32
 
 
 def choose_backend(q: jax.Array) -> str:
-    """The fastest backend for queries of this dtype and head_dim on JAX's default backend."""
-    return "cudnn" if cudnn.supports(q) else "xla"
+    """The fastest backend for queries of this dtype and head_dim, on their devices."""
+    if cudnn.supports(q):
+        return "cudnn"
+    return "flash_tpu" if flash_tpu.supports(q) else "xla"
 
 
 def forward(
@@ -67,6 +69,8 @@ def _module(q, backend):
     backend = backend or choose_backend(q)
     if backend == "cudnn":
         return cudnn.forward, cudnn.backward
+    if backend == "flash_tpu":
+        return flash_tpu.forward, flash_tpu.backward
     if backend == "xla":
         return _xla_forward, _xla_backward
     raise ValueError(f"attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")

@@ -20,13 +20,13 @@ from longlive_jax.config import TEMPORAL_COMPRESSION
 from longlive_jax.models import actions, dit, umt5, vae, vae_spec
 from longlive_jax.sampling import decode, stream
 
-Lower = Callable[[], jax.stages.Lowered]
+Trace = Callable[[], jax.stages.Traced]
 
 
 def programs(
     cfg: config_lib.Config, mesh: jax.sharding.Mesh, vae_mesh: jax.sharding.Mesh, batch: int
-) -> dict[str, Lower]:
-    """A function by name that lowers each program, the slow ones to compile first.
+) -> dict[str, Trace]:
+    """A function by name that traces each program, the slow ones to compile first.
 
     Those of videos of video.height x video.width, `batch` of them together: from text, from a
     first frame unless all are (`video.image_to_video`), and continued. Nothing is allocated.
@@ -46,7 +46,7 @@ def programs(
     )
 
 
-def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
+def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Trace]]:
     for pictured in (True,) if cfg.video.image_to_video else (False, True):
         video = dataclasses.replace(cfg.video, image_to_video=pictured)
         one = dataclasses.replace(cfg, video=video)
@@ -58,16 +58,16 @@ def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Lower]]:
         if cfg.sample.recache:
             each["recache"] = sampler.recache
         for name, program in each.items():
-            yield f"{name}{after}", functools.partial(program.lower, params, state, inputs)
+            yield f"{name}{after}", functools.partial(program.trace, params, state, inputs)
         arguments = params, state, latents, inputs
-        yield f"commit_chunk{after}", functools.partial(sampler.commit.lower, *arguments)
+        yield f"commit_chunk{after}", functools.partial(sampler.commit.trace, *arguments)
     make = functools.partial(stream.init_state, cfg, batch, *size)
     shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs(cfg))
-    yield "init_state", jax.jit(make, out_shardings=shardings).lower
+    yield "init_state", jax.jit(make, out_shardings=shardings).trace
     shape = (cfg.model.chunk_frames, *size, cfg.model.in_dim)
     samples = jax.ShapeDtypeStruct((batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    yield "noise", functools.partial(stream.noise.lower, key, samples, samples, shape)
+    yield "noise", functools.partial(stream.noise.trace, key, samples, samples, shape)
 
 
 def step_arguments(
@@ -115,7 +115,7 @@ def _decoding(cfg, mesh, batch, size):
         latents = _placed(mesh, (batch, count, *size, cfg.vae.z_dim), cfg.compute_dtype)
         program = decode.decode_program(cfg.vae, mesh, first, decode.pictures)
         name = "first" if first else count
-        yield f"decode {name}", functools.partial(program.lower, params, state, latents)
+        yield f"decode {name}", functools.partial(program.trace, params, state, latents)
 
 
 def _encoding(cfg, mesh, batch, size):
@@ -132,7 +132,7 @@ def _encoding(cfg, mesh, batch, size):
             frames = _placed(mesh, (rows, number, *pixels, 3), cfg.compute_dtype)
             program = vae.encode_on_mesh(mesh, cfg.vae, first)
             name = f"encode {'first' if first else count}" + (f" x{rows}" if rows > 1 else "")
-            yield name, functools.partial(program.lower, params, state, frames)
+            yield name, functools.partial(program.trace, params, state, frames)
 
 
 def _calls(cfg, chunks):
@@ -168,7 +168,7 @@ def _text(cfg, mesh):
             yield (
                 f"text {batch}x{tokens}",
                 functools.partial(
-                    umt5.encode_program.lower, params, ids, ids,
+                    umt5.encode_program.trace, params, ids, ids,
                     cfg=cfg.umt5, text_len=length, dtype=cfg.compute_dtype,
                 ),
             )  # fmt: skip

@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from longlive_jax import collectives
 from longlive_jax import params as params_lib
 from longlive_jax.training import state as state_lib
 from longlive_jax.training.objective import Objective
@@ -11,7 +12,7 @@ from longlive_jax.training.step import Step
 
 
 def report(objective: Objective) -> str:
-    """Compiles the steps; memory of each device, and how the parameters lie, as a text."""
+    """Compiles the steps; memory and traffic of each device, and how parameters lie, as a text."""
     step, abstract, mesh = Step(objective), state_lib.abstract(objective), objective.mesh
     count = sum(params_lib.count(network.specs) for network in objective.networks.values())
     lines = [
@@ -22,7 +23,8 @@ def report(objective: Objective) -> str:
         *(f"  {name:<22}{_gib(_bytes(tree)):>10}" for name, tree in _trees(objective, abstract)),
     ]
     for due in step.programs:
-        memory = step.lower(due).compile().memory_analysis()
+        traced = step.trace(due)
+        memory = traced.lower().compile().memory_analysis()
         assert memory is not None
         of = "" if len(step.programs) == 1 else f" of {', '.join(due) or 'no network'}"
         lines += [
@@ -31,11 +33,18 @@ def report(objective: Objective) -> str:
             f"  {'temporaries':<22}{_gib(memory.temp_size_in_bytes):>10}",
             f"  {'output':<22}{_gib(memory.output_size_in_bytes):>10}",
             f"  {'of it in arguments':<22}{_gib(memory.alias_size_in_bytes):>10}",
+            *_work(traced.jaxpr, objective.cost(due).flops, mesh),
         ]
     lines += ["", f"{'parameters':<42}{'shape':<22}{'spread over':<28}{'GiB a device':>12}"]
     for network in abstract.networks.values():
         lines += _table(network.params)
     return "\n".join(lines)
+
+
+def _work(jaxpr, flops, mesh):
+    if flops:
+        yield f"  {'model TFLOP':<22}{flops / mesh.size / 1e12:>10.4g}"
+    yield from collectives.lines(jaxpr, mesh)
 
 
 def _trees(objective, state):

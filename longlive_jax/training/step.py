@@ -83,12 +83,16 @@ class Step:
         """The networks that are trained after `done` steps."""
         return tuple(name for name, n in self.objective.networks.items() if done % n.period == 0)
 
-    def lower(self, due: Due) -> jax.stages.Lowered:
-        """The program of such a step, lowered for the objective's shapes."""
+    def trace(self, due: Due) -> jax.stages.Traced:
+        """The program of such a step, traced for the objective's shapes."""
         objective = self.objective
-        return self.programs[due].lower(
+        return self.programs[due].trace(
             state_lib.abstract(objective), objective.frozen, objective.batch
         )
+
+    def lower(self, due: Due) -> jax.stages.Lowered:
+        """The same, lowered."""
+        return self.trace(due).lower()
 
     # ---------------------------------------------------------------------------------------------
     # The step, on global arrays.

@@ -42,21 +42,31 @@ def moves(monkeypatch):
 
 @pytest.fixture
 def plain(tmp_path, monkeypatch):
-    """The frames of a video as FFmpeg alone writes it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(video._File, "finish", lambda self: None)
-        patch.setattr(mp4, "gap", lambda frames: 0)
-        path = write(tmp_path / "plain.mp4", noise(50))
-    assert kinds(path) == ["ftyp", "free", "mdat", "moov"]
-    return read_video(path, HEIGHT, WIDTH)
+    """Where the next video is kept as FFmpeg wrote it.
+
+    Of the same encoding: libx264's macroblock tree sometimes makes others of the same pictures.
+    """
+    path, real = tmp_path / "plain.mp4", video._File.finish
+
+    def finish(self):
+        path.write_bytes(self._path.read_bytes()[self._gap :])
+        real(self)
+
+    monkeypatch.setattr(video._File, "finish", finish)
+    return path
+
+
+def check_frames(path, plain):
+    assert kinds(plain) == ["ftyp", "free", "mdat", "moov"]
+    assert kinds(path) == ["ftyp", "moov", "free", "mdat"]
+    np.testing.assert_array_equal(read_video(path, HEIGHT, WIDTH), read_video(plain, HEIGHT, WIDTH))
 
 
 @pytest.mark.parametrize("frames", [None, 50, 49, 1000])
 def test_frames_stay_where_they_are(tmp_path, plain, moves, frames):
     path = write(tmp_path / "v.mp4", noise(50), frames=frames)
-    assert kinds(path) == ["ftyp", "moov", "free", "mdat"]
+    check_frames(path, plain)
     assert not moves
-    np.testing.assert_array_equal(read_video(path, HEIGHT, WIDTH), plain)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 7, 500, 1100, 1200, 1300, 1400, 1500, 3_000_000])
@@ -65,11 +75,10 @@ def test_a_gap_of_any_size(tmp_path, plain, moves, monkeypatch, gap, step):
     monkeypatch.setattr(mp4, "gap", lambda frames: gap)
     monkeypatch.setattr(mp4, "_STEP", step)
     path = write(tmp_path / "v.mp4", noise(50))
-    assert kinds(path) == ["ftyp", "moov", "free", "mdat"]
-    np.testing.assert_array_equal(read_video(path, HEIGHT, WIDTH), plain)
+    check_frames(path, plain)
     assert probe(path).frames == 50
     assert all(move > 0 for move in moves) == (gap < 3_000_000)
-    assert path.stat().st_size < 1.1 * (tmp_path / "plain.mp4").stat().st_size
+    assert path.stat().st_size < 1.1 * plain.stat().st_size
 
 
 def test_an_interrupted_video_has_no_large_hole(tmp_path):

@@ -86,6 +86,19 @@ def test_chunked_writes_equal_one_write(tmp_path):
     assert (tmp_path / "many.mp4").read_bytes() == one.read_bytes()
 
 
+def test_the_encoder_is_never_given_avx512(monkeypatch):
+    """With it, libx264 sometimes makes another file of the same pictures."""
+
+    def refuse(*args):
+        raise ValueError("no NVENC")
+
+    monkeypatch.setattr(video_lib.av.CodecContext, "create", refuse)
+    for has, params in ((True, "asm=AVX2"), (False, None)):
+        monkeypatch.setattr(video_lib, "_has_avx512", lambda has=has: has)
+        codec, options = video_lib._encoder.__wrapped__(HEIGHT, WIDTH)
+        assert codec == "libx264" and options.get("x264-params") == params
+
+
 def test_written_frames_may_be_overwritten_by_the_caller(tmp_path):
     frames, buffer = moving_frames(16), np.empty((8, HEIGHT, WIDTH, 3), np.uint8)
     with VideoWriter(tmp_path / "out.mp4", HEIGHT, WIDTH) as writer:

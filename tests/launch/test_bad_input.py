@@ -241,7 +241,9 @@ def _full_disk():
     arrays.np.savez = refuse
 
 
-@pytest.mark.parametrize("words", [S, N], ids=["video", "latents"])
+@pytest.mark.parametrize(
+    "words", [pytest.param(S, marks=pytest.mark.slow), N], ids=["video", "latents"]
+)
 def test_full_disk(words, f, tmp_path):
     command, args = arguments("sample " + words, f, tmp_path)
     done = run(command, *args, patch=_full_disk, check=False)

@@ -257,6 +257,7 @@ def test_flags_that_do_not_fit_the_config_are_refused(files, checkpoint, prompts
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_size_is_refused(checkpoint, prompts, tmp_path):
     """As is anything that is no checkpoint, and prompts that are not there."""
     spec = dit.spec(model := dataclasses.replace(tiny_config().model, ffn_dim=96))

@@ -163,6 +163,7 @@ def die(where):
         progress.write_manifest = then_kill(progress.write_manifest)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(encoded, encode, tmp_path):
     out = tmp_path / "out"
     for where in ("latents-00001", "between a file and its line", "after a line", "text-00001",

@@ -300,6 +300,7 @@ def test_signals_leave_a_playable_video(tmp_path, number, code):
     assert sorted(os.listdir(tmp_path)) == ["script.py", "v.mp4"]
 
 
+@pytest.mark.slow
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
     process = script(tmp_path, VIDEO, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
@@ -323,6 +324,7 @@ def _without_a_bar():
     tqdm.tqdm = functools.partial(tqdm.tqdm, disable=True)
 
 
+@pytest.mark.slow
 def test_first_frames_are_told_once(tmp_path, checkpoint, one):
     for patch in (None, _without_a_bar):
         done = run(

@@ -12,6 +12,7 @@ import subprocess
 import time
 
 import pytest
+import yaml  # ml_collections brings it
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SSH, TPU = LAUNCH / "ssh/train.sh", LAUNCH / "tpu/train.sh"
@@ -305,7 +306,6 @@ def test_slurm_tells_the_tasks_before_the_time_is_up():
 
 @pytest.fixture
 def job(fakes, monkeypatch):
-    yaml = pytest.importorskip("yaml")
     jobset = yaml.safe_load(GKE.read_text())
     (replicated,) = jobset["spec"]["replicatedJobs"]
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")

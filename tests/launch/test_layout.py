@@ -51,6 +51,7 @@ def test_every_prompt_has_its_samples_and_a_line_in_the_manifest(sample, made):
     assert not np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_with_the_same_videos(sample, made):
     """Killed inside the third file: its line is not whole, the file is a part; the last is absent."""
     folder, call = sample

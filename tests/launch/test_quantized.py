@@ -148,6 +148,7 @@ def config(recipe, **mesh):
     return config_lib.from_config_dict(values)
 
 
+@pytest.mark.slow
 def test_a_runs_masters_are_quantised_at_load(a_run):
     root, params = a_run
     cfg = config("fp8", fsdp=2)

@@ -116,12 +116,14 @@ def test_a_mesh_makes_the_same_videos(two, sample, flag, tmp_path):
         assert np.abs(one.astype(int) - other).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_a_device_for_the_vae_makes_the_same_video(two, sample, tmp_path):
     sample("--vae_device=1", f"--output={tmp_path}/out.mp4", devices=2)
     for name in ("out-000.mp4", "out-001.mp4"):
         np.testing.assert_array_equal(frames(tmp_path / name), frames(two[0] / name))
 
 
+@pytest.mark.slow
 def test_saved_latents_decode_to_the_video(two, checkpoint, tmp_path):
     folder, _ = two
     args = *TINY, f"--checkpoint={checkpoint}", f"--latents={folder}/l-000.npz"
@@ -136,6 +138,7 @@ def test_saved_latents_decode_to_the_video(two, checkpoint, tmp_path):
     np.testing.assert_array_equal(frames(tmp_path / "again.mp4"), frames(tmp_path / "v.mp4"))
 
 
+@pytest.mark.slow
 def test_embedded_prompts_are_the_prompts(sample, checkpoint, prompts, tmp_path):
     guided = "--config.sample.guidance_scale=2.0", "--config.sample.negative_prompt=a red boat"
     args = *TINY, *guided, f"--checkpoint={checkpoint}", f"--prompts={prompts}"

@@ -68,6 +68,7 @@ def test_the_record_beside_the_video_makes_it_again(walked, sample, tmp_path):
     assert np.abs(latents(tmp_path / "still.npz") - latents(walked / "w.npz")).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_with_its_own_actions(walked, sample, tmp_path):
     """Of the part that it goes on from they are in the sidecar beside it; the record has both."""
     done = sample(
@@ -95,6 +96,7 @@ def made(chunks):
     return np.concatenate([np.asarray(chunk.latents) for chunk in chunks], axis=1)
 
 
+@pytest.mark.slow
 def test_entries_of_a_script_have_actions(pipeline, tmp_path):
     """Of text and of sidecars; what has none stands still. A line for all is the same video."""
     part = sidecars.parse("yaw+3*32")

@@ -69,6 +69,7 @@ def test_trains_on_videos_and_evaluates(online):
     assert f"evaluation: {folder}" in done.stdout
 
 
+@pytest.mark.slow
 def test_samples_from_the_run(online, tmp_path):
     """The averages by default; the VAE and text encoder come from the run's checkpoint."""
     root, _, _ = online

@@ -95,6 +95,7 @@ def test_the_base_has_no_gradient(trained):
     assert all(np.any(g) for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_any_mesh_gives_the_same_loss_gradient_and_merged_weights(trained, base, adapters):
     """Base and adapters sharded over fsdp and seq, gathered a layer at a time; remat."""
     given, expected, (gradient, _) = trained

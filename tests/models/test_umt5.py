@@ -192,6 +192,7 @@ def test_logical_axes():
             assert shape[body.index("embed")] == cfg.dim
 
 
+@pytest.mark.slow
 def test_initial_values_give_useful_numbers():
     cfg = config_lib.UMT5(
         vocab_size=50, dim=32, dim_attn=48, dim_ffn=64, num_heads=4, num_layers=2, num_buckets=8

@@ -141,6 +141,7 @@ def test_encode_matches_original(golden):
     np.testing.assert_allclose(latents, arrays["encoded"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(golden):
     params, cfg, arrays = golden
     bf16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
@@ -306,7 +307,8 @@ def wide(tiny):
     )
 
 
-@pytest.mark.parametrize("seq", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seq", [1, 2, 4])
 def test_sharded_whole_clip_equals_unsharded(tiny, wide, seq):
     (latents, decoded), (frames, encoded) = wide
     mesh = mesh_lib.make_mesh(config_lib.Mesh(seq=seq))

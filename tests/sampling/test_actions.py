@@ -154,6 +154,7 @@ def test_it_streams_as_it_trains(kind):
     assert np.abs(x0 - left.x0).max() < 1e-5 * np.abs(x0).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [config_lib.Mesh(fsdp=2, seq=4)])
 def test_a_mesh_changes_nothing(mesh):
     expected, _ = sample(config(), random_params("module"))

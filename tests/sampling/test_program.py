@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from longlive_jax import collectives
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
@@ -50,15 +51,11 @@ def compiled(seq):
     return arguments, traced.lower().compile()
 
 
-def equations(jaxpr, times=1):
+def equations(jaxpr):
     """(times it runs, equation) of a program and of all that it calls."""
-    for equation in jaxpr.eqns:
+    for times, equation in collectives.equations(jaxpr):
         assert equation.primitive.name not in ("while", "cond")  # these say nothing of how often
         yield times, equation
-        inner = times * equation.params.get("length", 1)  # of a scan
-        for value in equation.params.values():
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(getattr(value, "jaxpr", value), inner)
 
 
 @functools.cache

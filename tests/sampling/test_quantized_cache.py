@@ -122,6 +122,7 @@ def test_the_mesh_changes_nothing(kv, mesh):
         np.testing.assert_allclose(many[0].cache.k.amax, one[0].cache.k.amax, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["nvfp4", SLOW_FP8])
 def test_videos_of_a_batch_do_not_touch(kv):
     cfg = make_config(kv)
@@ -183,6 +184,7 @@ def test_devices_can_exchange_codes():
     assert 0 < error(sent[1], one[1]) < 0.15
 
 
+@pytest.mark.slow
 def test_codes_that_arrive_are_those_that_one_device_stores():
     """Of the first layer, which no attention comes before."""
     tables = []

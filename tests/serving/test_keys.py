@@ -188,6 +188,7 @@ def walk(viewer):
     return applied
 
 
+@pytest.mark.slow
 def test_a_world_says_what_it_takes(server):
     (model,) = server.ask("/info")[1]["models"]
     assert model["kind"] == "world" and model["chunk_frames"] == 8
@@ -196,6 +197,7 @@ def test_a_world_says_what_it_takes(server):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_walk_its_receipts_and_its_script(server, tmp_path):
     """The script makes the same latents in the server and by `Pipeline.generate`."""
     id = server.begin(seed=4)
@@ -237,6 +239,7 @@ def test_a_walk_its_receipts_and_its_script(server, tmp_path):
     assert np.abs(server.latents[still][-1] - made[chunks - 1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_walk_goes_on_after_a_kill(server, tmp_path):
     """Another server on a copy of the files, as they are while the stream runs."""
     id = server.begin(seed=6)
@@ -258,6 +261,7 @@ def test_a_walk_goes_on_after_a_kill(server, tmp_path):
         other.stop()
 
 
+@pytest.mark.slow
 def test_a_world_goes_by_as_on_a_clock(server):
     """A chunk that is made in less time than it plays waits for its turn."""
     with server.watch(server.begin()) as viewer:
@@ -267,6 +271,7 @@ def test_a_world_goes_by_as_on_a_clock(server):
         assert time.monotonic() - begin > 0.9 * 6 * 8 / 24
 
 
+@pytest.mark.slow
 def test_bad_keys(server):
     with server.watch(server.begin()) as viewer:
         for message, words in [
@@ -281,6 +286,7 @@ def test_bad_keys(server):
         viewer.chunk(1)
 
 
+@pytest.mark.slow
 def test_a_viewer_that_vanishes_lets_go(server):
     id = server.begin()
     stream = server.scheduler.streams[id]
@@ -295,6 +301,7 @@ def test_a_viewer_that_vanishes_lets_go(server):
     assert any(row["keyboard"][0] for row in rows) and not any(rows[-2]["keyboard"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from configs import sample_5b
+from longlive_jax import collectives
 from longlive_jax import config as lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.training import state as state_lib
@@ -31,49 +32,35 @@ def traced(mesh):
     return program.trace(state_lib.abstract(objective), (), objective.batch).jaxpr.jaxpr
 
 
-def inner(equation):
-    for value in equation.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(one, "jaxpr", one)
-            if hasattr(jaxpr, "eqns"):
-                yield jaxpr
-
-
-def collectives(jaxpr) -> collections.Counter:
+def sent(jaxpr) -> collections.Counter:
     found = collections.Counter()
-    for equation in jaxpr.eqns:
+    for times, equation in collectives.equations(jaxpr):
         name = equation.primitive.name.removesuffix("_invariant")
-        found += collections.Counter(kind for kind in COLLECTIVES if name.startswith(kind))
-        for one in inner(equation):
-            found += collectives(one)
+        found += collections.Counter({kind: times for kind in COLLECTIVES if name.startswith(kind)})
     return found
 
 
 def layers(jaxpr):
     """Bodies of the scans over the 30 layers: forward, then backward."""
-    for equation in jaxpr.eqns:
-        bodies = list(inner(equation))
+    for _, equation in collectives.equations(jaxpr):
         if equation.primitive.name == "scan" and equation.params["length"] == 30:
-            yield bodies[0]
-        else:
-            for one in bodies:
-                yield from layers(one)
+            yield equation.params["jaxpr"]
 
 
 @pytest.mark.parametrize("mesh", [lib.Mesh(seq=4), lib.Mesh(fsdp=2, seq=4)], ids=str)
 def test_a_block_communicates_weights_and_heads_and_nothing_else(mesh):
     forward, backward = layers(traced(mesh))
     # q, k, v to heads and the output to tokens.
-    assert collectives(forward) == {"all_to_all": 4, "all_gather": WEIGHTS}
+    assert sent(forward) == {"all_to_all": 4, "all_gather": WEIGHTS}
     # Their transposes, and the forward's again but for what is kept.
-    found = collectives(backward)
+    found = sent(backward)
     assert found["all_gather"] == found["reduce_scatter"] == WEIGHTS
     assert 4 <= found["all_to_all"] <= 8 and not found["psum"] and not found["ppermute"]
 
 
 def test_one_device_receives_nothing():
     forward, backward = layers(traced(lib.Mesh()))
-    assert not collectives(forward) and not collectives(backward)
+    assert not sent(forward) and not sent(backward)
 
 
 def test_parameters_and_all_that_mirrors_them_are_sharded():

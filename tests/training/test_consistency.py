@@ -53,6 +53,7 @@ def _arrays(tree, seed=0):
     return structure.unflatten([array(leaf, seed + i) for i, leaf in enumerate(leaves)])
 
 
+@pytest.mark.slow
 def test_the_student_learns_and_only_its_adapters_change():
     goal, frozen, state, batches = begin()
     program = Step(goal).programs[(STUDENT,)]

@@ -70,6 +70,7 @@ def graded(cfg):
     return inputs, params_lib.flatten(jax.device_get(gradient)), loss, values
 
 
+@pytest.mark.slow
 def test_the_sampler_and_the_trainer_are_one_model():
     """Past the window, through a cut, with adapters and a path of its own over shared weights."""
     _, gradient, loss, values = graded(config())

@@ -21,6 +21,7 @@ def losses(recipe, steps, mesh=lib.Mesh(), **train):
     return tiny.run(config(recipe, mesh, **train), steps)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8_train", SLOW_NVFP4])
 def test_the_loss_falls_as_unquantised(recipe):
     exact, quantised = losses("bf16", 20)[:, 0], losses(recipe, 20)[:, 0]

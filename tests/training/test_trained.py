@@ -100,6 +100,7 @@ def test_a_fresh_path_on_frozen_weights_has_the_loss_of_the_plain_model():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_path_learns_what_it_learns_in_the_whole_and_the_rest_stays():
     """One step: the gradient of the path does not depend on what else is trained."""
     expected, everything, *_ = run("all", steps=1)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import time
 
 import numpy as np
@@ -79,3 +80,20 @@ def held(page, *keys):
     yield
     for key in keys:
         page.keyboard.up(key)
+
+
+def replay(page, script, latents, folder):
+    """Opens a script: what the page then watches has the latents of what it watched.
+
+    latents: of each chunk, by the stream's id.
+    """
+    old = page.evaluate("longlive.player.id")
+    file = folder / "script.json"
+    file.write_text(json.dumps(script))
+    page.set_input_files("#script-file", file)
+    true(page, f"longlive.player.id !== '{old}'")
+    new = page.evaluate("longlive.player.id")
+    chunks = sum(shot["chunks"] for shot in script["shots"])
+    waits(page, lambda: len(latents.get(new, ())) >= chunks, "the script's chunks", 180)
+    for before, after in zip(latents[old][:chunks], latents[new]):
+        np.testing.assert_array_equal(before, after)

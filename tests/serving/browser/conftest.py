@@ -8,6 +8,10 @@ import shutil
 import threading
 
 import pytest
+import uvicorn
+from playwright import sync_api
+
+from tests.serving.browser import mock
 
 TIMEOUT = 60_000  # ms: two cores, shared
 HERE = pathlib.Path(__file__).parent
@@ -43,9 +47,6 @@ class Served:
 
 def serve(**options):
     """The mock server in a thread; a generator with its address, then its end."""
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is missing: pip install uvicorn")
-    from tests.serving.browser import mock
-
     built = mock.app(**{"size": (320, 176), **options})
     server = uvicorn.Server(uvicorn.Config(built, port=0, log_level="warning"))
     loops, ready = [], threading.Event()
@@ -74,15 +75,12 @@ def server():
 
 @pytest.fixture(scope="session")
 def browser():
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="Playwright is missing: pip install playwright"
-    )
     found = os.environ.get("LONGLIVE_CHROMIUM") or next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
     if found is None:
-        pytest.skip("Chromium is missing: apt-get install chromium, or set LONGLIVE_CHROMIUM")
-    with api.sync_playwright() as playwright:
+        pytest.fail("Chromium is missing: make chromium, or set LONGLIVE_CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []
         started = playwright.chromium.launch(executable_path=found, headless=True, args=flags)
         yield started

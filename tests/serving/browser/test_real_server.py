@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from longlive_jax.serving.limits import Limits
+from tests.serving import running
 from tests.serving.browser import act
 
 ONE, TWO = "A red circle moves to the right.", "A blue star falls."
@@ -15,9 +17,6 @@ ONE, TWO = "A red circle moves to the right.", "A blue star falls."
 
 @pytest.fixture(scope="module")
 def real(browser, tmp_path_factory):
-    running = pytest.importorskip("tests.serving.running", reason="the server is not built")
-    from longlive_jax.serving.limits import Limits
-
     one = running.Running(running.model(), tmp_path_factory.mktemp("live") / "out", Limits())
     running.until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one
@@ -55,16 +54,7 @@ def test_directed_reloaded_kept_and_replayed_to_the_same_latents(page, real, tmp
         page.locator("#script").click()
     script = json.loads(got.value.path().read_text())
     assert script["shots"][-1]["prompt"].endswith(TWO) and len(script["shots"]) == 2
-    old = page.evaluate("longlive.player.id")
-    file = tmp_path / "script.json"
-    file.write_text(json.dumps(script))
-    page.set_input_files("#script-file", file)
-    act.true(page, f"longlive.player.id !== '{old}'")
-    new = page.evaluate("longlive.player.id")
-    chunks = sum(shot["chunks"] for shot in script["shots"])
-    act.waits(page, lambda: len(real.latents.get(new, ())) >= chunks, "the script's chunks", 180)
-    for before, after in zip(real.latents[old][:chunks], real.latents[new]):
-        np.testing.assert_array_equal(before, after)
+    act.replay(page, script, real.latents, tmp_path)
 
 
 def test_a_dropped_picture_begins_a_film(page, real):

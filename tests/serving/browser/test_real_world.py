@@ -2,9 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 
+from longlive_jax.serving.limits import Limits
+from tests.serving import running
 from tests.serving.browser import act
 from tests.serving.browser.test_world import take, turn
 
@@ -13,9 +14,6 @@ PLAIN = "A red circle moves to the right."
 
 @pytest.fixture(scope="module")
 def real(browser, tmp_path_factory):
-    running = pytest.importorskip("tests.serving.running", reason="the server is not built")
-    from longlive_jax.serving.limits import Limits
-
     folder = tmp_path_factory.mktemp("walk")
     one = running.Running(running.world(folder), folder / "out", Limits())
     running.until(lambda: one.ask("/readyz")[0] == 200, 300)
@@ -59,15 +57,7 @@ def test_w_and_the_mouse_are_applied_shown_and_kept(page, real, tmp_path):
     script = json.loads(got.value.path().read_text())
     chunks = sum(shot["chunks"] for shot in script["shots"])
     assert len(script["actions"]) == 8 * chunks - 3
-    old = page.evaluate("longlive.player.id")
-    file = tmp_path / "script.json"
-    file.write_text(json.dumps(script))
-    page.set_input_files("#script-file", file)
-    act.true(page, f"longlive.player.id !== '{old}'")
-    new = page.evaluate("longlive.player.id")
-    act.waits(page, lambda: len(real.latents.get(new, ())) >= chunks, "the script's chunks", 180)
-    for before, after in zip(real.latents[old][:chunks], real.latents[new]):
-        np.testing.assert_array_equal(before, after)
+    act.replay(page, script, real.latents, tmp_path)
 
 
 def test_a_lost_connection_lets_go_and_what_is_still_held_comes_again(page, real):

@@ -62,7 +62,7 @@ def whole(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_loss_is_the_oracles(given):
     cfg = tiny.config(image_to_video=given)
     params = whole(tiny.params_of(tiny.random_state(cfg))["dit"])
@@ -110,6 +110,7 @@ def test_the_loss_falls(twenty_steps):
     assert twenty_steps[-5:, 0].mean() < 0.8 * twenty_steps[:5, 0].mean()
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch(twenty_steps):
     """Two batches of one sample draw and weigh what one batch of two does."""
     cfg = tiny.config(batch_size=1, accumulation=2)
