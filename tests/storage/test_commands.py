@@ -101,12 +101,13 @@ def test_a_run_and_its_data_are_elsewhere(kind, request, cached, tmp_path, monke
 @pytest.mark.slow
 def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint, tmp_path):
     """Killed and started again, with all of it on s3: the same numbers as on a local disk."""
-    data, weights = upload(cached, s3.path("data")), upload(checkpoint, s3.path("ckpt"))
+    data = upload(cached, s3.path("whole/data"))
+    weights = upload(checkpoint, s3.path("whole/ckpt"))
     prompts = write(tmp_path / "prompts.txt", "\n".join(PROMPTS))
     values = SMALL | dict(
         data__eval_path=prompts, train__eval_every=4, train__eval_steps=1, train__eval_chunks=1
     )
-    local, there = tmp_path / "local", s3.path("run")
+    local, there = tmp_path / "local", s3.path("whole/run")
     run("train", *tiny_run.flags(cached, local, **values), f"--checkpoint={checkpoint}")
     flags = [*tiny_run.flags(data, there, **values), f"--checkpoint={weights}"]
     with job(tmp_path / "job", flags) as training:
