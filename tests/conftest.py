@@ -32,7 +32,7 @@ TESTS = pathlib.Path(__file__).parent
 # Folders whose files take longest. A worker takes a file at a time, in order: a long one taken last
 # would be all that runs.
 LONGEST = (
-    "multiprocess", "training", "launch", "sampling", "kernels", "examples", "checkpoints", "models",
+    "multiprocess", "training", "launch", "storage", "sampling", "kernels", "examples", "checkpoints", "models",
     "quant", "ops", "formats", "serving", "fuzz", "grading",
 )  # fmt: skip
 

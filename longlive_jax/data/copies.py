@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from longlive_jax.data.manifest import AGAIN, MANIFEST, Shard
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, StorageError
 from longlive_jax.files.remote import RemotePath
 
 VARIABLE = "LONGLIVE_CACHE_DIR"
@@ -59,12 +59,12 @@ class Copies:
             with _alone(target.with_suffix(".lock")):
                 if not target.is_file():
                     self._copy(source, shard, target)
+        except StorageError:
+            raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
             raise InputError(
-                f"{source}: cannot be copied to {target.parent}: {os.strerror(error.errno)}; set "
-                f"{VARIABLE} to a folder with room for the dataset"
+                f"{source}: cannot be copied to {target.parent}: {error.strerror}; set {VARIABLE} "
+                "to a folder with room for the dataset"
             ) from error
         return target
 

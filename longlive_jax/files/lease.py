@@ -7,6 +7,7 @@ writes are conditional, so that of two who take it one fails.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from longlive_jax.files.remote import RemotePath
 FILE = ".lock"
 RENEWS, EXPIRES = 10.0, 45.0  # seconds
 _POLL = 1.0
+_LOST: set[str] = set()  # folders whose locks others have taken
 
 
 @contextlib.contextmanager
@@ -33,6 +35,7 @@ def held(folder: RemotePath, taken: str) -> Iterator[None]:
     """
     lock = folder / FILE
     generation = _acquire(lock, taken)
+    _LOST.discard(str(folder))
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(lock, generation, ended), daemon=True)
     renewing.start()
@@ -45,6 +48,21 @@ def held(folder: RemotePath, taken: str) -> Iterator[None]:
         _give_back(lock, ended, renewing)
         raise
     _give_back(lock, ended, renewing)
+
+
+def check(folder: object) -> None:
+    """Refuses to go on in a folder whose lock this process had, and another one has taken.
+
+    Raises:
+      StorageError: that is so. This process was stopped, or cut off, for EXPIRES seconds.
+    """
+    if str(folder) in _LOST:
+        raise StorageError(
+            errno.EBUSY,
+            f"another process has taken it over, as this one did not renew its lock for "
+            f"{EXPIRES:.0f} seconds",
+            str(folder),
+        )
 
 
 def _give_back(lock: RemotePath, ended: threading.Event, renewing: threading.Thread) -> None:
@@ -85,6 +103,7 @@ def _renew(lock: RemotePath, generation: bytes, ended: threading.Event) -> None:
             if made is None:  # by an answer that was lost, or by somebody who took us for gone
                 found, now = lock.read_generation()
                 if _holder(found).get("token") != _token():
+                    _LOST.add(str(lock.parent))
                     return
                 made = now
             generation = made

@@ -98,7 +98,8 @@ def path(given: str | os.PathLike, name: str = "path") -> "AnyPath":
 
 
 def absolute(given: str | os.PathLike) -> str:
-    """The path or address in full, without what does not change it."""
+    """The path or address in full, without what does not change it. Errors as `check`."""
+    check(given)
     return os.fspath(path(given)) if is_remote(given) else os.path.abspath(given)
 
 
@@ -300,6 +301,14 @@ class RemotePath(type(epath.Path("gs://bucket"))):
             raise FileNotFoundError(2, "no such object", str(self))
         return found.value
 
+    def read_range(self, start: int, size: int) -> bytes:
+        """So many bytes of an object, which must be there."""
+        read = self._store().read(self.key, byte_range=slice(start, start + size))
+        found = self._wait(read)
+        if found.state != "value":
+            raise FileNotFoundError(2, "no such object", str(self))
+        return found.value
+
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
 
@@ -327,7 +336,7 @@ class RemotePath(type(epath.Path("gs://bucket"))):
         if kind not in ("r", "w"):
             raise ValueError(f"{self}: mode {mode!r}: objects are read whole or written whole")
         raw = io.BytesIO(self.read_bytes()) if kind == "r" else _Written(self)
-        return raw if "b" in mode else io.TextIOWrapper(raw, encoding or "utf-8", newline="")
+        return raw if "b" in mode else _Text(raw, encoding or "utf-8", newline="")
 
     def compare_and_write(self, data: bytes, generation: bytes) -> bytes | None:
         """Writes, if the object is still as `generation` says; its new generation, else None."""
@@ -390,14 +399,26 @@ class _Written(io.BytesIO):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: types.TracebackType | Any) -> None:
         if kind is not None:
-            self._target = None
+            self.abandon()
         self.close()
+
+    def abandon(self) -> None:
+        self._target = None
 
     def close(self) -> None:
         target, self._target = self._target, None
         if target is not None:
             target.write_bytes(self.getbuffer())
         super().close()
+
+
+class _Text(io.TextIOWrapper):
+    """Text of an object, likewise."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: types.TracebackType | Any) -> None:
+        if kind is not None and isinstance(self.buffer, _Written):
+            self.buffer.abandon()
+        self.close()
 
 
 def _after(prefix: str) -> str:

@@ -15,7 +15,7 @@ import jax
 from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
-from longlive_jax.files import folders, remote
+from longlive_jax.files import folders, lease, remote
 from longlive_jax.files.orbax import check_read, ocp
 from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.training.plan import Plan
@@ -66,7 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, root: AnyPath, plan: Plan):
-        self._path = root / workdir.STATES
+        self._root, self._path = root, root / workdir.STATES
         elsewhere = isinstance(root, RemotePath) and workdir.is_run(root)
         self._begun = workdir.read(root) if elsewhere else None  # for `rescue`
         policies = ocp.training.preservation_policies
@@ -113,8 +113,9 @@ class Checkpoints:
         When it returns, the state may be donated. Waits for the state before to be written.
 
         Raises:
-          InputError, StorageError: as `check`.
+          InputError, StorageError: as `check`; or another process has taken the folder over.
         """
+        lease.check(self._root)
         self.wait()
         with self._explained(step):
             response = self._saved.save_async(step, state, force=True)

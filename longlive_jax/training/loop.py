@@ -139,12 +139,12 @@ def _rescued(error, root, saved, log, done, now) -> StorageError:
     """The error of a run whose storage is lost, after what can be saved is saved elsewhere."""
     reason = f"{error.strerror}. What it has of this run stands"
     folder = saved.rescue(done, now)
+    try:
+        log.lose(folder)
+    except OSError:  # the disk is full
+        folder = None
     if folder is not None:
-        try:
-            log.keep(folder)
-            reason += f"; step {done} is in {folder}, and --workdir={folder} goes on from there"
-        except OSError:
-            pass
+        reason += f"; step {done} is in {folder}, and --workdir={folder} goes on from there"
     return StorageError(error.errno, reason, error.filename or str(root))
 
 

@@ -3,6 +3,7 @@
 A step is reported when the next one has been given to the devices, so that they never wait for it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, StorageError
 from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.files.remote import AnyPath
@@ -64,7 +65,7 @@ class Metrics:
         self._worked = 0.0
         self._file = self._board = None
         if jax.process_index() == 0:
-            self._mirror, self._synced = Mirror(root), self._start
+            self._mirror, self._synced, self._lost = Mirror(root), self._start, False
             folder = self._mirror.folder
             self._mirror.fetch(METRICS)
             cut(folder / METRICS, start)
@@ -127,15 +128,19 @@ class Metrics:
             self._mirror.sync()
             self._synced = time.perf_counter()
 
-    def keep(self, folder: pathlib.Path) -> None:
-        """Writes the lines so far to another folder."""
-        if self._file is not None:
+    def lose(self, folder: pathlib.Path | None) -> None:
+        """Sends nothing more to object storage that is lost; writes the lines to another folder."""
+        self._lost = True
+        if self._file is not None and folder is not None:
             (folder / METRICS).write_bytes((self._mirror.folder / METRICS).read_bytes())
 
     def close(self) -> None:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+            if not self._lost:  # of a run that diverged, too
+                with contextlib.suppress(StorageError):
+                    self._mirror.sync()
 
     def _line(self, step, metrics, names, seconds):
         line: dict[str, Any] = {"step": step.number}

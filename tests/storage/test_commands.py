@@ -80,8 +80,12 @@ def refused(command, *words, code=2, **kwargs):
     return last
 
 
-def test_a_run_and_its_data_are_elsewhere(server, cached, tmp_path):
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
+def test_a_run_and_its_data_are_elsewhere(kind, request, cached, tmp_path, monkeypatch):
     """Begun and gone on with, its folder and its data on object storage: the same numbers."""
+    server = request.getfixturevalue(kind)
+    for key, value in server.environment.items():
+        monkeypatch.setenv(key, value)
     data, there, local = upload(cached, server.path("data")), server.path("run"), tmp_path / "local"
     run("train", *tiny_run.flags(cached, local, **SMALL))
     run("train", *tiny_run.flags(data, there, **SMALL | dict(train__steps=2)))
@@ -97,12 +101,13 @@ def test_a_run_and_its_data_are_elsewhere(server, cached, tmp_path):
 @pytest.mark.slow
 def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint, tmp_path):
     """Killed and started again, with all of it on s3: the same numbers as on a local disk."""
-    data, weights = upload(cached, s3.path("data")), upload(checkpoint, s3.path("ckpt"))
+    data = upload(cached, s3.path("whole/data"))
+    weights = upload(checkpoint, s3.path("whole/ckpt"))
     prompts = write(tmp_path / "prompts.txt", "\n".join(PROMPTS))
     values = SMALL | dict(
         data__eval_path=prompts, train__eval_every=4, train__eval_steps=1, train__eval_chunks=1
     )
-    local, there = tmp_path / "local", s3.path("run")
+    local, there = tmp_path / "local", s3.path("whole/run")
     run("train", *tiny_run.flags(cached, local, **values), f"--checkpoint={checkpoint}")
     flags = [*tiny_run.flags(data, there, **values), f"--checkpoint={weights}"]
     with job(tmp_path / "job", flags) as training:
@@ -138,6 +143,7 @@ def test_a_run_its_data_and_its_checkpoint_are_elsewhere(s3, cached, checkpoint,
             assert opened.streams.video[0].frames > 0
 
 
+@pytest.mark.slow  # test_states.py has it within a process
 def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()

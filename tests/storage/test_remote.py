@@ -64,9 +64,10 @@ def test_files_are_written_when_they_are_closed(folder):
         file.write("one\ntwo\n")
         assert not (folder / "text").exists()
     assert (folder / "text").read_text() == "one\ntwo\n"
-    with pytest.raises(KeyError), (folder / "text").open("wb") as file:
-        file.write(b"lost")
-        raise KeyError
+    for mode, content in (("wb", b"lost"), ("w", "lost")):
+        with pytest.raises(KeyError), (folder / "text").open(mode) as file:
+            file.write(content)
+            raise KeyError
     assert (folder / "text").read_text() == "one\ntwo\n"
     with pytest.raises(ValueError, match="written whole"):
         (folder / "text").open("a")
@@ -159,8 +160,8 @@ def test_a_bucket_that_is_not_there(server):
     for write in (False, True) if server.scheme == "s3" else (True,):  # fake-gcs-server lists any
         with pytest.raises(InputError, match="there is no bucket of this name"):
             remote.reach(f"{server.scheme}://nobodys-bucket/run", "--workdir", write=write)
-    remote.reach(str(server.path("run")), "--workdir", write=True)
-    assert not server.path("run").exists()
+    remote.reach(str(server.path("probed")), "--workdir", write=True)
+    assert not server.path("probed").exists()
 
 
 def test_no_credentials_and_read_only_ones(s3, monkeypatch):

@@ -72,7 +72,10 @@ def half_written(root):
 
 
 def kill_while_it_saves(root, parameters, had, is_time):
-    """Kills a process in its second save or later; gives the newest whole step, which it checks."""
+    """Kills a process in its second save or later.
+
+    Gives the newest whole step, which it checks, and whether a state was half written.
+    """
     mine, its = _PROCESSES.Pipe()
     process = _PROCESSES.Process(target=_save_on_and_on, args=(str(root), parameters, its))
     process.start()
@@ -83,28 +86,36 @@ def kill_while_it_saves(root, parameters, had, is_time):
         pass
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    found = bool(half_written(root))
     had, before = workdir.whole(root)[-1], had
     assert had > before
     states = Checkpoints(root, PLAN)
     assert states.latest == had
     assert equal(states.restore(template(state(0, parameters))), state(had, parameters))
     states.close()
-    return had
+    assert not half_written(root)
+    return had, found
 
 
 def test_killed_while_it_saves_the_older_state_stands(s3):
     root, had = s3.path("killed"), 0
     for _ in range(2):
-        had = kill_while_it_saves(root, 1_000_000, had, lambda: half_written(root))
+        had, _ = kill_while_it_saves(root, 1_000_000, had, lambda: half_written(root))
 
 
 @pytest.mark.slow
 def test_killed_ten_times_while_it_saves_7_million_parameters(s3):
     root, had, unfinished, draw = s3.path("killed10"), 0, 0, np.random.default_rng(0)
+
+    def is_time():  # some time after the first object of a state is there
+        if half_written(root):
+            time.sleep(draw.uniform(0, 0.2))
+            return True
+        return False
+
     for _ in range(10):
-        pause = draw.uniform(0, 0.6)
-        had = kill_while_it_saves(root, 7_000_000, had, lambda: time.sleep(pause) or True)  # noqa: B023
-        unfinished += bool(half_written(root))
+        had, found = kill_while_it_saves(root, 7_000_000, had, is_time)
+        unfinished += found
     assert unfinished, "no kill met a state that was being written"
 
 
@@ -161,6 +172,8 @@ def test_a_lock_that_was_taken_over_is_left_alone(s3, monkeypatch):
     with folders.locked(lock.parent, "taken"):
         lock.write_text('{"host": "elsewhere", "process": 1, "token": "x"}')
         time.sleep(0.5)
+        with pytest.raises(StorageError, match="another process has taken it over"):
+            Checkpoints(lock.parent, PLAN).save(1, state(1, 1000))
     assert "elsewhere" in lock.read_text()
 
 
@@ -174,8 +187,10 @@ def test_a_state_that_is_half_there_is_none(s3):
         states.save(step, state(step, 1000))
     states.close()
     (root / workdir.STATES / "2/commit_success.txt").unlink()
+    assert half_written(root) == {2}
     states = Checkpoints(root, PLAN)
     assert states.latest == 1 and workdir.whole(root) == [1]
+    assert not half_written(root)
     states.save(2, state(2, 1000))
     states.close()
     assert workdir.whole(root) == [1, 2]

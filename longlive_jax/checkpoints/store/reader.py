@@ -346,7 +346,7 @@ class Stored:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with self._damage(group), context:
-            tree = ocp.load(self._here / group, params_lib.unflatten(abstract))
+            tree = ocp.load(str(self._here / group), params_lib.unflatten(abstract))
             check_read(tree)
             arrays = params_lib.flatten(tree)
             wanted = {path: (x.shape, x.dtype) for path, x in abstract.items()}

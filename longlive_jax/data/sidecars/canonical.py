@@ -17,6 +17,7 @@ from longlive_jax.files import regular, remote, versioned
 from longlive_jax.files import schema as schema_lib
 from longlive_jax.files.arrays import load_npz, save_npz
 from longlive_jax.files.atomic import atomic_path
+from longlive_jax.files.remote import AnyPath
 
 _SUFFIXES = (".npz", ".jsonl")
 ENDS = (".actions.npz", ".actions.jsonl")
@@ -24,19 +25,20 @@ _ROWS = {"keyboard": [float], "mouse": [float], "pose?": [float]}
 _FACTS = {"fps": float, "keys": [str], "view?": str, "pad?": int, "source?": str}
 
 
-def path_for(video: str | os.PathLike, end: str = ENDS[0]) -> pathlib.Path:
+def path_for(video: str | os.PathLike, end: str = ENDS[0]) -> AnyPath:
     """The sidecar of a video: its name, with ".actions.npz" for its suffix."""
     video = remote.path(video)
     return video.with_name(video.stem + end)
 
 
 def beside(video: str | os.PathLike) -> pathlib.Path | None:
-    """The sidecar that a video has, or None.
+    """The sidecar that a video on a local disk has, or None.
 
     Raises:
       InputError: there are two.
     """
-    found = [path for end in ENDS if (path := path_for(video, end)).is_file()]
+    paths = [path_for(video, end) for end in ENDS]
+    found = [path for path in paths if isinstance(path, pathlib.Path) and path.is_file()]
     if len(found) > 1:
         raise InputError(f"{found[0]}: and {found[1].name} beside it; remove one")
     return found[0] if found else None

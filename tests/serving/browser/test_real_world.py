@@ -30,8 +30,14 @@ def page(visit, real):
 
 
 def rows(page, real):
-    """The actions of the stream so far."""
-    return real.scheduler.streams[page.evaluate("longlive.player.id")].script()["actions"]
+    """The actions of the stream so far; none before its first chunk."""
+    stream = real.scheduler.streams[page.evaluate("longlive.player.id")]
+    return stream.script().get("actions", [])
+
+
+def w_is(page, real, *values):
+    """Whether these are the newest states of W."""
+    return [row["keyboard"][0] for row in rows(page, real)][-len(values) :] == list(values)
 
 
 def test_w_and_the_mouse_are_applied_shown_and_kept(page, real, tmp_path):
@@ -69,10 +75,10 @@ def test_a_lost_connection_lets_go_and_what_is_still_held_comes_again(page, real
     page.evaluate("longlive.player.connection.socket.close()")
     act.waits(
         page,
-        lambda: rows(page, real)[-1]["keyboard"][0] == 0 or len(rows(page, real)) > made + 16,
+        lambda: w_is(page, real, 0) or len(rows(page, real)) > made + 16,
         "the close",
     )
-    act.waits(page, lambda: [r["keyboard"][0] for r in rows(page, real)][-2:] == [1, 1], "W again")
+    act.waits(page, lambda: w_is(page, real, 1, 1), "W again")
     page.keyboard.up("w")
     act.true(page, f"!{cap}")
 
@@ -80,7 +86,7 @@ def test_a_lost_connection_lets_go_and_what_is_still_held_comes_again(page, real
 def test_new_words_while_walking_are_in_the_script(page, real):
     page.locator("#screen").focus()
     page.keyboard.down("w")
-    act.waits(page, lambda: rows(page, real)[-1]["keyboard"][0] == 1, "W")
+    act.waits(page, lambda: w_is(page, real, 1), "W")
     page.keyboard.press("/")
     page.keyboard.type("A blue star falls.")
     page.keyboard.press("Enter")
@@ -88,4 +94,4 @@ def test_new_words_while_walking_are_in_the_script(page, real):
     act.waits(page, lambda: len(stream.script()["shots"]) == 2, "the prompt")
     page.keyboard.up("w")
     assert stream.script()["shots"][1]["prompt"] == "First person. A blue star falls."
-    act.waits(page, lambda: rows(page, real)[-1]["keyboard"][0] == 0, "W is up")
+    act.waits(page, lambda: w_is(page, real, 0), "W is up")
