@@ -6,6 +6,8 @@ for lengths that blocks divide: keys are padded and, by segment ids, not seen; p
 zeros with a cotangent of zeros, and cut off. This file alone uses them; it fits jax 0.11.2 to 0.12.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
@@ -58,7 +60,7 @@ def backward(
     lse, delta = (_padded(x) for x in (lse, delta))
     seen = _hidden(q, k, keys)
     size_q, size_k = _block(q.shape[2]), _block(k.shape[2])
-    shared = dict(
+    shared: dict[str, Any] = dict(
         block_q_major=size_q, causal=False, sm_scale=q.shape[-1] ** -0.5,
         mask_value=flash.DEFAULT_MASK_VALUE, debug=False,
     )  # fmt: skip
