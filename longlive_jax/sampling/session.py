@@ -332,7 +332,7 @@ class Session:
           InputError: no such file, a damaged one, or one of other settings than the engine's.
         """
         facts, arrays = saved.read(path)
-        folders.checksaved.settings(os.fspath(path), facts["settings"], saved.settings(engine.cfg))
+        folders.check_settings(os.fspath(path), facts["settings"], saved.settings(engine.cfg))
         given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
         samples = tuple(facts["start"]["samples"])
         start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
