@@ -70,6 +70,8 @@ class Landmarks:
         """The state with the landmarks of the next chunk, whose actions the track has taken."""
         self._enter(direction, track)
         programs, rows = memory.programs(sampler), range(len(self.shown))
+        if not direction.chunk:
+            state = programs.ready(params, state, inputs)
         wanted = [self._choose(row, direction.chunk) for row in rows]
         placed = [_placed(*pair) for pair in zip(self.shown, wanted)]
         count = np.asarray([len(chunks) for chunks in placed], np.int32)

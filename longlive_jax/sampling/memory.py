@@ -139,7 +139,7 @@ class Programs:
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
         cfg, state = sampler.cfg, stream.state_specs(sampler.cfg)
-        self.kept_specs = kept_specs(cfg)
+        self.kept_specs, self._ready = kept_specs(cfg), False
         self.reference_specs = _spec("batch", None, "frame", None, None, None)
         each = (sampler.param_specs, state, sampler.input_specs)
         compile, stepping = sampler.compile, sampler.stepping
@@ -147,6 +147,17 @@ class Programs:
         self.show = compile(show, (*each, self.kept_specs, jax.P(), BATCH), state, 1, **stepping)
         self.hide = compile(hide, (state, BATCH), state, 0, cfg=cfg)
         self.newest = compile(newest, (state,), self.kept_specs)
+
+    def ready(self, params: params_lib.Tree, state: StreamState, inputs: ChunkInput) -> StreamState:
+        """The state of a stream that has not begun, once the programs of landmarks are compiled.
+
+        So that nobody waits for that in the middle of a walk.
+        """
+        if not self._ready:
+            none = self.place(jnp.zeros(state.window.next_chunk.shape, jnp.int32), BATCH)
+            state = self.show(params, state, inputs, self.newest(state), jnp.int32(0), none)
+            state, self._ready = self.hide(state, none), True
+        return state
 
     def place(self, tree: Any, specs: Any) -> Any:
         """Arrays of the host on the mesh."""
@@ -157,19 +168,18 @@ class Programs:
 programs = functools.cache(Programs)  # those of a sampler are compiled once
 
 
-def check_references(cfg: config_lib.Config, references: Any) -> int:
-    """How many references there are, of `Start.references`.
+def check_references(cfg: config_lib.Config, count: int) -> None:
+    """Refuses more reference images than the window has slots for.
 
     Raises:
-      InputError: more than the window has slots for.
+      InputError: names both numbers.
     """
-    count, slots = 0 if references is None else references.shape[1], cfg.sample.memory.references
+    slots = cfg.sample.memory.references
     if count > slots:
         raise InputError(
             f"references: {count} images for memory.references={slots} slots of the window; give "
             f"--config.memory.references={count}, or fewer images"
         )
-    return count
 
 
 def kept_specs(cfg: config_lib.Config) -> Kept:

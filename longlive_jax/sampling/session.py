@@ -69,7 +69,8 @@ class Session:
         self.actions: Track | None = None
         if model.actions.kind != "none":
             self.actions = Track(model.actions, model.chunk_frames, len(start.samples))
-        references = memory.check_references(engine.cfg, start.references)
+        references = 0 if start.references is None else start.references.shape[1]
+        memory.check_references(engine.cfg, references)
         self.landmarks: Landmarks | None = None
         if engine.cfg.sample.memory.landmarks and self.actions is not None:
             self.landmarks = Landmarks(engine.cfg, self.actions, self.rows, references)

@@ -222,7 +222,9 @@ def test_references_are_seen_and_stay(tmp_path):
     session.save(tmp_path / "s")
     there = Session.restore(test_session.engine_of(cfg, False), None, tmp_path / "s")
     np.testing.assert_array_equal(there.step().latents, session.step().latents)
-    other = begin(cfg, None, references=given * np.asarray([1, -1])[None, :, None, None, None, None])
+    other = begin(
+        cfg, None, references=given * np.asarray([1, -1])[None, :, None, None, None, None]
+    )
     assert np.abs(latents([other.step()]) - made[0]).max() > 1e-3
     none = begin(cfg, None)  # slots that no image has are the stream's own
     for _ in range(6):
