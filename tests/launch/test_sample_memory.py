@@ -52,9 +52,7 @@ def test_out_and_back_with_landmarks(sample, tmp_path):
     assert "error" not in done.stderr
     record = sidecars.read(tmp_path / "w.actions.npz", PICTURES, 24)
     assert record.pose is None
-    sample(
-        f"--actions={tmp_path}/w.actions.npz", with_one, f"--save_latents={tmp_path}/again.npz"
-    )
+    sample(f"--actions={tmp_path}/w.actions.npz", with_one, f"--save_latents={tmp_path}/again.npz")
     made, without = latents(tmp_path / "w.npz"), latents(tmp_path / "without.npz")
     np.testing.assert_array_equal(latents(tmp_path / "again.npz"), made)
     np.testing.assert_array_equal(made[:, :6], without[:, :6])  # before anything leaves the window

@@ -201,6 +201,35 @@ def test_without_landmarks_in_sight_the_window_is_a_smaller_one():
     test_stream.close(walk(far)[0], latents(plain.step() for _ in range(8)), 1e-6)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_landmarks_on_a_mesh_and_in_a_quantised_cache(kv):
+    """Heads and frames on two devices; keys and values in the cache's own format."""
+    made = []
+    for seq in (1, 2):
+        cfg = config(**FIELDS)
+        quant = dataclasses.replace(cfg.quant, kv=kv)
+        cfg = dataclasses.replace(cfg, mesh=config_lib.Mesh(seq=seq), quant=quant)
+        session = begin(cfg, references=None)
+        found, shown = walk(session, 7)
+        assert shown == walked()[2][:7]
+        made.append(found)
+    test_stream.close(*made, 1e-4 if kv == "bf16" else 0.2)
+
+
+def test_the_keyboard_modules_caches_stay():
+    """A landmark is read under its own actions; the caches go on from the chunk before."""
+    cfg = config(**FIELDS)
+    module = config_lib.Actions(
+        kind="module", heads=2, head_dim=8, keyboard_embed=8, layers=1, window=4
+    )
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, actions=module))
+    session = begin(cfg)
+    made, shown = walk(session)
+    assert shown == walked()[2]
+    assert np.asarray(session.carried.stream.actions.latent).tolist() == [[14, 15]]
+    np.testing.assert_array_equal(latents(session.replay()), made)
+
+
 # References.
 
 
