@@ -238,7 +238,7 @@ def _commit(table, cut, cfg):
     return table.commit(table.next_slot(size), table.latents[:, 0], cfg)
 
 
-def _host() -> jax.Device:
+def _host() -> Any:
     """A device that waits for no other: a table there is known at once."""
     try:
         return jax.local_devices(backend="cpu")[0]

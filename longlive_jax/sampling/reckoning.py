@@ -79,7 +79,8 @@ class Reckoning:
 
     def _take(self, row):
         yaw, pitch = (float(x[0]) for x in poses_lib.yaw_pitch(row[None]))
-        pose = Pose(*map(float, row[:3]), yaw, pitch)
+        x, y, z = map(float, row[:3])
+        pose = Pose(x, y, z, yaw, pitch)
         if self._rows:
             self._speed = pose.x - self._pose.x, pose.y - self._pose.y
         self._pose = pose
@@ -95,7 +96,7 @@ class Reckoning:
         return [*self._pose, *self._speed], self.rows
 
     def restore(self, facts: list[float], rows: np.ndarray) -> None:
-        self._pose, self._speed = Pose(*facts[:5]), (facts[5], facts[6])
+        self._pose, self._speed = Pose._make(facts[:5]), (facts[5], facts[6])
         self._rows = list(rows)
 
 

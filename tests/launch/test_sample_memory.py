@@ -43,6 +43,7 @@ def latents(path):
     return np.load(path)["latents"]
 
 
+@pytest.mark.slow
 def test_out_and_back_with_landmarks(sample, tmp_path):
     """They change the video once the player is back, and the record makes it again to the bit."""
     line = f"--actions=w*24, s*{PICTURES - 24}"
@@ -59,6 +60,7 @@ def test_out_and_back_with_landmarks(sample, tmp_path):
     assert np.abs(made - without)[:, -2:].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_references_are_seen_from_the_first_chunk_on(sample, files, tmp_path):
     made = []
     for name in ("a", "b"):

@@ -120,6 +120,7 @@ def test_poses_that_are_given_are_taken_and_recorded():
     np.testing.assert_array_equal(latents(part.replay()), made)
 
 
+@pytest.mark.slow
 def test_rows_have_landmarks_of_their_own():
     cfg = config(**FIELDS)
     session = test_session.begin(cfg, decodes=False, samples=(0, 1))
@@ -201,6 +202,7 @@ def test_without_landmarks_in_sight_the_window_is_a_smaller_one():
     test_stream.close(walk(far)[0], latents(plain.step() for _ in range(8)), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
 def test_landmarks_on_a_mesh_and_in_a_quantised_cache(kv):
     """Heads and frames on two devices; keys and values in the cache's own format."""
@@ -216,6 +218,7 @@ def test_landmarks_on_a_mesh_and_in_a_quantised_cache(kv):
     test_stream.close(*made, 1e-4 if kv == "bf16" else 0.2)
 
 
+@pytest.mark.slow
 def test_the_keyboard_modules_caches_stay():
     """A landmark is read under its own actions; the caches go on from the chunk before."""
     cfg = config(**FIELDS)
@@ -272,6 +275,7 @@ def test_references_at_a_cut(stay):
     assert sorted(chunks) == ([-3, -2, 0, 5] if stay else [0, 3, 4, 5])
 
 
+@pytest.mark.slow
 def test_references_are_brought_under_another_prompt():
     cfg = config(10, references=1)
     session = begin(cfg, "w", references=references(1))

@@ -112,7 +112,6 @@ def table(summary: dict[str, Any]) -> str:
             f"in {_share(summary['place_known'])} of the seconds; the others are not judged"
         )
     if summary["returns"]:
-        lines.append()
         lines.append(f"returns to the start: {_told(summary)}")
         if apart := summary["by_window"]:
             for name in ("within", "beyond"):
@@ -123,16 +122,19 @@ def table(summary: dict[str, Any]) -> str:
 def compared(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> str:
     """What two folders of the same walks differ in, a line each: returns above all."""
     first, second = summaries
-    rows = [("grade", first["grade"], second["grade"])]
-    rows.append(("returns the same", first["return_same"], second["return_same"]))
+    rows: list[tuple[str, Any, Any]] = [
+        ("grade", first["grade"], second["grade"]),
+        ("returns the same", first["return_same"], second["return_same"]),
+    ]
     for name in ("within", "beyond") if first["by_window"] and second["by_window"] else ():
-        pair = (one["by_window"][name]["return_same"] for one in summaries)
-        rows.append((f"  {name} {first['by_window']['seconds']:g} s", *pair))
+        ours, theirs = (one["by_window"][name]["return_same"] for one in summaries)
+        rows.append((f"  {name} {first['by_window']['seconds']:g} s", ours, theirs))
     width = max(len(name) for name, *_ in rows)
     lines = [f"{names[0]} against {names[1]}:"]
     for name, ours, theirs in rows:
-        known = ours is not None and theirs is not None
-        change = f"{100 * (ours - theirs):+.1f}" if known else "-"
+        change = "-"
+        if ours is not None and theirs is not None:
+            change = f"{100 * (ours - theirs):+.1f}"
         lines.append(f"  {name.ljust(width)}  {_share(ours)}  {_share(theirs)}  {change}")
     return "\n".join(lines)
 

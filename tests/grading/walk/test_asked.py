@@ -5,7 +5,7 @@ from longlive_jax.data.sidecars import strings
 from longlive_jax.data.worlds.poses import Pose
 from longlive_jax.errors import InputError
 from longlive_jax.grading.walk import asked as lib
-from longlive_jax.grading.walk import truth
+from longlive_jax.grading.walk import summary, truth
 from longlive_jax.grading.walk.motion import Motion
 
 
