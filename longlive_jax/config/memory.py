@@ -23,5 +23,5 @@ class Memory(Section):
     angle: Annotated[float, Range(above=0, most=180)] = 30.0
     kept: Count = 1024  # chunks that a stream keeps as landmarks, on the host
     # Dead reckoning, where no poses are given. Defaults: Doom, as launch.record_doom plays it.
-    speed: NotNegative = 8.3  # of who holds a key, a picture
+    speed: NotNegative = 8.33  # of who holds a key, a picture
     glide: Decay = 0.90625  # share of the speed that is left from one picture to the next

@@ -103,3 +103,5 @@ def test_returns_from_within_the_window_and_from_beyond():
     none = video | {"returns": [one | {"same": False} for one in found]}
     lines = summary.compared(("a", "b"), [summary.summarise([v], 2.0) for v in (video, none)])
     assert lines.splitlines()[-1].split() == ["beyond", "2", "s", "50.0%", "0.0%", "+50.0"]
+    table = summary.table(summary.summarise([video], 2.0)).splitlines()
+    assert table[-1] == "  beyond 2 s: 2, the same 50.0%, PSNR 30.0 dB, SSIM 0.500"
