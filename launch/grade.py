@@ -18,6 +18,11 @@ accuracy, and the most that a model with this VAE can reach.
 grade walks by the sidecars beside them: turns, moves and walls from pixels alone, and with
 --simulator against the game's own pictures of the same actions.
 
+    python -m launch.grade --world=doom --simulator --videos=WITH --against=WITHOUT --window=2.7
+
+grades two folders of the same walks, as with landmarks and without, and compares them: returns to
+the same place from within the window's seconds and from beyond.
+
     python -m launch.grade --cuts=scenedetect --videos=DIR --prompts=FILE
 
 looks for the scripts' cuts in any footage, whatever its prompts, and writes cuts.json.
@@ -49,6 +54,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("world", "shapes", ["shapes", "doom"], "Of which world the videos are.")
 flags.DEFINE_enum("cuts", None, ["scenedetect"], "Look for the cuts alone, in any footage.")
 flags.DEFINE_bool("simulator", False, "Of doom: run the game beside each video. Needs ViZDoom.")
+flags.DEFINE_string("against", None, "Of doom: a folder of the same walks, to compare with.")
+flags.DEFINE_float("window", None, "Of doom: seconds of its past that the model sees.")
 flags.DEFINE_float("focal", walk_flow.FOCAL, "Of doom: focal length, in heights of the picture.")
 flags.DEFINE_string("videos", None, "Folder of .mp4 files.")
 flags.DEFINE_string("prompts", None, "A .txt or .json file, or a folder of captions.")
@@ -112,6 +119,9 @@ def _walks() -> None:
         raise InputError("--prompts is for --world=shapes; walks are graded by their sidecars")
     if not 0.1 <= FLAGS.focal <= 10:
         raise InputError(f"--focal={FLAGS.focal:g} must be 0.1 to 10 heights of the picture")
+    if FLAGS.window is not None and not 0 < FLAGS.window < 1e6:
+        raise InputError(f"--window={FLAGS.window:g} must be above 0 seconds")
+    against = None
     if FLAGS.clips is None:
         if not FLAGS.videos:
             raise InputError(
@@ -121,12 +131,14 @@ def _walks() -> None:
         if FLAGS.checkpoint or FLAGS.blur:
             name = "checkpoint" if FLAGS.checkpoint else "blur"
             raise InputError(f"--{name} is for --clips, the world's own clips; leave it out")
-        records = walk_folder.videos(
-            pathlib.Path(FLAGS.videos), simulate=FLAGS.simulator, focal=FLAGS.focal
-        )
+        if FLAGS.against:
+            walk_folder.check_same(pathlib.Path(FLAGS.videos), pathlib.Path(FLAGS.against))
+            against = _walk_videos(FLAGS.against)
+        records = _walk_videos(FLAGS.videos)
     else:
-        if FLAGS.videos:
-            raise InputError("--clips grades the game's own clips; leave out --videos")
+        for name in ("videos", "against"):
+            if FLAGS[name].value:
+                raise InputError(f"--clips grades the game's own clips; leave out --{name}")
         cfg = command.config() if FLAGS.checkpoint else command.config(config_lib.Config())
         given = FLAGS.checkpoint or cfg != config_lib.Config()
         size = (cfg.video.height, cfg.video.width) if given else walk_folder.SIZE
@@ -138,11 +150,21 @@ def _walks() -> None:
     if output:
         folders.make(output, "--output")
     done = list(tqdm.tqdm(records, desc="grading", unit=" videos", disable=None))
-    total = walk_summary.summarise(done)
+    total = walk_summary.summarise(done, FLAGS.window)
     print(walk_summary.table(total))
+    content = {"summary": total, "videos": done}
+    if against is not None:
+        theirs = list(tqdm.tqdm(against, desc="grading", unit=" videos", disable=None))
+        other = walk_summary.summarise(theirs, FLAGS.window)
+        print(f"{FLAGS.against}:\n{walk_summary.table(other)}")
+        print(walk_summary.compared((FLAGS.videos, FLAGS.against), (total, other)))
+        content["against"] = {"folder": FLAGS.against, "summary": other, "videos": theirs}
     if output:
-        content = {"summary": total, "videos": done}
         _write(output, content, walk_summary, "share of seconds that are right, over time")
+
+
+def _walk_videos(folder):
+    return walk_folder.videos(pathlib.Path(folder), simulate=FLAGS.simulator, focal=FLAGS.focal)
 
 
 def _changes(through):

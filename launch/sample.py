@@ -24,7 +24,7 @@ from launch.layout import Folder
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax.checkpoints import networks, workdir
-from longlive_jax.data import sidecars
+from longlive_jax.data import photographs, sidecars
 from longlive_jax.data.images import ContactSheet
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.errors import InputError, NotFiniteError
@@ -35,6 +35,7 @@ from longlive_jax.prompts import actions as actions_lib
 from longlive_jax.prompts import embeddings, layouts, pictures, scripts
 from longlive_jax.quant import matmul
 from longlive_jax.sampling import batches as batches_lib
+from longlive_jax.sampling import memory
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Directory made by launch.convert or launch.train.")
@@ -47,6 +48,9 @@ flags.DEFINE_string("output", None, "The .mp4 to write.")
 flags.DEFINE_string("noise", None, "An .npz with noise [batch, frame, channel, h, w].")
 flags.DEFINE_string("prompt_embeds", None, "An .npz with ctx [chunk, token, dim], neg, cut.")
 flags.DEFINE_string("image", None, "First frame of the video (image-to-video).")
+flags.DEFINE_list(
+    "references", [], "Images that every chunk sees, memory.references of them at most."
+)
 flags.DEFINE_string("continue_from", None, "A video to go on from.")
 flags.DEFINE_string(
     "actions", None, "Keys and mouse: a sidecar, or a line such as 'w*48, yaw+3*24, still'."
@@ -106,12 +110,13 @@ def _sample(cfg, folder: Folder | None, start: float) -> None:
     clip = _open_clip(cfg, batches)
     batches = pipeline.acting(batches, FLAGS.actions, clip)
     pictured = clip is not None or any(batch.pictured for batch in batches)
+    pictured = _check_references(cfg) or pictured
     pipeline.check(batches, text=bool(FLAGS.prompts), pictured=pictured)
     if not folder:
         _check_apart(cfg, batches)
     if texts is None:
         texts = pipeline.embed(embeddings.distinct(videos))
-    batches = pipeline.encoded(batches, clip)
+    batches = pipeline.encoded(batches, clip, FLAGS.references)
     if recipe := recipe_lib.get(cfg.quant.recipe):
         print(f"linear layers by {matmul.backend(recipe)}", flush=True)
     count = sum(len(batch.videos) for batch in batches)
@@ -161,8 +166,8 @@ def _check_flags():
         for name, what in (("output", "folder of the videos"), ("prompts", "file of the prompts")):
             if not FLAGS[name].value:
                 raise InputError(f"--layout={FLAGS.layout} needs --{name}, the {what}")
-        for name in ("noise", "prompt_embeds", "image", "continue_from", "save_latents",
-                     "contact_sheet", "chunks_per_shot"):  # fmt: skip
+        for name in ("noise", "prompt_embeds", "image", "references", "continue_from",
+                     "save_latents", "contact_sheet", "chunks_per_shot"):  # fmt: skip
             if FLAGS[name].value:
                 raise InputError(f"--layout={FLAGS.layout} and --{name} exclude each other")
         return
@@ -233,9 +238,25 @@ def _check_apart(cfg, batches):
             read.append(str(beside))
     command.check_apart(
         written,
-        [FLAGS.prompts, FLAGS.noise, FLAGS.prompt_embeds, FLAGS.continue_from, *images, *read],
+        [
+            FLAGS.prompts,
+            FLAGS.noise,
+            FLAGS.prompt_embeds,
+            FLAGS.continue_from,
+            *images,
+            *read,
+            *FLAGS.references,
+        ],
         [*networks.folders(FLAGS.checkpoint), FLAGS.compile_cache],
     )
+
+
+def _check_references(cfg):
+    """Whether there are references; refuses too many, and those that cannot be read."""
+    memory.check_references(cfg, len(FLAGS.references))
+    for path in FLAGS.references:
+        photographs.read(path)
+    return bool(FLAGS.references)
 
 
 def _open_clip(cfg, batches):

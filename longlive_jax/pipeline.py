@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
@@ -17,7 +18,7 @@ from longlive_jax.prompts import actions as actions_lib
 from longlive_jax.prompts import embeddings, pictures, shots
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.sampling import batches as batches_lib
-from longlive_jax.sampling import finite, render, stream
+from longlive_jax.sampling import finite, memory, render, stream
 from longlive_jax.sampling.batches import Batch
 from longlive_jax.sampling.decode import Decoder
 from longlive_jax.sampling.session import Chunk, Engine, Session, Start, Texts
@@ -193,11 +194,27 @@ class Pipeline:
             for batch in batches
         ]
 
-    def encoded(self, batches: Sequence[Batch], clip: pictures.Clip | None = None) -> list[Batch]:
-        """The batches with their images, or with the video that they go on from, as latents."""
-        if clip is None and not any(batch.pictured for batch in batches):
+    def encoded(
+        self,
+        batches: Sequence[Batch],
+        clip: pictures.Clip | None = None,
+        references: Sequence[str | os.PathLike] = (),
+    ) -> list[Batch]:
+        """The batches with their images, or with the video that they go on from, as latents.
+
+        Args:
+          references: images that every chunk of all videos sees, `memory.references` at most.
+
+        Raises:
+          InputError: more references than that, or images that cannot be read.
+        """
+        if clip is None and not references and not any(batch.pictured for batch in batches):
             return list(batches)
+        memory.check_references(self.cfg, len(references))
         vae = networks.load(self.checkpoint, "vae", self.cfg, self.vae_mesh, networks.ENCODER)
+        if references:
+            own = pictures.references(self.cfg, vae, self.vae_mesh, references, batches[0].pixels)
+            batches = [batch.referring(own) for batch in batches]
         if clip is not None:
             prefix = clip.encode(self.cfg, vae, self.vae_mesh)
             return [batch.continuing(prefix) for batch in batches]
@@ -220,6 +237,7 @@ class Pipeline:
         *,
         seed: int | None = None,
         actions: actions_lib.Given | None = None,
+        references: Sequence[str | os.PathLike] = (),
     ) -> Iterator[Chunk]:
         """The chunks of one video, from its first to its last.
 
@@ -228,6 +246,7 @@ class Pipeline:
           seed: default: that of a stream's script, else 0.
           actions: for a model with an action path, a sidecar or a line of text; default: those of
             the shots.
+          references: images that every chunk sees, `memory.references` at most.
 
         Raises:
           InputError: shots that cannot be read, or several videos in place of one.
@@ -240,27 +259,42 @@ class Pipeline:
         texts = self.embed(embeddings.distinct(videos))
         if seed is None:
             seed = int((videos[0].script or {}).get("seed", 0))
-        return self.render(self.encoded(batches)[0], texts, seed)
+        return self.render(self.encoded(batches, references=references)[0], texts, seed)
 
     def session(
-        self, *, seed: int = 0, image: str | os.PathLike | None = None, rows: int = 1
+        self,
+        *,
+        seed: int = 0,
+        image: str | os.PathLike | None = None,
+        references: Sequence[str | os.PathLike] = (),
+        rows: int = 1,
     ) -> Session:
         """A stream of the config's size, to be directed while it is made.
 
         Args:
           image: its first frame.
+          references: images that every chunk sees, `memory.references` at most.
           rows: how many streams are denoised together, with one prompt each.
+
+        Raises:
+          InputError: more references than that, or images that cannot be read.
         """
         cfg = self.cfg
-        first = None
-        if image is not None:
+        memory.check_references(cfg, len(references))
+        first = pinned = None
+        if image is not None or references:
             vae = networks.load(self.checkpoint, "vae", cfg, self.vae_mesh, networks.ENCODER)
-            images = [image] * rows
-            first = pictures.first_frames(cfg, vae, self.vae_mesh, images, self.pixels)
+            size = cfg, vae, self.vae_mesh
+            if image is not None:
+                first = pictures.first_frames(*size, [image] * rows, self.pixels)
+            if references:
+                pinned = pictures.references(*size, references, self.pixels)
+                pinned = np.stack([pinned] * rows)
         height, width = cfg.video.latent_size
         start = Start(
-            height=height, width=width, seed=seed, samples=tuple(range(rows)), first_frame=first
-        )
+            height=height, width=width, seed=seed, samples=tuple(range(rows)), first_frame=first,
+            references=pinned,
+        )  # fmt: skip
         return Session(self.engine, self.texts, start)
 
     def restore(self, path: str | os.PathLike) -> Session:

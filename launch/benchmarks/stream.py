@@ -1,5 +1,6 @@
 """The streaming sampler: denoising alone, then with the VAE and frames on the host."""
 
+import dataclasses
 import time
 
 import jax
@@ -13,7 +14,7 @@ from longlive_jax import mesh as mesh_lib
 from longlive_jax.config import TEMPORAL_COMPRESSION
 from longlive_jax.models import actions, dit, vae
 from longlive_jax.prompts.embeddings import Embeddings
-from longlive_jax.sampling import cost, decode, stream
+from longlive_jax.sampling import cost, decode, memory, stream
 from longlive_jax.sampling.session import Engine, Session, Start
 
 
@@ -66,7 +67,11 @@ def run(cfg: config_lib.Config) -> dict:
         "share_of_peak": _share(tflops, device["device_peak_tflops"]),
         "denoise_peak_memory_gb": device["peak_memory_gb"],
         "finite": finite,
+        "window_chunks": dataclasses.asdict(cfg.sample.window(cfg.model)),
     }
+    if cfg.sample.memory.landmarks:
+        state, figures["landmark_s"] = _landmark(sampler, params, state, inputs[0])
+        figures["landmark_tflop"] = round(cost.landmark_flops(cfg, *size) / 1e12, 3)
     measure.show(figures)
     state = latents = None
     sampler.step = step  # compiled already
@@ -82,6 +87,19 @@ def run(cfg: config_lib.Config) -> dict:
     }
     measure.show(delivered)
     return figures | delivered
+
+
+def _landmark(sampler, params, state, inputs):
+    """The state with a landmark in its first slot, and the seconds that showing it takes."""
+    programs, times = memory.programs(sampler), []
+    kept, rows = programs.newest(state), inputs.noise.shape[0]
+    count = programs.place(np.ones(rows, np.int32), memory.BATCH)
+    for _ in range(6):
+        start = time.perf_counter()
+        state = programs.show(params, state, inputs, kept, jnp.int32(0), count)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - start)
+    return state, round(measure.percentile(times[1:], 50), 4)
 
 
 def _decoder(cfg, mesh):

@@ -18,6 +18,7 @@ from longlive_jax.config.io import (
     with_overrides,
 )
 from longlive_jax.config.lora import LoRA
+from longlive_jax.config.memory import Memory
 from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import PATCH, Model
 from longlive_jax.config.quant import Quant
@@ -35,10 +36,10 @@ from longlive_jax.config.vae import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, V
 from longlive_jax.config.video import FRAMES_PER_SECOND, Video
 
 __all__ = [
-    "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT",
-    "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION", "TIMESTEPS", "UMT5", "VAE", "Actions", "Config",
-    "Data", "Distill", "ErrorRecycling", "LoRA", "Mesh", "Model", "Quant", "Sample", "Train",
-    "TrainVAE", "Video", "WindowSize", "from_config_dict", "load_config", "located", "renamed",
-    "to_config_dict", "validate_distillation", "validate_training", "validate_vae_training",
-    "values", "with_overrides",
+    "FRAMES_PER_SECOND", "MOVED", "PATCH", "REMAT", "SPATIAL_COMPRESSION", "TEMPORAL_COMPRESSION",
+    "TIMESTEPS", "UMT5", "VAE", "Actions", "Config", "Data", "Distill", "ErrorRecycling", "LoRA",
+    "Memory", "Mesh", "Model", "Quant", "Sample", "Train", "TrainVAE", "Video", "WindowSize",
+    "from_config_dict", "load_config", "located", "renamed", "to_config_dict",
+    "validate_distillation", "validate_training", "validate_vae_training", "values",
+    "with_overrides",
 ]  # fmt: skip

@@ -19,8 +19,8 @@ MOVED = {
 }
 
 
-# Sections that a command line names without the section that they are in.
-SHORT = ("actions",)
+# Sections that a command line names without the section that they are in, which is this one.
+SHORT = {"actions": "model", "memory": "sample"}
 
 
 def renamed(name: str) -> str:
@@ -30,7 +30,8 @@ def renamed(name: str) -> str:
 
 def located(name: str) -> str:
     """Where a setting of this name is: "actions.window" is "model.actions.window"."""
-    return f"model.{name}" if name.partition(".")[0] in SHORT else renamed(name)
+    parent = SHORT.get(name.partition(".")[0])
+    return f"{parent}.{name}" if parent else renamed(name)
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

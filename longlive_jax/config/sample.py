@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from longlive_jax.config.memory import Memory
 from longlive_jax.config.model import Model
 from longlive_jax.config.section import (
     INT32_MAX,
@@ -23,6 +24,8 @@ class WindowSize:
     chunks: int  # in all, with the one being denoised
     sinks: int  # first chunks of the video, which are always visible
     shots: int  # 1: the newest shot's first chunk is always visible too; else 0
+    references: int = 0  # reference images, one a chunk
+    landmarks: int = 0  # chunks of before the window, where one is near again
 
     @property
     def slots(self) -> int:
@@ -30,9 +33,14 @@ class WindowSize:
         return self.chunks - 1
 
     @property
+    def past_slots(self) -> int:
+        """The first slots, of all but landmarks, which have the last ones."""
+        return self.slots - self.landmarks
+
+    @property
     def least(self) -> int:
         """The least `chunks`: all that stay, one recent chunk and the one being denoised."""
-        return self.sinks + self.shots + 2
+        return self.sinks + self.shots + self.references + self.landmarks + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Sample(Section):
     # middle, or with black bars.
     image_fit: Annotated[str, OneOf(("stretch", "crop", "pad"))] = "stretch"
     vae_latents_per_call: Count = 2  # latents decoded at once: speed against memory
+    memory: Memory = Memory()  # "memory" on the command line
 
     @property
     def guided(self) -> bool:
@@ -68,7 +77,11 @@ class Sample(Section):
         """The window in chunks of `model`."""
         sinks = self.sink_frames // model.chunk_frames
         shots = int(self.multi_shot_sink and sinks > 0)
-        return WindowSize(self.window_frames // model.chunk_frames, sinks, shots)
+        memory = self.memory
+        return WindowSize(
+            self.window_frames // model.chunk_frames, sinks, shots, memory.references,
+            memory.landmarks,
+        )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,11 +97,22 @@ class Sample(Section):
         m = model.chunk_frames
         divides("sample.window_frames", self.window_frames, "model.chunk_frames", m)
         divides("sample.sink_frames", self.sink_frames, "model.chunk_frames", m)
-        size = self.window(model)
+        size, memory = self.window(model), self.memory
+        named, parts = "", ""
+        for name, count in (("reference", size.references), ("landmark", size.landmarks)):
+            if count:
+                named += f", memory.{name}s={count}"
+                parts += f" {count} {name}(s),"
         if size.chunks < size.least:
             refuse(
                 f"sample.window_frames={self.window_frames} with sample.sink_frames="
-                f"{self.sink_frames} and sample.multi_shot_sink={self.multi_shot_sink}",
-                f"must be at least {size.least * m}: {size.sinks + size.shots} sink chunk(s), one "
-                f"recent chunk and the one being denoised, of {m} frames each",
+                f"{self.sink_frames} and sample.multi_shot_sink={self.multi_shot_sink}{named}",
+                f"must be at least {size.least * m}: {size.sinks + size.shots} sink chunk(s),"
+                f"{parts} one recent chunk and the one being denoised, of {m} frames each",
+            )
+        if memory.landmarks and model.actions.kind == "none":
+            refuse(
+                f"memory.landmarks={memory.landmarks}",
+                "needs a model with an action path (actions.kind), whose actions say where the "
+                "player is; 0 turns landmarks off",
             )

@@ -82,6 +82,35 @@ def first_frames(
     return encode(cfg, params, mesh, lambda start, stop: frames[:, start:stop], 1)
 
 
+def references(
+    cfg: config_lib.Config,
+    params,
+    mesh: jax.sharding.Mesh,
+    paths: Sequence[str | os.PathLike],
+    pixels: tuple[int, int],
+) -> np.ndarray:
+    """Latents of reference images, float32 [reference, frame, h, w, channel].
+
+    Each is a chunk, as the window has them: the latents of a video that begins with the image and
+    stays so.
+
+    pixels: height and width that they are brought to.
+
+    Raises:
+      InputError: an image that cannot be read.
+    """
+    fit, count = cfg.sample.image_fit, 1 + (cfg.model.chunk_frames - 1) * vae.FRAMES
+    made = []
+    for path in paths:
+        image = to_float(read_image(path, *pixels, fit))
+
+        def read(start, stop, image=image):
+            return np.broadcast_to(image, (_replicas(mesh), stop - start, *image.shape))
+
+        made.append(encode(cfg, params, mesh, read, count)[0])
+    return np.stack(made)
+
+
 class Clip:
     """A video file at 24 frames a second and height x width pixels, decoded as it is encoded.
 

@@ -23,6 +23,8 @@ def settings(cfg: config_lib.Config) -> dict[str, Any]:
         for part in name.split("."):
             value = getattr(value, part)
         values[name] = value
+    for name in ("references", "landmarks"):
+        values[f"memory.{name}"] = getattr(cfg.sample.memory, name)
     if cfg.model.actions.kind != "none":
         values["actions.guidance"] = cfg.model.actions.guidance
     return values

@@ -38,6 +38,7 @@ class Batch:
     first_frame: [batch, 1, h, w, channel] for image-to-video, else None.
     prefix: [batch, frame, h, w, channel], latents of a video to continue, or None.
     actions: of each video, all its pictures'; None for a model without an action path.
+    references: [batch, reference, frame, h, w, channel], a chunk of each image, or None.
     """
 
     videos: Sequence[Video]
@@ -48,6 +49,7 @@ class Batch:
     first_frame: np.ndarray | None = None
     prefix: np.ndarray | None = None
     actions: Sequence[Actions] | None = None
+    references: np.ndarray | None = None
 
     @property
     def chunks(self) -> int:
@@ -82,6 +84,10 @@ class Batch:
     def continuing(self, prefix: np.ndarray) -> "Batch":
         """The same, each video going on from `prefix` [1, frame, h, w, channel]."""
         return dataclasses.replace(self, prefix=prefix.repeat(len(self.videos), axis=0))
+
+    def referring(self, references: np.ndarray) -> "Batch":
+        """The same, each video with these `references` [reference, frame, h, w, channel]."""
+        return dataclasses.replace(self, references=np.stack([references] * len(self.videos)))
 
 
 def frames(latent_frames: int) -> int:

@@ -24,6 +24,23 @@ def chunk_flops(cfg: config_lib.Config, height: int, width: int) -> int:
     keys = tokens * cfg.sample.window(m).chunks
     text = 2 * m.text_len * (m.text_dim * m.dim + m.dim**2 + m.num_layers * 2 * m.dim**2)
     denoise = cfg.sample.steps * forward_flops(m, tokens, keys)
-    commit = forward_flops(m, tokens, keys, m.num_layers - 1) + 2 * tokens * 2 * m.dim**2
+    commit = _clean_pass(m, tokens, keys)
     path = (cfg.sample.steps + 1) * actions.flops(m, tokens)
     return cfg.branches * (denoise + commit + text + path)
+
+
+def landmark_flops(cfg: config_lib.Config, height: int, width: int) -> int:
+    """Of showing one landmark: its clean pass, which sees references and sinks, and its text.
+
+    A chunk shows as many as have changed since the chunk before, `memory.landmarks` at most.
+    """
+    m, size = cfg.model, cfg.sample.window(cfg.model)
+    tokens = m.chunk_frames * (height // PATCH) * (width // PATCH)
+    text = 2 * m.text_len * (m.text_dim * m.dim + m.dim**2 + m.num_layers * 2 * m.dim**2)
+    shown = _clean_pass(m, tokens, tokens * (1 + size.references + size.sinks))
+    return cfg.branches * (shown + text + actions.flops(m, tokens))
+
+
+def _clean_pass(m, tokens, keys):
+    """Of the last layer keys and values alone."""
+    return forward_flops(m, tokens, keys, m.num_layers - 1) + 2 * tokens * 2 * m.dim**2

@@ -54,6 +54,7 @@ class Start:
     noise: in place of the seed's, float32 [row, frame, h, w, channel].
     first_frame: [row, 1, h, w, channel], the latent of a picture to begin with.
     past: [row, frame, h, w, channel], latents of a video to go on from: the first chunks.
+    references: [row, reference, frame, h, w, channel], a chunk of latents of each reference image.
     """
 
     height: int
@@ -64,3 +65,4 @@ class Start:
     noise: np.ndarray | None = None
     first_frame: np.ndarray | None = None
     past: np.ndarray | None = None
+    references: np.ndarray | None = None

@@ -19,6 +19,7 @@ from longlive_jax import recipes as recipe_lib
 from longlive_jax.config import TEMPORAL_COMPRESSION
 from longlive_jax.models import actions, dit, umt5, vae, vae_spec
 from longlive_jax.sampling import decode, stream
+from longlive_jax.sampling import memory as memory_lib
 
 Trace = Callable[[], jax.stages.Traced]
 
@@ -61,6 +62,8 @@ def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Trace]]:
             yield f"{name}{after}", functools.partial(program.trace, params, state, inputs)
         arguments = params, state, latents, inputs
         yield f"commit_chunk{after}", functools.partial(sampler.commit.trace, *arguments)
+        for name, program in _memory(sampler, params, state, inputs, mesh):
+            yield f"{name}{after}", program
     make = functools.partial(stream.init_state, cfg, batch, *size)
     shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), stream.state_specs(cfg))
     yield "init_state", jax.jit(make, out_shardings=shardings).trace
@@ -68,6 +71,24 @@ def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Trace]]:
     samples = jax.ShapeDtypeStruct((batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     yield "noise", functools.partial(stream.noise.trace, key, samples, samples, shape)
+
+
+def _memory(sampler, params, state, inputs, mesh) -> Iterator[tuple[str, Trace]]:
+    """Of references, as many as there are slots, and of landmarks."""
+    memory, settings = memory_lib.programs(sampler), sampler.cfg.sample.memory
+    batch, *chunk = inputs.noise.shape
+    if settings.references:
+        given = jax.ShapeDtypeStruct((batch, settings.references, *chunk), jnp.float32)
+        given = _on(mesh, given, memory.reference_specs)
+        yield "pin_references", functools.partial(memory.pin.trace, params, state, inputs, given)
+    if settings.landmarks:
+        kept = _on(mesh, jax.eval_shape(memory_lib.newest, state), memory.kept_specs)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        count = _on(mesh, jax.ShapeDtypeStruct((batch,), jnp.int32), memory_lib.BATCH)
+        show = params, state, inputs, kept, index, count
+        yield "show_landmark", functools.partial(memory.show.trace, *show)
+        yield "hide_landmarks", functools.partial(memory.hide.trace, state, count)
+        yield "newest_chunk", functools.partial(memory.newest.trace, state)
 
 
 def step_arguments(

@@ -31,6 +31,7 @@ def _chunks(engine, texts, batch, seed):
         height=batch.height, width=batch.width, seed=seed,
         samples=tuple(range(batch.index, batch.index + len(batch.videos))), whole=True,
         noise=batch.noise, first_frame=batch.first_frame, past=batch.prefix,
+        references=batch.references,
     )  # fmt: skip
     session = Session(engine, texts, start)
     if batch.actions is not None:

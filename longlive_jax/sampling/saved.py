@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax import config as config_lib
 from longlive_jax.errors import InputError
 from longlive_jax.files.arrays import load_npz, save_npz
 
@@ -81,3 +82,31 @@ def tree(path: str | os.PathLike, like: Any, prefix: str, arrays: Mapping[str, n
                 f"{wanted.get(name)}; give the settings it was made with"
             )
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+
+
+def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
+
+
+# What a stream does not depend on once its prompts are embedded.
+_FREE = ("chunks", "height", "image_fit", "image_to_video", "negative_prompt",
+         "vae_latents_per_call", "width")  # fmt: skip
+
+
+def settings(cfg: config_lib.Config) -> dict[str, Any]:
+    """All that latents depend on but the weights, by the names of the flags."""
+    sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
+    made = {
+        f"{s}.{k}": v
+        for s, section in sections.items()
+        for k, v in config_lib.values(section).items()
+    }
+    made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
+    return made | {"dtype": cfg.dtype}
+
+
+def trim(row: np.ndarray) -> np.ndarray:
+    """An embedding without the zeros behind the prompt."""
+    used = np.flatnonzero(np.asarray(row, np.float32).any(axis=1))
+    return row[: used[-1] + 1 if len(used) else 0]

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
 from longlive_jax.sampling import finite as finite_lib
-from longlive_jax.sampling import saved, stream
+from longlive_jax.sampling import memory, saved, stream
 from longlive_jax.sampling.chunk import Chunk, Direction, Frames, Making
 from longlive_jax.sampling.controls import Accepted
 from longlive_jax.sampling.engine import Engine, Start, Texts
+from longlive_jax.sampling.landmarks import Landmarks
 from longlive_jax.sampling.track import Keys, Track
 
 
@@ -51,6 +51,10 @@ class Session:
       index: of the next chunk.
       script: the directions of the chunks so far, where they changed.
       actions: those of the stream; None for a model without an action path.
+      landmarks: of its past; None if `memory.landmarks` is 0.
+
+    Raises:
+      InputError: more references than the window has slots for.
     """
 
     def __init__(self, engine: Engine, texts: Texts, start: Start):
@@ -65,6 +69,11 @@ class Session:
         self.actions: Track | None = None
         if model.actions.kind != "none":
             self.actions = Track(model.actions, model.chunk_frames, len(start.samples))
+        references = 0 if start.references is None else start.references.shape[1]
+        memory.check_references(engine.cfg, references)
+        self.landmarks: Landmarks | None = None
+        if engine.cfg.sample.memory.landmarks and self.actions is not None:
+            self.landmarks = Landmarks(engine.cfg, self.actions, self.rows, references)
         self._sampler = engine.sampler(start.first_frame is not None)
         state = self._sampler.init_state(len(start.samples), start.height, start.width)
         self._carried = Carried(state)
@@ -170,7 +179,10 @@ class Session:
         Raises:
           InputError: no action path, or no chunk yet.
         """
-        return self._track().record(self.index, row)
+        made = self._track().record(self.index, row)
+        if self.landmarks is not None:
+            made = dataclasses.replace(made, pose=self.landmarks.poses(row))
+        return made
 
     def step(self, now: float | None = None) -> Chunk:
         """Makes the next chunk: of the past that the stream goes on from, or a new one.
@@ -195,9 +207,7 @@ class Session:
         past = self._piece(self.start.past, self.index)
         noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
         inputs, receipts = self._inputs(direction, noise, now)
-        state = carried.stream
-        if direction.recache:
-            state = sampler.recache(params, state, inputs)
+        state = self._remember(carried.stream, inputs, direction)
         committed = self.start.whole and past is None
         if committed:
             state, latents = sampler.step(params, state, inputs)
@@ -207,6 +217,8 @@ class Session:
 
         def finish(decoding):
             after = state if committed else sampler.commit(params, state, latents, inputs)
+            if self.landmarks is not None:
+                self.landmarks.keep(sampler, after, direction)
             self._carried, self._making = Carried(after, decoding), None
 
         decoder, pieces, decoding = self.engine.decoder, 0, iter(())
@@ -227,6 +239,21 @@ class Session:
             direction.chunk, Frames(making), latents, direction, finite, largest, cause, making,
             decoder, receipts,
         )  # fmt: skip
+
+    def _remember(self, state, inputs, direction):
+        """The state in which the next chunk is made: its past, under its prompt if need be."""
+        sampler, params, landmarks = self._sampler, self.engine.params, self.landmarks
+        if not self.index and self.start.references is not None:
+            programs = memory.programs(sampler)
+            given = programs.place(self.start.references, programs.reference_specs)
+            state = programs.pin(params, state, inputs, given)
+        if direction.recache:
+            if landmarks is not None:
+                state = landmarks.hide(sampler, state)
+            state = sampler.recache(params, state, inputs)
+        if landmarks is not None:
+            state = landmarks.show(sampler, params, state, inputs, direction, self._track())
+        return state
 
     def replay(self) -> Iterator[Chunk]:
         """The same stream once more, from its beginning to where this one stands."""
@@ -249,6 +276,7 @@ class Session:
         other = copy.copy(self)
         other.script, other._rows = list(self.script), dict(self._rows)
         other.actions = self.actions and self.actions.copy()
+        other.landmarks = self.landmarks and self.landmarks.copy()
         other.carried = jax.tree.map(lambda x: x.copy(), carried)
         return other
 
@@ -279,9 +307,9 @@ class Session:
         arrays |= {f"carried/{name}": x for name, x in saved.leaves(self.carried).items()}
         if self._negative is not None:
             arrays["negative"] = self._negative
-        arrays |= {f"prompt/{i}": _trim(x) for i, x in enumerate(self._rows.values())}
+        arrays |= {f"prompt/{i}": saved.trim(x) for i, x in enumerate(self._rows.values())}
         facts = {
-            "settings": _settings(self.engine.cfg),
+            "settings": saved.settings(self.engine.cfg),
             "start": {k: v for k, v in vars(self.start).items() if k not in _ARRAYS},
             "script": [dataclasses.asdict(d) for d in self.script],
             "index": self.index,
@@ -292,6 +320,9 @@ class Session:
         if self.actions is not None:
             facts["actions"], more = self.actions.saved()
             arrays |= {f"actions/{name}": x for name, x in more.items()}
+        if self.landmarks is not None:
+            facts["landmarks"], more = self.landmarks.saved()
+            arrays |= {f"landmarks/{name}": x for name, x in more.items()}
         saved.write(path, facts, arrays)
 
     @classmethod
@@ -302,7 +333,7 @@ class Session:
           InputError: no such file, a damaged one, or one of other settings than the engine's.
         """
         facts, arrays = saved.read(path)
-        folders.check_settings(os.fspath(path), facts["settings"], _settings(engine.cfg))
+        folders.check_settings(os.fspath(path), facts["settings"], saved.settings(engine.cfg))
         given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
         samples = tuple(facts["start"]["samples"])
         start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
@@ -313,8 +344,7 @@ class Session:
         session._later = tuple(facts["later"])
         session._negative = arrays.get("negative")
         if session.actions is not None:
-            own = {k.removeprefix("actions/"): x for k, x in arrays.items()}
-            session.actions.restore(facts["actions"], own)
+            session.actions.restore(facts["actions"], saved.below("actions/", arrays))
         for i, prompt in enumerate(facts["prompts"]):
             row = arrays[f"prompt/{i}"]
             rest = engine.cfg.model.text_len - len(row)
@@ -324,6 +354,9 @@ class Session:
             arrays = {k: x for k, x in arrays.items() if not k.startswith("carried/decoding")}
         like = jax.eval_shape(lambda: session._like(decodes))
         session.carried = saved.tree(path, like, "carried/", arrays)
+        if session.landmarks is not None:
+            own = saved.below("landmarks/", arrays)
+            session.landmarks.restore(path, facts["landmarks"], own, like.stream)
         session.to_device()
         return session
 
@@ -438,22 +471,7 @@ class Session:
         return latents[:, chunk * frames : (chunk + 1) * frames]
 
 
-_ARRAYS = ("noise", "first_frame", "past")
-# What a stream does not depend on once its prompts are embedded.
-_FREE = ("chunks", "height", "image_fit", "image_to_video", "negative_prompt",
-         "vae_latents_per_call", "width")  # fmt: skip
-
-
-def _settings(cfg: config_lib.Config) -> dict[str, Any]:
-    """All that latents depend on but the weights, by the names of the flags."""
-    sections = {name: getattr(cfg, name) for name in ("model", "video", "sample", "quant", "vae")}
-    made = {
-        f"{s}.{k}": v
-        for s, section in sections.items()
-        for k, v in config_lib.values(section).items()
-    }
-    made = {name: v for name, v in made.items() if name.split(".")[1] not in _FREE}
-    return made | {"dtype": cfg.dtype}
+_ARRAYS = ("noise", "first_frame", "past", "references")
 
 
 def _cause(engine: Engine, start: Start, rows, negative) -> str:
@@ -477,9 +495,3 @@ def direction(fields: Mapping[str, Any]) -> Direction:
     return Direction(
         fields["chunk"], tuple(fields["prompts"]), tuple(fields["cut"]), fields["recache"], *rest
     )
-
-
-def _trim(row: np.ndarray) -> np.ndarray:
-    """An embedding without the zeros behind the prompt."""
-    used = np.flatnonzero(np.asarray(row, np.float32).any(axis=1))
-    return row[: used[-1] + 1 if len(used) else 0]

@@ -168,7 +168,10 @@ def recache(
             transformer, actions=transformer.actions.past(cfg, of_chunk, chunk, frames)
         )
         after = then.commit(latents, positions, {_SELF: past, **actions.pasts(chunk)}, here)
-        return after[_SELF].cache, actions.commit(after, chunk, window.valid[:, slot])
+        own = window.valid[:, slot]
+        if cfg.sample.memory.references:  # which were made under no actions
+            own &= chunk > window_lib.EMPTY
+        return after[_SELF].cache, actions.commit(after, chunk, own)
 
     # Of the latents before a gap the action path's caches have nothing then.
     actions = None if state.actions is None else state.actions.empty()
@@ -284,37 +287,43 @@ class Sampler:
         recipe = recipe_lib.get(cfg.quant.recipe)
         specs = dit.sampling_spec(cfg.model, recipe, cfg.compute_dtype, adapters=adapters)
         self.param_shardings = params_lib.shardings(specs, mesh, mesh_lib.SAMPLING_RULES)
-        param_specs = params_lib.partition_specs(specs, mesh_lib.SAMPLING_RULES)
+        self.param_specs = params_lib.partition_specs(specs, mesh_lib.SAMPLING_RULES)
         state, inputs, latents = state_specs(cfg), input_specs(cfg), _FRAMES
         self.input_specs = inputs
-        options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None
-
         sharding = dit.Sharding.sampling(recipe_lib.PAYLOADS[cfg.quant.all_to_all])
-        precision = dit.Precision(recipe, cfg.compute_dtype)
-        stepping = {"cfg": cfg, "sharding": sharding, "precision": precision}
-
-        def compile(fn, in_specs, out_specs, donate=(), **static):
-            # Without differentiation there is nothing for varying-axes types to check.
-            fn = jax.shard_map(
-                functools.partial(fn, **static),
-                mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
-            )  # fmt: skip
-            return jax.jit(fn, donate_argnums=donate, compiler_options=options)
-
-        each = (param_specs, state, inputs)
+        # What functions that run the transformer are given beside arrays.
+        self.stepping = {
+            "cfg": cfg, "sharding": sharding,
+            "precision": dit.Precision(recipe, cfg.compute_dtype),
+        }  # fmt: skip
+        compile, stepping = self.compile, self.stepping
+        each = (self.param_specs, state, inputs)
         stacked = jax.tree.map(lambda s: jax.P(None, *s), (inputs, latents))
         self.step = compile(chunk_step, each, (state, latents), 1, **stepping)
         self.denoise = compile(denoise_chunk, each, latents, **stepping)
         self.commit = compile(
-            commit_chunk, (param_specs, state, latents, inputs), state, 1, **stepping
+            commit_chunk, (self.param_specs, state, latents, inputs), state, 1, **stepping
         )
         self.recache = compile(recache, each, state, 1, **stepping)
         self.rollout = compile(
-            _rollout, (param_specs, state, stacked[0]), (state, stacked[1]), 1, **stepping
+            _rollout, (self.param_specs, state, stacked[0]), (state, stacked[1]), 1, **stepping
         )
         # Of streams that share a batch, on a mesh where it is whole on every device.
         self.insert = compile(insert, (state, state, jax.P()), state, 0)
         self.take = compile(take, (state, jax.P()), state)
+
+    def compile(self, fn, in_specs, out_specs, donate=(), **static) -> Any:
+        """`fn(*arrays, **static)` as a program of the mesh, manual on all its axes.
+
+        donate: which of its arguments are donated.
+        """
+        options = _GPU_OPTIONS if self.mesh.devices.flat[0].platform == "gpu" else None
+        # Without differentiation there is nothing for varying-axes types to check.
+        fn = jax.shard_map(
+            functools.partial(fn, **static),
+            mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
+        )  # fmt: skip
+        return jax.jit(fn, donate_argnums=donate, compiler_options=options)
 
     def prepare(
         self, params: params_lib.Tree, adapters: params_lib.Tree | None = None

@@ -154,6 +154,11 @@ class Track:
         made = self._made[row][since:]
         return np.asarray(made, np.float32).reshape(len(made), len(self.keys) + 2)
 
+    def poses(self, row: int = 0) -> np.ndarray | None:
+        """float32 [picture, 7], those that were planned; None: none were."""
+        planned = self._planned[row]
+        return None if planned is None else planned.pose
+
     def copy(self) -> "Track":
         other = copy.copy(self)
         other._made = [list(made) for made in self._made]
@@ -170,6 +175,8 @@ class Track:
             arrays[f"{i}/made"] = np.asarray(made, np.float32).reshape(-1, len(self.keys) + 2)
             if planned is not None:
                 arrays[f"{i}/keyboard"], arrays[f"{i}/mouse"] = planned.keyboard, planned.mouse
+                if planned.pose is not None:
+                    arrays[f"{i}/pose"] = planned.pose
             facts["streams"].append(
                 {
                     "view": planned and planned.view,
@@ -191,6 +198,7 @@ class Track:
                 self._planned[i] = sidecars.Actions(
                     keyboard=arrays[f"{i}/keyboard"], mouse=arrays[f"{i}/mouse"],
                     fps=FRAMES_PER_SECOND, keys=self.keys, view=one["view"], pad=self.cfg.pad,
+                    pose=arrays.get(f"{i}/pose"),
                 )  # fmt: skip
             waiting = [
                 Command(event, 0.0, np.asarray(keyboard, np.float32), np.asarray(mouse, np.float32))

@@ -4,6 +4,14 @@ A table of slots, each of which holds one chunk; `config.WindowSize` says how ma
 moves: a new chunk goes to an empty slot, else to that of the oldest chunk that nothing protects.
 Protected are (paper section 4) the sinks and the newest shot's first chunk, and pinned slots.
 
+Two kinds of slots are filled by other things than the next chunk (`sampling.memory` does it):
+
+  references   images, in the first slots, pinned before the first chunk. Their chunk numbers are
+               below EMPTY, the last one's is -2. Their positions are below 0, as if the video were
+               the next shot of a film of stills.
+  landmarks    chunks that have left the window, in the last `WindowSize.landmarks` slots. A chunk
+               has left only when all slots before these are full. Each is at its own position.
+
 Each row of a batch has counters of its own, so that streams of different age can share a batch.
 Empty slots are filled from the first on, and a chunk that leaves is overwritten, so the valid slots
 are always a prefix: attention is given their number, and reads nothing behind it.
@@ -18,7 +26,7 @@ from flax import struct
 from longlive_jax import config as config_lib
 from longlive_jax.models import actions as actions_lib
 
-EMPTY = -1
+EMPTY = -1  # numbers below are of references
 
 
 class Window(struct.PyTreeNode):
@@ -62,19 +70,34 @@ class Window(struct.PyTreeNode):
         cut = cut & (self.next_chunk > 0)
         gap = jnp.where(cut, jnp.int32(cfg.sample.rope_offset), 0)
         shot = jnp.where(cut, self.next_chunk, self.shot)
-        return self.replace(offset=self.offset + gap, shot=shot)
+        entered = self.replace(offset=self.offset + gap, shot=shot)
+        memory = cfg.sample.memory
+        if memory.references and not memory.references_past_cuts:
+            leaves = cut[:, None] & (self.chunk < EMPTY)
+            entered = entered.replace(pinned=self.pinned & ~leaves)
+        return entered
 
     def protected(self, size: config_lib.WindowSize) -> jax.Array:
         """bool [batch, slot], the slots that the next chunk must not overwrite."""
-        stays = self.pinned | (self.chunk < size.sinks)
+        sink = self.chunk < size.sinks
+        if size.references:
+            sink &= self.chunk > EMPTY
+        stays = self.pinned | sink
         if size.shots:
             stays |= self.chunk == self.shot[:, None]
         return stays & self.valid
 
     def next_slot(self, size: config_lib.WindowSize) -> jax.Array:
-        """int32 [batch], where the next chunk goes: an empty slot, else the oldest unprotected."""
+        """int32 [batch], where the next chunk goes: an empty slot, else the oldest unprotected.
+
+        Never one of the landmarks' slots.
+        """
         last = jnp.iinfo(jnp.int32).max
         age = jnp.where(self.protected(size), last, self.chunk)
+        if size.references:  # those that are pinned no longer are older than an empty slot's number
+            age = jnp.where(self.valid, age, jnp.iinfo(jnp.int32).min)
+        if size.landmarks:
+            age = age[:, : size.past_slots]
         return jnp.argmin(age, axis=1).astype(jnp.int32)
 
     def commit(
@@ -85,12 +108,7 @@ class Window(struct.PyTreeNode):
         actions: Mapping[str, jax.Array] | None = None,
     ) -> "Window":
         """The next chunk, of clean `latents` [batch, frame, h, w, channel], in `slot` [batch]."""
-        here = jnp.arange(self.chunk.shape[1])[None, :] == slot[:, None]
-
-        def put(table, fresh):
-            wide = here.reshape(*here.shape, *(1,) * (table.ndim - 2))
-            return jnp.where(wide, fresh[:, None].astype(table.dtype), table)
-
+        here, put = _into(slot, self.chunk.shape[1])
         return self.replace(
             chunk=jnp.where(here, self.next_chunk[:, None], self.chunk),
             position=jnp.where(here, self.next_position(cfg)[:, None], self.position),
@@ -99,8 +117,46 @@ class Window(struct.PyTreeNode):
             next_chunk=self.next_chunk + 1,
         )
 
+    def put(
+        self,
+        slot: jax.Array,
+        chunk: jax.Array,
+        position: jax.Array,
+        latents: jax.Array,
+        actions: Mapping[str, jax.Array] | None,
+    ) -> "Window":
+        """Chunk `chunk` at `position` in `slot`, all int32 [batch]; others as `commit`."""
+        here, put = _into(slot, self.chunk.shape[1])
+        return self.replace(
+            chunk=jnp.where(here, chunk[:, None], self.chunk),
+            position=jnp.where(here, position[:, None], self.position),
+            latents=put(self.latents, latents),
+            actions=jax.tree.map(put, self.actions, actions),
+        )
+
+    def with_references(self, count: int) -> "Window":
+        """With references in the first `count` slots, of a stream that has not begun."""
+        number = jnp.arange(self.chunk.shape[1], dtype=jnp.int32)[None, :] - count
+        ours = number < 0
+        return self.replace(
+            chunk=jnp.where(ours, number + EMPTY, self.chunk), pinned=self.pinned | ours
+        )
+
+    def keep_landmarks(self, count: jax.Array, size: config_lib.WindowSize) -> "Window":
+        """With the first `count` int32 [batch] of the landmarks' slots visible at most."""
+        number = jnp.arange(self.chunk.shape[1])[None, :] - size.past_slots
+        return self.replace(chunk=jnp.where(number >= count[:, None], EMPTY, self.chunk))
+
+    def lasting(self, size: config_lib.WindowSize) -> jax.Array:
+        """bool [batch, slot], references and sinks, as far as they are in the first slots."""
+        stays = self.valid & (self.chunk < size.sinks)
+        return jnp.cumprod(stays.astype(jnp.int32), axis=1).astype(bool)
+
     def in_order(self) -> "Window":
-        """The same window, its slots sorted by age, the oldest first and the empty ones last."""
+        """The same window, its slots sorted by age, the oldest first and the empty ones last.
+
+        There must be no landmarks in it.
+        """
         order = jnp.argsort(jnp.where(self.valid, self.chunk, jnp.iinfo(jnp.int32).max), axis=1)
 
         def sort(x):
@@ -108,6 +164,17 @@ class Window(struct.PyTreeNode):
 
         names = ("chunk", "position", "latents", "pinned", "actions")
         return self.replace(**{name: jax.tree.map(sort, getattr(self, name)) for name in names})
+
+
+def _into(slot, slots):
+    """bool [batch, slot], where `slot` is, and a function that puts a chunk's array there."""
+    here = jnp.arange(slots)[None, :] == slot[:, None]
+
+    def put(table, fresh):
+        wide = here.reshape(*here.shape, *(1,) * (table.ndim - 2))
+        return jnp.where(wide, fresh[:, None].astype(table.dtype), table)
+
+    return here, put
 
 
 def init(

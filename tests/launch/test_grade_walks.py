@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -56,9 +57,30 @@ def test_a_folder_is_graded(made, tmp_path):
         assert plot.size == (960, 480)
 
 
+def test_two_folders_are_compared(made, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(made / "good", other)
+    shutil.copy(other / "right.mp4", other / "left.mp4")
+    sidecars.write(other / "left.actions.npz", strings.parse("yaw+3*25"))
+    done = run(
+        "grade", "--world=doom", f"--videos={other}", f"--against={made}/good", "--window=2.5",
+        f"--output={tmp_path}",
+    )  # fmt: skip
+    graded = json.loads((tmp_path / "grade.json").read_text())
+    assert (graded["summary"]["turn"], graded["against"]["summary"]["turn"]) == (1.0, 0.5)
+    assert graded["summary"]["by_window"]["seconds"] == 2.5
+    lines = done.stdout.splitlines()
+    assert f"{other} against {made}/good:" in lines
+    assert any(line.split() == ["returns", "the", "same", "-", "-", "-"] for line in lines)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--videos={made}/good", "--against={made}/bare"], "bare has no video of that name"),
+        (["--videos={made}/good", "--against={made}/none"], "is no folder"),
+        (["--videos={made}/good", "--window=0"], "--window=0 must be above 0"),
+        (["--clips=1", "--against={made}/good"], "leave out --against"),
         ([], "--videos is missing"),
         (["--videos={made}/none"], "is no folder"),
         (["--videos={made}/bare"], "has no sidecar (one.actions.npz)"),

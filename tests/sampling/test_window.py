@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax import config as config_lib
 from longlive_jax.sampling import window as window_lib
 from tests.sampling.test_stream import SIZE, make_config, visible
 
@@ -84,3 +85,37 @@ def test_rows_have_counters_of_their_own():
     jax.tree.map(
         lambda a, b, c: np.testing.assert_array_equal(np.concatenate([a, b]), c), old, young, both
     )
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.data())
+def test_references_and_landmarks_take_slots_of_the_window(data):
+    """What else is visible is what a window of so many fewer slots has; no chunk goes to theirs."""
+    sinks, references, landmarks = (data.draw(st.integers(0, 2)) for _ in range(3))
+    given = data.draw(st.integers(0, references))
+    multi_shot = data.draw(st.booleans())
+    least = sinks + (multi_shot and sinks > 0) + 1
+    slots = data.draw(st.integers(least, 6)) + references + landmarks
+    cuts = data.draw(st.sets(st.integers(0, 16)))
+    size = config_lib.WindowSize(
+        slots + 1, sinks, int(multi_shot and sinks > 0), references, landmarks
+    )
+    assert size.chunks >= size.least and size.past_slots == slots - landmarks
+    cfg = make_config(window_frames=96)
+    window = window_lib.init(cfg, 1, *SIZE)
+    table = jnp.full((1, slots), window_lib.EMPTY, jnp.int32)
+    window = window.replace(
+        chunk=table, position=table, pinned=table > 0, latents=jnp.zeros((1, slots, 8, 1, 1, 1))
+    ).with_references(given)
+    ours = list(range(-given - 1, -1))
+    for chunk in range(17):
+        found = np.asarray(window.chunk)[0]
+        past = visible(chunk, cuts, sinks, slots - landmarks - given, multi_shot)
+        assert sorted(found[: size.past_slots][found[: size.past_slots] != -1]) == sorted(
+            [*ours, *past]
+        )
+        assert (found[size.past_slots :] == window_lib.EMPTY).all()
+        lasting = np.asarray(window.lasting(size))[0]
+        assert found[lasting].tolist() == [*ours, *range(min(sinks, chunk))]
+        window = window.enter_shot(jnp.asarray([chunk in cuts]), cfg)
+        window = window.commit(window.next_slot(size), window.latents[:, 0], cfg)

@@ -80,7 +80,8 @@ def refused(command, *words, code=2, **kwargs):
     return last
 
 
-@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_run_and_its_data_are_elsewhere(kind, request, cached, tmp_path, monkeypatch):
     """Begun and gone on with, its folder and its data on object storage: the same numbers."""
     server = request.getfixturevalue(kind)

@@ -79,6 +79,21 @@ def videos(
     return _videos(folder, found, simulate, focal)
 
 
+def check_same(folder: pathlib.Path, other: pathlib.Path) -> None:
+    """Refuses two folders whose videos do not have the same names.
+
+    Raises:
+      InputError: names the first one that is in one of them alone.
+    """
+    found = [{str(x.relative_to(f)) for x in folder_lib.videos(f)} for f in (folder, other)]
+    for name in sorted(found[0] ^ found[1]):
+        one, none = (folder, other) if name in found[0] else (other, folder)
+        raise InputError(
+            f"{one / name}: {none} has no video of that name; to be compared, both folders need "
+            "the same walks"
+        )
+
+
 def clips(
     seed: int,
     count: int,

@@ -3,16 +3,22 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from longlive_jax.config import FRAMES_PER_SECOND
+
 FORMAT, VERSION = "longlive_jax grade of walks", 1  # of grade.json
 POINTS = 48  # of a line of the plot
 JUDGED = ("turn", "straight", "move", "wall")
+_RETURNED = ("same", "psnr", "ssim")
 COMPARED = ("view", "place", "view_known", "place_known")
 
 
-def summarise(videos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(videos: Sequence[dict[str, Any]], window: float | None = None) -> dict[str, Any]:
     """Shares and means over all seconds of all videos, of records of `video.grade`.
 
     `grade`: the mean of the shares of seconds in which turns and moves are right.
+
+    window: seconds that a model sees of its past; returns from within and from beyond are then
+      apart.
     """
     seconds = [second for video in videos for second in video["seconds"]]
     returns = [found for video in videos for found in video["returns"]]
@@ -20,10 +26,8 @@ def summarise(videos: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "videos": len(videos),
         **_of(seconds),
-        "returns": len(returns),
-        "return_same": _mean(found["same"] for found in returns),
-        "return_psnr": _mean(found["psnr"] for found in returns),
-        "return_ssim": _mean(found["ssim"] for found in returns),
+        **_returns(returns),
+        "by_window": _by_window(returns, window),
         "by_minute": [
             {"minute": minute, **_of([s for s in seconds if s["second"] // 60 == minute])}
             for minute in minutes
@@ -32,6 +36,23 @@ def summarise(videos: Sequence[dict[str, Any]]) -> dict[str, Any]:
             view: _of([s for v in videos if v["view"] == view for s in v["seconds"]])
             for view in sorted({video["view"] for video in videos})
         },
+    }
+
+
+def _returns(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    means = {f"return_{name}": _mean(one[name] for one in found) for name in _RETURNED}
+    return {"returns": len(found), **means}
+
+
+def _by_window(found, window: float | None) -> dict[str, Any] | None:
+    """Returns of who was gone for at most `window` seconds, and of who was gone for longer."""
+    if window is None:
+        return None
+    most = window * FRAMES_PER_SECOND
+    return {
+        "seconds": window,
+        "within": _returns([one for one in found if one["gone"] <= most]),
+        "beyond": _returns([one for one in found if one["gone"] > most]),
     }
 
 
@@ -91,12 +112,38 @@ def table(summary: dict[str, Any]) -> str:
             f"in {_share(summary['place_known'])} of the seconds; the others are not judged"
         )
     if summary["returns"]:
-        lines.append(
-            f"returns to the start: {summary['returns']}, the same "
-            f"{_share(summary['return_same'])}, PSNR {_number(summary['return_psnr'], 1)} dB, SSIM "
-            f"{_number(summary['return_ssim'], 3)}"
-        )
+        lines.append(f"returns to the start: {_told(summary)}")
+        if apart := summary["by_window"]:
+            for name in ("within", "beyond"):
+                lines.append(f"  {name} {apart['seconds']:g} s: {_told(apart[name])}")
     return "\n".join(lines)
+
+
+def compared(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> str:
+    """What two folders of the same walks differ in, a line each: returns above all."""
+    first, second = summaries
+    rows: list[tuple[str, Any, Any]] = [
+        ("grade", first["grade"], second["grade"]),
+        ("returns the same", first["return_same"], second["return_same"]),
+    ]
+    for name in ("within", "beyond") if first["by_window"] and second["by_window"] else ():
+        ours, theirs = (one["by_window"][name]["return_same"] for one in summaries)
+        rows.append((f"  {name} {first['by_window']['seconds']:g} s", ours, theirs))
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{names[0]} against {names[1]}:"]
+    for name, ours, theirs in rows:
+        change = "-"
+        if ours is not None and theirs is not None:
+            change = f"{100 * (ours - theirs):+.1f}"
+        lines.append(f"  {name.ljust(width)}  {_share(ours)}  {_share(theirs)}  {change}")
+    return "\n".join(lines)
+
+
+def _told(found: dict[str, Any]) -> str:
+    return (
+        f"{found['returns']}, the same {_share(found['return_same'])}, PSNR "
+        f"{_number(found['return_psnr'], 1)} dB, SSIM {_number(found['return_ssim'], 3)}"
+    )
 
 
 def _share(value: float | None) -> str:

@@ -82,8 +82,9 @@ class Returns:
     first: np.ndarray | None = None
     pose: Pose | None = None
     away: bool = False
+    left: int = 0  # the last picture in which who walks was there
     best: tuple[float, int, np.ndarray] | None = None
-    found: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    found: list[tuple[int, int, np.ndarray]] = dataclasses.field(default_factory=list)
 
     def see(self, number: int, frame: np.ndarray, pose: Pose) -> None:
         """Takes picture `number` of the video, and the true pose there."""
@@ -95,28 +96,36 @@ class Returns:
         if far > _AWAY or turned > _ASIDE:
             self._keep()
             self.away = True
-        elif self.away and far <= _NEAR and turned <= _FACING and up <= _LEVEL:
+        elif far <= _NEAR and turned <= _FACING and up <= _LEVEL:
+            if not self.away:
+                self.left = number
+                return
             cost = far / _NEAR + turned / _FACING + up / _LEVEL
             if self.best is None or cost < self.best[0]:
                 self.best = cost, number, frame.copy()
 
     def records(self) -> list[dict[str, Any]]:
-        """A record of each return: the picture, how alike it is, and whether it is the same."""
+        """A record of each return: the picture, how alike it is, and whether it is the same.
+
+        "gone": pictures since the last one in which who walks was there.
+        """
         self._keep()
-        return [self._record(number, frame) for number, frame in self.found]
+        return [self._record(*found) for found in self.found]
 
     def _keep(self) -> None:
         if self.best is not None:
-            self.found.append(self.best[1:])
-            self.best, self.away = None, False
+            _, number, frame = self.best
+            self.found.append((number, self.left, frame))
+            self.best, self.away, self.left = None, False, number
 
-    def _record(self, number: int, frame: np.ndarray) -> dict[str, Any]:
+    def _record(self, number: int, left: int, frame: np.ndarray) -> dict[str, Any]:
         assert self.first is not None
         pair = np.stack([self.first, frame])
         luma, small = pictures.luma(pair), pictures.small(pair)
         alike = pictures.alike(small[0], small[1], pictures.scenery(small[0].shape, self.view))
         return {
             "frame": number,
+            "gone": number - left,
             "psnr": round(pictures.psnr(*pair), 3),
             "ssim": round(pictures.ssim(luma[:1], luma[1:]), 4),
             "alike": round(alike, 4),

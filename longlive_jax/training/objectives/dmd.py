@@ -313,6 +313,8 @@ def settings(cfg: config_lib.Config, data: str, teacher: str | None) -> dict[str
     values |= {f"model.{k}": v for k, v in config_lib.values(cfg.model).items()}
     sample = ("steps", "solver", "window_frames", "sink_frames", "multi_shot_sink", "rope_offset")
     values |= {f"sample.{name}": getattr(cfg.sample, name) for name in sample}
+    if cfg.sample.memory != config_lib.Memory():  # its slots are part of the window
+        values |= {f"memory.{k}": v for k, v in config_lib.values(cfg.sample.memory).items()}
     values |= {f"video.{k}": v for k, v in vars(cfg.video).items()}
     if cfg.model.actions.kind != "none":
         values["distill.action_guidance"] = d.action_guidance

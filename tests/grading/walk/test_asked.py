@@ -5,7 +5,7 @@ from longlive_jax.data.sidecars import strings
 from longlive_jax.data.worlds.poses import Pose
 from longlive_jax.errors import InputError
 from longlive_jax.grading.walk import asked as lib
-from longlive_jax.grading.walk import truth
+from longlive_jax.grading.walk import summary, truth
 from longlive_jax.grading.walk.motion import Motion
 
 
@@ -82,7 +82,26 @@ def test_a_return_is_where_the_truth_comes_back():
         (found,) = returns.records()
         assert found["frame"] == len(way) - 1 and found["same"] is same
         assert (found["psnr"] == 100) is same
+        assert found["gone"] == len(way) - 1 - 2  # 24 units away one is still there
     never = truth.Returns()
     for number in range(9):
         never.see(number, home, Pose(0, 0))
     assert never.records() == []
+
+
+def test_returns_from_within_the_window_and_from_beyond():
+    """Of who was gone for two seconds at most, and for longer; a comparison by the same."""
+    found = [
+        {"gone": gone, "same": same, "psnr": 30.0, "ssim": 0.5}
+        for gone, same in ((24, True), (48, True), (49, False), (200, True))
+    ]
+    video = {"name": "a", "frames": 1, "view": "first", "seconds": [], "returns": found}
+    apart = summary.summarise([video], 2.0)["by_window"]
+    assert [apart[k]["returns"] for k in ("within", "beyond")] == [2, 2]
+    assert [apart[k]["return_same"] for k in ("within", "beyond")] == [1.0, 0.5]
+    assert summary.summarise([video])["by_window"] is None
+    none = video | {"returns": [one | {"same": False} for one in found]}
+    lines = summary.compared(("a", "b"), [summary.summarise([v], 2.0) for v in (video, none)])
+    assert lines.splitlines()[-1].split() == ["beyond", "2", "s", "50.0%", "0.0%", "+50.0"]
+    table = summary.table(summary.summarise([video], 2.0)).splitlines()
+    assert table[-1] == "  beyond 2 s: 2, the same 50.0%, PSNR 30.0 dB, SSIM 0.500"
