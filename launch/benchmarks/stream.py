@@ -164,6 +164,7 @@ def chunk_inputs(cfg, chunk, size):
         text=text,
         cut=jnp.zeros((batch,), bool),
         negative=text if cfg.sample.guided else None,
+        guidance=jnp.full(batch, cfg.sample.guidance_scale) if cfg.sample.guided else None,
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
         if cfg.video.image_to_video
         else None,

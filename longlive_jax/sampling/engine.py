@@ -37,10 +37,16 @@ class Engine:
     params: params_lib.Tree
     decoder: Decoder | None = None
 
-    def sampler(self, image_to_video: bool) -> stream.Sampler:
-        """The programs for videos with, or without, a first frame."""
-        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
-        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
+    def sampler(self, image_to_video: bool, steps: int | None = None) -> stream.Sampler:
+        """The programs for videos with, or without, a first frame.
+
+        steps: of the solver; None: the config's. What is denoised by others is committed by the
+          same programs.
+        """
+        cfg = self.cfg
+        video = dataclasses.replace(cfg.video, image_to_video=image_to_video)
+        sample = dataclasses.replace(cfg.sample, steps=steps or cfg.sample.steps)
+        return stream.sampler(dataclasses.replace(cfg, video=video, sample=sample), self.mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,7 +16,6 @@ from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.prompts import scripts, shots
-from longlive_jax.sampling import session as session_lib
 from longlive_jax.sampling.session import Direction, Session
 from longlive_jax.serving.keys import Commands, Record, of_script
 from longlive_jax.serving.limits import Limits, Refused
@@ -34,6 +33,7 @@ class Request:
 
     shots: as in a file of shots. scripted: it is made without a viewer, as long as they are.
     given: "image" or "clip" that it begins with, or "".
+    steps, guidance: that it begins with; guidance None: the server's.
     actions: of a script, for a model that takes keys; kept in a file of their own.
     """
 
@@ -44,6 +44,18 @@ class Request:
     scripted: bool
     given: str = ""
     actions: Actions | None = None
+    guidance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Steps, guidance or both from the next chunk on; None: as it was. since: when it came."""
+
+    steps: int | None
+    guidance: float | None
+    event: int
+    since: float
+    at: int = 0
 
 
 @dataclasses.dataclass
@@ -72,7 +84,7 @@ class Stream:
         self.session: Session | None = None
         self.encoder: Encoder | None = None
         self.viewers: list[Viewer] = []
-        self.orders: list[Order] = []
+        self.orders: list[Order | Change] = []
         self.paused = self.parked = False
         self.event = self.made = self.turn = 0
         self.born = self.active_since = self.lively = time.monotonic()
@@ -132,11 +144,24 @@ class Stream:
         """Chunks of which a script can tell."""
         return self.index if self.record is None else min(self.index, self.record.chunks)
 
+    @property
+    def steps(self) -> int:
+        """Of the next chunk."""
+        return self.request.steps if self.session is None else self.session.steps
+
+    @property
+    def guidance(self) -> float:
+        """Of the next chunk."""
+        if self.session is not None:
+            return self.session.guidance[0]
+        own = self.request.guidance
+        return self.model.cfg.sample.guidance_scale if own is None else own
+
     def script(self) -> dict[str, Any]:
         """What `launch.sample` makes the same latents from."""
         chunks = self.recorded
         return scripts.make(
-            self.model.configured(self.request.steps),
+            self.model.cfg,
             [d for d in self._directions if d.chunk < chunks], chunks,
             seed=self.request.seed, begins_with=self.request.given or None,
             actions=self.record.whole(chunks) if self.record is not None and chunks else None,
@@ -181,7 +206,7 @@ class Stream:
         if sidecar.exists():
             request = dataclasses.replace(request, actions=sidecars.read(sidecar))
         stream = cls(models[request.model], request, path.parent, content["number"], content["id"])
-        stream._past = tuple(session_lib.direction(fields) for fields in content["script"])
+        stream._past = tuple(Direction.read(fields) for fields in content["script"])
         stream.replayed = content["index"]
         if stream.record is not None:
             stream.replayed = stream.record.load(stream.replayed)
@@ -210,7 +235,7 @@ class Stream:
             events.append(self.event)
         return events
 
-    def take(self) -> list[Order]:
+    def take(self) -> list[Order | Change]:
         """The orders that are due with the next chunk."""
         if (index := self.index) < self.replayed:
             return []
@@ -219,8 +244,8 @@ class Stream:
         return due
 
     def direct(
-        self, session: Session, due: list[Order]
-    ) -> tuple[list[Order], list[tuple[Order, str]]]:
+        self, session: Session, due: list[Order | Change]
+    ) -> tuple[list[Order | Change], list[tuple[Order, str]]]:
         """Gives the session what the next chunk is made under.
 
         Returns:
@@ -240,15 +265,18 @@ class Stream:
             session.direct([c.prompt], [c.cut], recache, [c.toward or c.prompt], [c.weight])
         elif not self._free and self._plan and index == len(self._plan):
             session.direct([self._plain(self._plan[-1].prompt)])
+        self._adjust(session, index, [order for order in due if isinstance(order, Change)])
         refused = []
-        for order in list(due):
+        prompts = [order for order in due if isinstance(order, Order)]
+        for order in list(prompts):
             try:  # also whether the text encoder can read it: it stays embedded
                 session.texts([order.text])
             except InputError as error:
                 due.remove(order)
+                prompts.remove(order)
                 refused.append((order, str(error)))
-        if due:
-            self._obey(session, due[-1])
+        if prompts:
+            self._obey(session, prompts[-1])
         if self._blend is not None:
             here, there, done, steps = self._blend
             done += 1
@@ -259,6 +287,20 @@ class Stream:
                 session.prompt(there, recache=False)
                 self._blend = None
         return due, refused
+
+    def _adjust(self, session, index, changes):
+        """Steps and guidance of the plan where they change in it, and of viewers."""
+        if index < len(self._plan):
+            now, request, sample = self._plan[index], self.request, self.model.cfg.sample
+            before = self._plan[index - 1] if index else None
+            if before is None or (now.steps, now.guidance) != (before.steps, before.guidance):
+                guidance = request.guidance if now.guidance is None else now.guidance
+                session.adjust(
+                    steps=now.steps or request.steps,
+                    guidance=sample.guidance_scale if guidance is None else guidance,
+                )
+        for change in changes:
+            session.adjust(steps=change.steps, guidance=change.guidance)
 
     def _obey(self, session, order):
         self._blend = None
@@ -272,13 +314,8 @@ class Stream:
 
     def _follow(self, session, index):
         """As `Session.replay`, from what the file says."""
-        for direction in self._past:
-            if direction.chunk == index:
-                d = direction
-                session.direct(d.prompts, d.cut, d.recache, d.toward, d.weights)
-                return
-        last = session.script[-1]
-        session.direct(last.prompts, None, False, last.toward, last.weights)
+        there = {direction.chunk: direction for direction in self._past}
+        session.follow(there.get(index) or session.script[-1])
 
     def _go_on(self, session):
         """After the replay: plain prompts; a blend that was under way has arrived."""
@@ -328,7 +365,7 @@ class Stream:
             "id": self.id, "number": self.number, "state": self.state, "position": position,
             "reason": self.reason, "model": self.model.name, "chunk": self.index,
             "frame": self.made, "viewers": len(self.viewers), "paused": self.paused,
-            "seed": self.request.seed, "steps": self.request.steps,
+            "seed": self.request.seed, "steps": self.steps, "guidance": self.guidance,
         }  # fmt: skip
 
     def stats(self, chunk_s: float, memory_gb: float) -> dict[str, Any]:
@@ -368,12 +405,10 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
     script = script or {}
     if script.get("begins_with") and not given:
         raise Refused(400, f"the script begins with an {script['begins_with']}: upload it first")
-    steps = body.get("steps") or dict(script.get("settings") or {}).get("sample.steps")
-    if (steps := steps or model.choices[0]) not in model.choices:
-        raise Refused(400, f"steps must be one of {', '.join(map(str, model.choices))}")
-    guidance = body.get("guidance")
-    if guidance is not None and guidance != model.cfg.sample.guidance_scale:
-        raise Refused(400, f"guidance is {model.cfg.sample.guidance_scale:g} on this server")
+    settings = dict(script.get("settings") or {})
+    steps = body.get("steps") or settings.get("sample.steps") or model.choices[0]
+    guidance = body.get("guidance", settings.get("sample.guidance_scale"))
+    model.check(steps, guidance)
     seed = whole("seed", body.get("seed", script.get("seed", 0)), 0, 2**31 - 1)
     entries = body.get("shots", script.get("shots"))
     listed = _entries(entries, limits) if entries is not None else []
@@ -383,11 +418,16 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
         video = model.pipeline.videos([dict(shot) for shot in listed])[0]
     except InputError as error:
         raise Refused(400, str(error)) from error
+    for chunk in dict.fromkeys((c.steps, c.guidance) for c in video.chunks):
+        model.check(*chunk)
     actions = None
     if entries is not None and (rows := script.get("actions")) is not None:
         pictures = model.pictures * len(video.chunks) - (config_lib.TEMPORAL_COMPRESSION - 1)
         actions = of_script(rows, model.cfg.model.actions, pictures)
-    return Request(model.name, tuple(listed), seed, int(steps), entries is not None, given, actions)
+    return Request(
+        model.name, tuple(listed), seed, steps, entries is not None, given, actions,
+        None if guidance is None else float(guidance),
+    )  # fmt: skip
 
 
 def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
@@ -395,7 +435,7 @@ def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
         raise Refused(400, f"shots must be a list of 1 to {limits.shots} shots")
     listed = []
     for entry in entries:
-        known = {"prompt", "chunks", "cut", "recache", "toward", "weight"}
+        known = {"prompt", "chunks", "cut", "recache", "toward", "weight", "steps", "guidance"}
         if not isinstance(entry, dict) or not set(entry) <= known:
             raise Refused(400, f"a shot is an object with some of: {', '.join(sorted(known))}")
         shot: dict[str, Any] = dict(entry, prompt=prompt(entry.get("prompt"), limits))

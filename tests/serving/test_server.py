@@ -220,7 +220,9 @@ def test_a_bad_stream_ends_alone(server, monkeypatch):
         ({"prompt": "a", "seed": -1}, 400, "seed must be"),
         ({"prompt": "a", "seed": True}, 400, "seed must be"),
         ({"prompt": "a", "steps": 999}, 400, "steps must be one of 1"),
-        ({"prompt": "a", "guidance": 3}, 400, "guidance is 1"),
+        ({"prompt": "a", "guidance": 3}, 400, "start it with --config.sample.guidance_scale"),
+        ({"shots": [{"prompt": "a", "steps": 999}]}, 400, "steps must be one of 1"),
+        ({"shots": [{"prompt": "a", "guidance": 3}]}, 400, "no pass under the negative prompt"),
         ({"prompt": "a", "image": "../../etc/passwd"}, 404, "no such upload"),
         ({"shots": []}, 400, "shots must be a list"),
         ({"shots": [{"prompt": "a", "image": "x.png"}]}, 400, "a shot is an object"),
@@ -249,7 +251,9 @@ def test_bad_messages(server):
             ('{"type": "prompt", "text": "a", "event_id": -1}', "event_id is of the wrong type"),
             ('{"type": "seen", "frame": 1.5}', "frame is of the wrong type"),
             ('{"type": "keys", "codes": ["KeyW"], "event_id": 1}', "takes no keys"),
-            ('{"type": "settings", "steps": 50, "event_id": 1}', "begin another"),
+            ('{"type": "settings", "steps": 50, "event_id": 1}', "one of 1, which this server"),
+            ('{"type": "settings", "guidance": 3}', "no pass under the negative prompt"),
+            ('{"type": "settings", "event_id": 1}', "give steps, guidance, or both"),
             ('{"type": "keys", "codes": ["KeyW"], "dx": NaN}', "dx is of the wrong type"),
         ]:
             viewer.socket.send(message)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import os
 import time
 
 import numpy as np
@@ -70,6 +71,12 @@ def beacon(seen):
     """Pixels of the beacon, and the column of their middle."""
     mask = np.abs(seen - np.asarray(scenes.BEACON, np.float32)).max(-1) < 60
     return int(mask.sum()), float(np.nonzero(mask)[1].mean()) if mask.any() else None
+
+
+def screenshot(page, name):
+    """Written to LONGLIVE_SCREENSHOTS, where it is set."""
+    if folder := os.environ.get("LONGLIVE_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
 
 
 @contextlib.contextmanager

@@ -196,6 +196,25 @@ def test_seed_steps_and_guidance_reach_the_server(visit, server):
     body = server.newest.body
     assert (body["seed"], body["steps"], body["guidance"]) == (7, 2, 3.5)
     assert page.locator("#seed").is_disabled()
-    page.fill("#steps", "8")
-    page.keyboard.press("Tab")
-    act.waits(page, lambda: server.newest.event > 0, "the settings applied")
+
+
+def test_steps_and_guidance_of_a_running_film(visit, server):
+    page = visit()
+    act.start(page, DUSK)
+    change = lambda name, value: (page.fill(name, value), page.keyboard.press("Tab"))  # noqa: E731
+    change("#steps", "8")
+    act.waits(page, lambda: server.newest.settings["steps"] == 8, "the steps")
+    act.true(page, "/^8 steps from chunk \\d+$/.test(document.querySelector('#changed').innerText)")
+    change("#guidance", "5.5")
+    act.waits(page, lambda: server.newest.settings["guidance"] == 5.5, "the guidance")
+    act.screenshot(page, "film_settings")
+    change("#steps", "7")  # not compiled
+    page.wait_for_selector("#error:not([hidden])")
+    assert "one of 2, 4, 8" in page.locator("#error").inner_text()
+    act.true(page, "document.querySelector('#steps').value === '8'")
+    change("#guidance", "31")  # over the field's limit: not sent
+    act.true(page, "document.querySelector('#guidance').value === '5.5'")
+    page.reload()
+    act.true(page, "document.querySelector('#steps').value === '8'")
+    assert page.input_value("#guidance") == "5.5"
+    assert server.newest.settings == {"steps": 8, "guidance": 5.5}
