@@ -112,10 +112,11 @@ class Model:
         return session
 
     def _encode(self, path: pathlib.Path) -> np.ndarray:
-        mesh, frames = self.pipeline.vae_mesh, np.load(path, allow_pickle=False)
+        mesh = self.pipeline.vae_mesh
+        frames = np.load(path, mmap_mode="r", allow_pickle=False)
 
         def read(first, last):
-            return to_float(frames[None, first:last])
+            return to_float(np.asarray(frames[None, first:last]))
 
         return pictures.encode(self.cfg, self._encoder, mesh, read, len(frames))
 

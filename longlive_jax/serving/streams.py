@@ -21,6 +21,7 @@ from longlive_jax.serving.keys import Commands, Record, of_script
 from longlive_jax.serving.limits import Limits, Refused
 from longlive_jax.serving.messages import prompt, whole
 from longlive_jax.serving.models import Model
+from longlive_jax.serving.uploads import Upload
 from longlive_jax.serving.video_out import Encoder
 from longlive_jax.serving.viewers import Viewer
 
@@ -32,7 +33,7 @@ class Request:
     """What a stream was asked to be; with its script all that its latents depend on.
 
     shots: as in a file of shots. scripted: it is made without a viewer, as long as they are.
-    given: "image" or "clip" that it begins with, or "".
+    given: "image" or "clip" that it begins with, or "". clip_chunks: of a clip.
     steps, guidance: that it begins with; guidance None: the server's.
     actions: of a script, for a model that takes keys; kept in a file of their own.
     """
@@ -45,6 +46,7 @@ class Request:
     given: str = ""
     actions: Actions | None = None
     guidance: float | None = None
+    clip_chunks: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,10 @@ class Stream:
         self.encoded: list[float] = []  # when the newest pictures were
         entries = [dict(shot) for shot in request.shots]
         video = model.pipeline.videos(entries)[0]
-        self._plan, self._starts, start = video.chunks, set(), 0
+        # Behind a clip, whose chunks are made under the first prompt.
+        clip = request.clip_chunks
+        under = dataclasses.replace(video.chunks[0], recache=False, toward="", weight=0.0)
+        self._plan, self._starts, start = (under,) * clip + video.chunks, set(), clip
         for shot in request.shots:
             self._starts.add(start)
             start += shot.get("chunks", 1)
@@ -141,8 +146,9 @@ class Stream:
 
     @property
     def recorded(self) -> int:
-        """Chunks of which a script can tell."""
-        return self.index if self.record is None else min(self.index, self.record.chunks)
+        """Chunks of which a script can tell, behind a clip's."""
+        made = self.index if self.record is None else min(self.index, self.record.chunks)
+        return max(0, made - self.request.clip_chunks)
 
     @property
     def steps(self) -> int:
@@ -159,10 +165,10 @@ class Stream:
 
     def script(self) -> dict[str, Any]:
         """What `launch.sample` makes the same latents from."""
-        chunks = self.recorded
+        chunks, clip = self.recorded, self.request.clip_chunks
+        own = [dataclasses.replace(d, chunk=max(0, d.chunk - clip)) for d in self._directions]
         return scripts.make(
-            self.model.cfg,
-            [d for d in self._directions if d.chunk < chunks], chunks,
+            self.model.cfg, [d for d in own if d.chunk < chunks], chunks,
             seed=self.request.seed, begins_with=self.request.given or None,
             actions=self.record.whole(chunks) if self.record is not None and chunks else None,
         )  # fmt: skip
@@ -236,8 +242,13 @@ class Stream:
         return events
 
     def take(self) -> list[Order | Change]:
-        """The orders that are due with the next chunk."""
-        if (index := self.index) < self.replayed:
+        """The orders that are due with the next chunk.
+
+        Behind a clip, with the second: a script has no words for a clip under other prompts than
+        its first chunk's.
+        """
+        index, clip = self.index, self.request.clip_chunks
+        if index < self.replayed or (clip and index <= clip):
             return []
         due = [order for order in self.orders if order.at <= index]
         self.orders = [order for order in self.orders if order.at > index]
@@ -382,10 +393,12 @@ class Stream:
         }  # fmt: skip
 
 
-def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: str) -> Request:
+def read_request(
+    body: Any, models: Mapping[str, Model], limits: Limits, given: Upload | None
+) -> Request:
     """The request in the body of POST /streams.
 
-    given: "image" or "clip" of the upload that it names, or "".
+    given: the upload that it names.
 
     Raises:
       Refused: anything wrong with it.
@@ -403,8 +416,7 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
     ):
         raise Refused(400, f"script must be an object of format {shots.SCRIPT!r}")
     script = script or {}
-    if script.get("begins_with") and not given:
-        raise Refused(400, f"the script begins with an {script['begins_with']}: upload it first")
+    _check_given(given, script.get("begins_with"), model)
     settings = dict(script.get("settings") or {})
     steps = body.get("steps") or settings.get("sample.steps") or model.choices[0]
     guidance = body.get("guidance", settings.get("sample.guidance_scale"))
@@ -425,9 +437,24 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
         pictures = model.pictures * len(video.chunks) - (config_lib.TEMPORAL_COMPRESSION - 1)
         actions = of_script(rows, model.cfg.model.actions, pictures)
     return Request(
-        model.name, tuple(listed), seed, steps, entries is not None, given, actions,
-        None if guidance is None else float(guidance),
+        model.name, tuple(listed), seed, steps, entries is not None, given.kind if given else "",
+        actions, None if guidance is None else float(guidance), given.chunks if given else 0,
     )  # fmt: skip
+
+
+def _check_given(given: Upload | None, begins_with: object, model: Model) -> None:
+    kinds = {"image": "an image", "clip": "a clip"}
+    if begins_with and (given is None or given.kind != begins_with):
+        what = kinds.get(str(begins_with), "something else than an image or a clip")
+        raise Refused(400, f"the script begins with {what}: upload it, and give its id as image")
+    if given is None:
+        return
+    if given.model != model.name:
+        raise Refused(400, f"the upload was made for {given.model}: upload it for {model.name}")
+    if given.kind == "clip" and model.kind == "world":
+        raise Refused(
+            400, f"{model.name} walks under keys, which a clip does not have: begin from a picture"
+        )
 
 
 def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:

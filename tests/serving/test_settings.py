@@ -14,7 +14,7 @@ from tests.serving.running import PROMPTS, until
 def server(tmp_path_factory):
     model = running.model(steps=(2,), sample__guidance_scale=3.0)
     folder = tmp_path_factory.mktemp("live")
-    one = running.Running(model, folder / "out", Limits(unseen_chunks=1))
+    one = running.Running(model, folder / "out", Limits())
     until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one
     one.stop()
@@ -59,11 +59,12 @@ def test_changed_while_it_runs_kept_and_replayed(server, tmp_path):
     made = server.latents[id][:chunk]
     again = server.begin(script=script)
     assert server.finished(again)["reason"] == "done"
-    np.testing.assert_array_equal(made, server.latents[again])
+    assert len(made) >= chunk - 1  # the last one may have been cut off
+    np.testing.assert_array_equal(made, server.latents[again][: len(made)])
     path = tmp_path / "script.json"
     path.write_text(json.dumps(script))
     chunks = server.server.models["shapes"].pipeline.generate(path)  # as launch.sample
-    np.testing.assert_allclose(made, [c.latents[0] for c in chunks], atol=2e-5)
+    np.testing.assert_allclose(made, [c.latents[0] for c in chunks][: len(made)], atol=2e-5)
 
 
 def test_a_change_outlives_the_shots_of_a_list(server):

@@ -24,7 +24,7 @@ const models = new Models((text) => {
   $("#prompt").value = text;
   $("#composer").requestSubmit();
 });
-const image = new StartImage(server, () => models.limits, () => models.now.name);
+const image = new StartImage(server, () => models.limits, () => models.now);
 const prompts = new Map(); // event -> words, until applied
 
 const mode = () => $("input[name=mode]:checked").value;
@@ -147,9 +147,12 @@ async function start() {
     model: $("#model").value, prompt: text, seed: number("#seed"), steps: number("#steps"), guidance: number("#guidance"),
   };
   if (mode() === "film" && image.upload) body.image = image.upload;
+  const clip = body.image ? image.chunks : 0; // they come before the first shot's
   if (!(await begin(body))) return;
-  if (chunks !== null) schedule.ahead.shift();
-  schedule.begin(text, chunks ?? (schedule.ahead.length ? 2 : null));
+  const taken = chunks !== null;
+  if (taken) schedule.ahead.shift();
+  chunks ??= schedule.ahead.length ? 2 : null;
+  schedule.begin(text, chunks === null ? null : clip + chunks);
   shots.render();
   $("#prompt").value = "";
   if (mode() === "world") world.back();
@@ -258,7 +261,9 @@ $("#restart").addEventListener("click", async () => {
 });
 opens($("#script-load"), $("#script-file"), async (text) => {
   const script = JSON.parse(text);
-  if (await begin({ model: $("#model").value, script })) {
+  const body = { model: $("#model").value, script };
+  if (script.begins_with && image.upload) body.image = image.upload;
+  if (await begin(body)) {
     schedule.begin(script.shots?.[0]?.prompt ?? "A script", null);
     shots.render();
   }

@@ -264,13 +264,19 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
         if not allowed(request):
             return refused("a token is required", 401)
         data = await request.body()
+        name, chunks = f"u{len(uploads)}", 0
         try:
-            picture = Image.open(io.BytesIO(data)).convert("RGB").resize(size)
+            if data[4:8] == b"ftyp":
+                with av.open(io.BytesIO(data)) as file:
+                    picture = [frame.to_image() for frame in file.decode(video=0)][-1]
+                chunks = 2
+            else:
+                picture = Image.open(io.BytesIO(data)).convert("RGB")
         except OSError:
             return refused("the file is neither a picture nor a clip")
-        name = f"u{len(uploads)}"
-        uploads[name] = np.asarray(picture)
-        return responses.JSONResponse({"upload": name, "kind": "image"}, 201)
+        uploads[name] = np.asarray(picture.resize(size))
+        kind = "clip" if chunks else "image"
+        return responses.JSONResponse({"upload": name, "kind": kind, "chunks": chunks}, 201)
 
     async def one(request):
         if not allowed(request):
