@@ -70,7 +70,7 @@ def run(cfg: config_lib.Config) -> dict:
     measure.show(figures)
     state = latents = None
     sampler.step = step  # compiled already
-    delivered = _delivered(cfg, Engine(cfg, mesh, params, _decoder(cfg, mesh)))
+    delivered = _delivered(cfg, Engine(cfg, mesh, params, decoder(cfg, mesh)))
     delivered |= measure.device_figures()
     delivered |= {
         "steps": cfg.sample.steps,
@@ -84,7 +84,7 @@ def run(cfg: config_lib.Config) -> dict:
     return figures | delivered
 
 
-def _decoder(cfg, mesh):
+def decoder(cfg, mesh):
     params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
     del params["encoder"], params["conv1"]
     return decode.Decoder(cfg, params, mesh)

@@ -196,10 +196,10 @@ def test_a_bad_stream_ends_alone(server, monkeypatch):
     model = server.server.models["shapes"]
     real = type(model).begin
 
-    def begin(self, seed, *args):
+    def begin(self, seed, *args, **options):
         if seed == 13:
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return real(self, seed, *args)
+        return real(self, seed, *args, **options)
 
     monkeypatch.setattr(type(model), "begin", begin)
     bad, good = server.begin(seed=13, shots=[{"prompt": ONE}]), server.begin()

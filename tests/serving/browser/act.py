@@ -9,6 +9,15 @@ import numpy as np
 
 from tests.serving.browser import scenes
 
+# [bytes, name, type] of a file that is dropped on the picture.
+DROP = """([bytes, name, type]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  for (const kind of ["dragover", "drop"])
+    document.querySelector("#frame").dispatchEvent(
+      new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+
 
 def start(page, prompt, mode="film"):
     if mode != "film":
