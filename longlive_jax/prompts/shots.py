@@ -270,12 +270,17 @@ def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
         plain = shot.prompt.removeprefix(prefix)
         first = prefix + plain if shot.cut else plain if out else shot.prompt
         changed = before is not None and not shot.cut and plain.strip() != before
-        blend = (shot.toward, shot.weight) if shot.weight else ("", 0.0)
-        blend = (*blend, shot.steps, shot.guidance)
-        out.append(Chunk(first, shot.cut, changed, shot.recache, *blend))
+        of_shot = Chunk(plain, False, steps=shot.steps, guidance=shot.guidance)
+        if shot.weight:
+            of_shot = dataclasses.replace(of_shot, toward=shot.toward, weight=shot.weight)
+        out.append(
+            dataclasses.replace(
+                of_shot, prompt=first, cut=shot.cut, changed=changed, recache=shot.recache
+            )
+        )
         before = plain.strip()
         recache = None if shot.recache is None else False  # once, where it is said
-        out.extend([Chunk(plain, False, False, recache, *blend)] * (shot.chunks - 1))
+        out.extend([dataclasses.replace(of_shot, recache=recache)] * (shot.chunks - 1))
     return tuple(out)
 
 

@@ -39,7 +39,9 @@ class Direction:
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> "Direction":
         """Of its fields, as JSON has them; what an older version did not write is the default."""
-        given = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()
+        }
         return cls(**given)
 
     @property

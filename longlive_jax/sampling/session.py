@@ -392,7 +392,7 @@ class Session:
         prefix = self.engine.cfg.sample.scene_cut_prefix
         return tuple(t.removeprefix(prefix).strip() for t in self._current() or ())
 
-    def _each(self, value, kind):
+    def _each(self, value: Any, kind: Any) -> tuple[Any, ...]:
         """`value` of each row."""
         values = (value,) * self.rows if isinstance(value, kind) else tuple(value)
         if len(values) != self.rows:

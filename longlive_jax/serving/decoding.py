@@ -70,7 +70,7 @@ def _image(source, height, width, fit, chunk, limits):
 
 
 def _clip(source, height, width, fit, chunk, limits):
-    """The last frames of the clip that are whole chunks, and how many."""
+    """How many of the clip's last frames are whole chunks, and these."""
     del fit
     from longlive_jax.config import FRAMES_PER_SECOND
     from longlive_jax.data.video_reader import VideoFile

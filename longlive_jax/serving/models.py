@@ -91,8 +91,8 @@ class Model:
                 400, f"guidance is {own:g} on this server, which makes no pass under the negative "
                 "prompt; start it with --config.sample.guidance_scale=3, say",
             )  # fmt: skip
-        number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
-        if not number or not 0 <= guidance <= GUIDANCE:
+        number = guidance if isinstance(guidance, int | float) else -1
+        if isinstance(guidance, bool) or not 0 <= number <= GUIDANCE:
             raise Refused(400, f"guidance must be a number from 0 to {GUIDANCE}")
 
     def begin(
