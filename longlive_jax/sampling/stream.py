@@ -341,9 +341,7 @@ class Sampler:
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
         """The state before the first chunk. `height`, `width`: of the latents."""
-        make = functools.partial(init_state, self.cfg, batch, height, width)
-        shardings = jax.tree.map(lambda s: jax.NamedSharding(self.mesh, s), state_specs(self.cfg))
-        return jax.jit(make, out_shardings=shardings)()
+        return _beginning(self.cfg, self.mesh, batch, height, width)()
 
     def place(self, inputs: ChunkInput) -> ChunkInput:
         """`inputs` on the mesh; a leading axis of chunks (for `rollout`) may be there."""
@@ -359,6 +357,14 @@ class Sampler:
 
 # One for all who stream with these settings: programs are compiled once.
 sampler = functools.cache(Sampler)
+
+
+@functools.cache
+def _beginning(cfg, mesh, batch, height, width):
+    """The program of `init_state`: made anew for each stream it would stay in JAX's caches."""
+    make = functools.partial(init_state, cfg, batch, height, width)
+    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), state_specs(cfg))
+    return jax.jit(make, out_shardings=shardings)
 
 
 def _rollout(params, state, inputs, *, cfg, sharding, precision):

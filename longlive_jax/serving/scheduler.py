@@ -1,6 +1,7 @@
 """Streams by turns: one thread owns the device and makes a chunk of one stream after another's.
 
-A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago. What goes
+A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one is as
+one that has just been served. What goes
 wrong in one stream ends that one.
 """
 
@@ -256,6 +257,9 @@ class Scheduler:
         queue = self._queue()
         for stream in queue[: max(0, self.limits.streams - active)]:
             stream.state = ACTIVE
+            stream.turn = (
+                self._turn
+            )  # behind all who wait for theirs, or newcomers alone would be served
             stream.active_since = stream.lively = time.monotonic()
             for viewer in stream.viewers:
                 viewer.send({"type": "queue", "position": 0})

@@ -17,9 +17,9 @@ def test_half_of_them_rude(tmp_path):
 
 def test_what_the_figures_say():
     memory = [100_000_000 + 1_000_000 * (i < 4) for i in range(12)]
-    made = load.Figures([8, 9, 10], 40, memory, 60.0, {}, {}, {}, [])
+    made = load.Figures([8, 9, 10], 54, 6, memory, 60.0, {}, {}, {}, [])
     made.check()
-    assert made.share == 8 / 9 and made.slope == 0
+    assert made.share == 8 / 9 and made.fair == 9 and made.slope == 0
     for change in (
         {"made": [5, 10, 10]},
         {"made": [1, 1, 1]},

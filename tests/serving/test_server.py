@@ -192,6 +192,18 @@ def test_the_queue(server):
         viewer.chunk(0)
 
 
+def test_newcomers_do_not_pass_those_who_wait(server):
+    """Viewers who begin streams again and again get no more than others."""
+    scheduler = server.scheduler
+    with scheduler._wake:
+        old, new = (scheduler.get(server.begin()) for _ in range(2))
+        scheduler._turn = old.turn = 7
+        scheduler._turn = 9  # two chunks of others since
+        new.state = "queued"
+        scheduler._admit()
+        assert new.turn == 9 and min((old, new), key=lambda s: s.turn) is old
+
+
 def test_a_bad_stream_ends_alone(server, monkeypatch):
     model = server.server.models["shapes"]
     real = type(model).begin
