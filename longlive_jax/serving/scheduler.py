@@ -1,8 +1,7 @@
 """Streams by turns: one thread owns the device and makes a chunk of one stream after another's.
 
-A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one is as
-one that has just been served. What goes
-wrong in one stream ends that one.
+A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one counts
+as just served. What goes wrong in one stream ends that one.
 """
 
 import contextlib
@@ -257,9 +256,8 @@ class Scheduler:
         queue = self._queue()
         for stream in queue[: max(0, self.limits.streams - active)]:
             stream.state = ACTIVE
-            stream.turn = (
-                self._turn
-            )  # behind all who wait for theirs, or newcomers alone would be served
+            # Behind those who wait: or who begins again and again would be served alone.
+            stream.turn = self._turn
             stream.active_since = stream.lively = time.monotonic()
             for viewer in stream.viewers:
                 viewer.send({"type": "queue", "position": 0})
