@@ -1,7 +1,7 @@
 """Streams by turns: one thread owns the device and makes a chunk of one stream after another's.
 
-A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one counts
-as just served. What goes wrong in one stream ends that one.
+A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one is
+taken as just served. What goes wrong in one stream ends that one.
 """
 
 import contextlib
