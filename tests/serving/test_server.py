@@ -195,11 +195,10 @@ def test_the_queue(server):
 def test_newcomers_do_not_pass_those_who_wait(server):
     """Viewers who begin streams again and again get no more than others."""
     scheduler = server.scheduler
+    old, new = (scheduler.get(server.begin()) for _ in range(2))
     with scheduler._wake:
-        old, new = (scheduler.get(server.begin()) for _ in range(2))
-        scheduler._turn = old.turn = 7
+        old.turn, new.state = 7, "queued"
         scheduler._turn = 9  # two chunks of others since
-        new.state = "queued"
         scheduler._admit()
         assert new.turn == 9 and min((old, new), key=lambda s: s.turn) is old
 
