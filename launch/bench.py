@@ -16,7 +16,7 @@ from longlive_jax.errors import InputError
 
 BENCHMARKS = (
     "stream", "vae", "convolution", "attention", "train", "distill", "balance", "kernels",
-    "quality",
+    "quality", "rows",
 )  # fmt: skip
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)

@@ -8,6 +8,7 @@ import pytest
 from longlive_jax import Config, Pipeline, Session
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError, NotFiniteError
+from longlive_jax.sampling import draws
 from tests.launch import commands
 
 SIZE = {"video.height": 32, "video.width": 64}
@@ -61,10 +62,12 @@ def test_a_stream_begins_with_a_picture(pipeline, tmp_path):
 
 
 def test_what_is_not_finite_ends_a_video(pipeline, monkeypatch):
-    real = Session._noise
-    monkeypatch.setattr(
-        Session, "_noise", lambda self: real(self) * (float("nan") if self.index == 1 else 1)
-    )
+    real = draws.noise
+
+    def noise(cfg, start, index):
+        return real(cfg, start, index) * (float("nan") if index == 1 else 1)
+
+    monkeypatch.setattr(draws, "noise", noise)
     given = []
     with pytest.raises(NotFiniteError, match="chunk 1 is not finite"):
         given.extend(pipeline.generate([{"prompt": commands.PROMPTS[0], "chunks": 3}]))

@@ -75,7 +75,7 @@ def run(cfg: config_lib.Config) -> dict:
     measure.show(figures)
     state = latents = None
     sampler.step = step  # compiled already
-    delivered = _delivered(cfg, Engine(cfg, mesh, params, _decoder(cfg, mesh)))
+    delivered = _delivered(cfg, Engine(cfg, mesh, params, decoder(cfg, mesh)))
     delivered |= measure.device_figures()
     delivered |= {
         "steps": cfg.sample.steps,
@@ -102,7 +102,7 @@ def _landmark(sampler, params, state, inputs):
     return state, round(measure.percentile(times[1:], 50), 4)
 
 
-def _decoder(cfg, mesh):
+def decoder(cfg, mesh):
     params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
     del params["encoder"], params["conv1"]
     return decode.Decoder(cfg, params, mesh)
@@ -182,6 +182,7 @@ def chunk_inputs(cfg, chunk, size):
         text=text,
         cut=jnp.zeros((batch,), bool),
         negative=text if cfg.sample.guided else None,
+        guidance=jnp.full(batch, cfg.sample.guidance_scale) if cfg.sample.guided else None,
         first_frame=jnp.zeros((batch, 1, *size, cfg.model.in_dim))
         if cfg.video.image_to_video
         else None,

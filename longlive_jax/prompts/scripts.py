@@ -13,6 +13,7 @@ _SETTINGS = (
     "sample.steps", "sample.solver", "sample.guidance_scale", "sample.negative_prompt",
     "video.height", "video.width", "video.shift", "quant.recipe", "quant.kv", "dtype",
 )  # fmt: skip
+_OWN = ("steps", "guidance")  # of a shot, in place of the settings
 
 
 def settings(cfg: config_lib.Config) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def make(
     """A JSON object of one stream (row 0).
 
     Args:
-      directions: `Session.script`.
+      directions: `Session.script`; its steps and guidance, where they are not `cfg`'s, are those of
+        the shots.
       chunks: how many the stream has made.
       begins_with: "image" or "clip", which the script does not hold.
       actions: `Session.record`, of a model with an action path.
@@ -70,11 +72,14 @@ def _shots(prefix: str, directions, chunks: int) -> list[dict[str, Any]]:
             prompt = prompt.removeprefix(prefix)
         if direction.weights:
             blend = {"toward": direction.toward[0], "weight": direction.weights[0]}
+        own = {} if direction.steps is None else {"steps": direction.steps}
+        own |= {"guidance": direction.guidance[0]} if direction.guidance else {}
         plain = entries and entries[-1]["cut"] and "toward" not in entries[-1]
+        plain = plain and own == {k: v for k, v in entries[-1].items() if k in _OWN}
         if plain and entries[-1]["prompt"] == prompt and not (cut or direction.recache or blend):
             entries[-1]["chunks"] += length  # the second chunk of a shot: without the prefix
             continue
-        entry = {"prompt": prompt, "chunks": length, "cut": cut} | blend
+        entry = {"prompt": prompt, "chunks": length, "cut": cut} | blend | own
         if entries and not cut:
             entry["recache"] = direction.recache
         entries.append(entry)

@@ -18,9 +18,12 @@ from longlive_jax.files import names, regular
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CHUNKS = 1_000_000  # of a video: two weeks of it; a larger number is a slip of the pen
+MAX_STEPS = 1000  # of the solver, as of `config.Sample`
+MAX_GUIDANCE = 1000
 DURATIONS = "shot_durations.txt"
 SCRIPT = "longlive_jax script"  # the format of a stream's script: shots, seed and settings
-_KEYS = ("prompt", "chunks", "seconds", "cut", "image", "recache", "toward", "weight", "actions")
+_KEYS = ("prompt", "chunks", "seconds", "cut", "image", "recache", "toward", "weight", "actions",
+         "steps", "guidance")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Chunk:
     recache: whether the visible past is brought under the prompt; None: as `sample.recache` says,
       where it changed.
     toward, weight: a blend: so much of the text is this prompt's embedding.
+    steps, guidance: in place of sample.steps and sample.guidance_scale; None: these.
     """
 
     prompt: str
@@ -41,6 +45,8 @@ class Chunk:
     recache: bool | None = None
     toward: str = ""
     weight: float = 0.0
+    steps: int | None = None
+    guidance: float | None = None
 
     def recaches(self, by_default: bool) -> bool:
         """Whether the visible past is run again, with `sample.recache` as the default."""
@@ -71,6 +77,8 @@ class _Shot:
     recache: bool | None = None
     toward: str = ""
     weight: float = 0.0
+    steps: int | None = None
+    guidance: float | None = None
 
 
 def read(
@@ -95,7 +103,8 @@ def read(
       a `.json` file, one video: `[{"prompt": "...", "chunks": 3, "cut": true}, ...]`. Instead of
         "chunks", "seconds" may be given, and is rounded up to whole chunks. "cut" (default true)
         begins a shot; false changes the prompt within a shot. The first entry may have an "image",
-        a path relative to the file. "actions" are those of an entry's pictures, in a sidecar, whose
+        a path relative to the file. "steps" and "guidance" are an entry's, in place of those of
+        `config.Sample`. "actions" are those of an entry's pictures, in a sidecar, whose
         path is relative to the file too, or in a line of text (`data.sidecars.strings`).
 
     In all of them a cut reaches the model as `scene_cut_prefix` before the prompt of a shot's
@@ -235,7 +244,7 @@ def _shot_list(path: pathlib.Path, entries, chunks: int, chunk_frames: int, pref
         shots.append(
             _Shot(
                 entry["prompt"].strip(), length, cut, entry.get("recache"), toward,
-                float(entry.get("weight", 0)),
+                float(entry.get("weight", 0)), entry.get("steps"), entry.get("guidance"),
             )
         )  # fmt: skip
         actions.append((_beside(path, entry.get("actions", "").strip()), length))
@@ -261,11 +270,17 @@ def _assemble(shots: Iterable[_Shot], prefix: str) -> tuple[Chunk, ...]:
         plain = shot.prompt.removeprefix(prefix)
         first = prefix + plain if shot.cut else plain if out else shot.prompt
         changed = before is not None and not shot.cut and plain.strip() != before
-        blend = (shot.toward, shot.weight) if shot.weight else ("", 0.0)
-        out.append(Chunk(first, shot.cut, changed, shot.recache, *blend))
+        of_shot = Chunk(plain, False, steps=shot.steps, guidance=shot.guidance)
+        if shot.weight:
+            of_shot = dataclasses.replace(of_shot, toward=shot.toward, weight=shot.weight)
+        out.append(
+            dataclasses.replace(
+                of_shot, prompt=first, cut=shot.cut, changed=changed, recache=shot.recache
+            )
+        )
         before = plain.strip()
         recache = None if shot.recache is None else False  # once, where it is said
-        out.extend([Chunk(plain, False, False, recache, *blend)] * (shot.chunks - 1))
+        out.extend([dataclasses.replace(of_shot, recache=recache)] * (shot.chunks - 1))
     return tuple(out)
 
 
@@ -371,11 +386,13 @@ def _check_entry(entry, where: str) -> None:
     if "prompt" not in entry:
         raise InputError(f'{where} has no "prompt"; write what the shot shows')
     wanted = {"prompt": str, "chunks": int, "seconds": (int, float), "cut": bool, "image": str,
-              "recache": bool, "toward": str, "weight": (int, float), "actions": str}  # fmt: skip
+              "recache": bool, "toward": str, "weight": (int, float), "actions": str,
+              "steps": int, "guidance": (int, float)}  # fmt: skip
     names = {"prompt": "text", "chunks": "a whole number", "seconds": "a number",
              "cut": "true or false", "image": "a path", "recache": "true or false",
              "toward": "text", "weight": "a number",
-             "actions": "a sidecar or a line of text"}  # fmt: skip
+             "actions": "a sidecar or a line of text", "steps": "a whole number",
+             "guidance": "a number"}  # fmt: skip
     for key, value in entry.items():
         if not isinstance(value, wanted[key]) or (
             isinstance(value, bool) and wanted[key] is not bool
@@ -391,6 +408,12 @@ def _check_entry(entry, where: str) -> None:
         )
     if not 1 <= entry.get("chunks", 1) <= MAX_CHUNKS:
         raise InputError(f'{where}: "chunks": {entry["chunks"]} must be 1 to {MAX_CHUNKS}')
+    if not 1 <= entry.get("steps", 1) <= MAX_STEPS:
+        raise InputError(f'{where}: "steps": {entry["steps"]} must be 1 to {MAX_STEPS}')
+    if not -MAX_GUIDANCE <= entry.get("guidance", 1) <= MAX_GUIDANCE:  # NaN fails
+        raise InputError(
+            f'{where}: "guidance": {entry["guidance"]} must be {MAX_GUIDANCE} or less; try 3'
+        )
     if not 0 < entry.get("seconds", 1) <= MAX_CHUNKS:
         raise InputError(
             f'{where}: "seconds": {entry["seconds"]} must be above 0, {MAX_CHUNKS} at most'

@@ -165,6 +165,7 @@ def make(
                 f"prompts of {len(videos)} videos for noise of {size}; give as many, or one"
             )
     _check_images(cfg, videos, noise)
+    _check_guidance(cfg, videos)
     batches, start = [], 0
     while start < len(videos):
         stop = start + 1
@@ -191,9 +192,21 @@ def make(
 
 def _alike(cfg, a: Video, b: Video) -> bool:
     """Whether two videos can be in a batch, each as it would be alone."""
-    again = ([chunk.recaches(cfg.sample.recache) for chunk in v.chunks] for v in (a, b))
+    again = ([(c.recaches(cfg.sample.recache), c.steps) for c in v.chunks] for v in (a, b))
     alike = len(a.chunks) == len(b.chunks) and bool(a.image) == bool(b.image)
     return alike and next(again) == next(again)
+
+
+def _check_guidance(cfg, videos):
+    if cfg.sample.guided:
+        return
+    for video in videos:
+        for chunk in video.chunks:
+            if chunk.guidance not in (None, cfg.sample.guidance_scale):
+                raise InputError(
+                    f"prompts: {video.name} has a shot with guidance {chunk.guidance:g}, and the "
+                    "config has none; give --config.sample.guidance_scale=3, say"
+                )
 
 
 def _check_images(cfg, videos, noise):

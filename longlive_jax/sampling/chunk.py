@@ -1,7 +1,7 @@
 """A chunk of a stream: its frames are there before its clean pass has run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ class Direction:
     recache: whether the visible past is brought under the prompts first.
     toward, weights: a blend: each row's text is (1 - weight) of its prompt's embedding and weight
       of this one's; both empty: the prompts alone.
+    steps: of the solver; None: the config's.
+    guidance: of each row; empty: the config's.
     """
 
     chunk: int
@@ -31,11 +33,26 @@ class Direction:
     recache: bool = False
     toward: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    steps: int | None = None
+    guidance: tuple[float, ...] = ()
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Direction":
+        """Of its fields, as JSON has them; what an older version did not write is the default."""
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()
+        }
+        return cls(**given)
 
     @property
     def text(self) -> tuple[Any, ...]:
         """What the text of the chunk is a function of."""
         return self.prompts, self.toward, self.weights
+
+    @property
+    def lasting(self) -> tuple[Any, ...]:
+        """What the next chunk is made under too, if nothing else is said."""
+        return self.text, self.steps, self.guidance
 
 
 class Making:

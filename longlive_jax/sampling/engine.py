@@ -1,7 +1,7 @@
 """What makes streams, what reads their prompts, and what each of them begins with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -9,8 +9,10 @@ import numpy as np
 
 from longlive_jax import config as config_lib
 from longlive_jax import params as params_lib
-from longlive_jax.sampling import stream
+from longlive_jax.sampling import finite, stream
 from longlive_jax.sampling.decode import Decoder
+
+ARRAYS = ("noise", "first_frame", "past", "references")  # those of a Start
 
 
 class Texts(Protocol):
@@ -37,10 +39,35 @@ class Engine:
     params: params_lib.Tree
     decoder: Decoder | None = None
 
-    def sampler(self, image_to_video: bool) -> stream.Sampler:
-        """The programs for videos with, or without, a first frame."""
-        video = dataclasses.replace(self.cfg.video, image_to_video=image_to_video)
-        return stream.sampler(dataclasses.replace(self.cfg, video=video), self.mesh)
+    def sampler(self, image_to_video: bool, steps: int | None = None) -> stream.Sampler:
+        """The programs for videos with, or without, a first frame.
+
+        steps: of the solver; None: the config's. What is denoised by others is committed by the
+          same programs.
+        """
+        cfg = self.cfg
+        video = dataclasses.replace(cfg.video, image_to_video=image_to_video)
+        sample = dataclasses.replace(cfg.sample, steps=steps or cfg.sample.steps)
+        return stream.sampler(dataclasses.replace(cfg, video=video, sample=sample), self.mesh)
+
+    def cause(
+        self, start: "Start", rows: Mapping[str, np.ndarray], negative: np.ndarray | None
+    ) -> str:
+        """The likely cause of a chunk that is not finite. rows: embeddings by their prompts."""
+        weights = {"the transformer": self.params}
+        if self.decoder is not None:
+            weights["the VAE"] = self.decoder.params
+        arrays: dict[str, np.ndarray | None] = {
+            f"the embedding of {prompt!r}": row for prompt, row in rows.items()
+        }
+        arrays["the embedding of the negative prompt"] = negative
+        arrays |= {f"the given {name}": getattr(start, name) for name in ARRAYS}
+        return finite.cause(
+            weights, arrays,
+            "weights, prompt embeddings and noise are finite, so numbers grew past what their "
+            f"format holds: lower sample.guidance_scale={self.cfg.sample.guidance_scale}, or "
+            "train on",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -117,6 +117,7 @@ def step_arguments(
             for name, dim in actions.dims(m.actions).items()
         }
         or None,
+        guidance=array() if cfg.sample.guided else None,
     )
     specs = stream.state_specs(cfg), stream.input_specs(cfg)
     return params, *(_on(mesh, *pair) for pair in zip((state, inputs), specs))

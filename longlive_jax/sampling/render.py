@@ -40,9 +40,14 @@ def _chunks(engine, texts, batch, seed):
     if batch.prefix is not None:
         for _ in range(batch.prefix.shape[1] // engine.cfg.model.chunk_frames):
             yield session.step()
+    sample = engine.cfg.sample
     for chunks in zip(*(video.chunks for video in batch.videos)):
-        # What changes inside a shot is the same for all of a batch.
-        recache = chunks[0].recaches(engine.cfg.sample.recache)
+        # What changes inside a shot is the same for all of a batch, and so are steps.
+        recache = chunks[0].recaches(sample.recache)
+        session.adjust(
+            steps=chunks[0].steps or sample.steps,
+            guidance=[sample.guidance_scale if c.guidance is None else c.guidance for c in chunks],
+        )
         session.direct(
             [c.prompt for c in chunks], [c.cut for c in chunks], recache,
             [c.toward or c.prompt for c in chunks], [c.weight for c in chunks],

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,11 @@ from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders
 from longlive_jax.models import vae, vae_spec
+from longlive_jax.sampling import draws, memory, saved, stream
 from longlive_jax.sampling import finite as finite_lib
-from longlive_jax.sampling import memory, saved, stream
 from longlive_jax.sampling.chunk import Chunk, Direction, Frames, Making
 from longlive_jax.sampling.controls import Accepted
-from longlive_jax.sampling.engine import Engine, Start, Texts
+from longlive_jax.sampling.engine import ARRAYS, Engine, Start, Texts
 from longlive_jax.sampling.landmarks import Landmarks
 from longlive_jax.sampling.track import Keys, Track
 
@@ -62,6 +62,8 @@ class Session:
         self.index, self.script = 0, []
         self._next: Direction | None = None
         self._later: tuple[str, ...] = ()  # prompts of the chunks after the next
+        self._steps: int | None = None  # None, (): the config's
+        self._guidance: tuple[float, ...] = ()
         self._rows: dict[str, np.ndarray] = {}  # embeddings of all prompts of the script
         self._negative: np.ndarray | None = None
         self._placed: tuple[Any, ...] | None = None  # prompts, and their embeddings on the mesh
@@ -141,6 +143,50 @@ class Session:
         )
         self._later = self._next.prompts
 
+    def adjust(
+        self, *, steps: int | None = None, guidance: float | Sequence[float] | None = None
+    ) -> None:
+        """Sets the solver's steps, and the guidance, from the next chunk on; None: as it was.
+
+        Args:
+          steps: programs of a number that is new are compiled when the next chunk is made.
+          guidance: of all rows, or of each.
+
+        Raises:
+          InputError: no such number of steps; guidance where `sample.guidance_scale` is 1.
+        """
+        sample = self.engine.cfg.sample
+        if steps is not None:
+            dataclasses.replace(sample, steps=steps)  # refuses what is no number of steps
+            self._steps = steps if steps != sample.steps else None
+        if guidance is not None:
+            values = self._each(guidance, int | float)
+            for value in values:
+                dataclasses.replace(sample, guidance_scale=float(value))
+            changed = any(value != sample.guidance_scale for value in values)
+            if changed and not sample.guided:
+                raise InputError(
+                    f"session: guidance {values[0]:g} for a sampler without guidance, which makes "
+                    "no pass under the negative prompt; give --config.sample.guidance_scale=3"
+                )
+            self._guidance = tuple(map(float, values)) if changed else ()
+
+    @property
+    def steps(self) -> int:
+        """Of the solver, in the next chunk."""
+        return self._steps or self.engine.cfg.sample.steps
+
+    @property
+    def guidance(self) -> tuple[float, ...]:
+        """Of each row, in the next chunk."""
+        return self._guidance or (self.engine.cfg.sample.guidance_scale,) * self.rows
+
+    def follow(self, made: Direction) -> None:
+        """Makes the next chunk under what another one was made under."""
+        self._steps, self._guidance = made.steps, made.guidance
+        cut, recache = (made.cut, made.recache) if made.chunk == self.index else (None, False)
+        self.direct(made.prompts, cut, recache, made.toward, made.weights)
+
     def act(
         self,
         keys: Keys = (),
@@ -203,16 +249,20 @@ class Session:
         if self._on_host:
             self.to_device()
             carried = self._carried
-        direction, sampler, params = self._next, self._sampler, self.engine.params
-        past = self._piece(self.start.past, self.index)
-        noise = self._noise() if past is None else jnp.asarray(past, jnp.float32)
+        direction = dataclasses.replace(self._next, steps=self._steps, guidance=self._guidance)
+        sampler, denoiser, params = self._sampler, self._denoiser(), self.engine.params
+        cfg, start = self.engine.cfg, self.start
+        past = draws.past(cfg, start, self.index)
+        noise = (
+            draws.noise(cfg, start, self.index) if past is None else jnp.asarray(past, jnp.float32)
+        )
         inputs, receipts = self._inputs(direction, noise, now)
         state = self._remember(carried.stream, inputs, direction)
         committed = self.start.whole and past is None
         if committed:
-            state, latents = sampler.step(params, state, inputs)
+            state, latents = denoiser.step(params, state, inputs)
         else:
-            latents = inputs.noise if past is not None else sampler.denoise(params, state, inputs)
+            latents = inputs.noise if past is not None else denoiser.denoise(params, state, inputs)
         finite, largest = finite_lib.measure(latents)
 
         def finish(decoding):
@@ -229,12 +279,12 @@ class Session:
         if self.start.whole:
             making.finish()
         changes = any(direction.cut) or direction.recache
-        if changes or direction.text != self._current_text():
+        if changes or not self.script or direction.lasting != self.script[-1].lasting:
             self.script.append(direction)
         self.index += 1
         self.direct(self._later)
         rows = {prompt: self._rows[prompt] for prompt in direction.prompts}
-        cause = functools.partial(_cause, self.engine, self.start, rows, self._negative)
+        cause = functools.partial(self.engine.cause, self.start, rows, self._negative)
         return Chunk(
             direction.chunk, Frames(making), latents, direction, finite, largest, cause, making,
             decoder, receipts,
@@ -263,11 +313,7 @@ class Session:
             again.plan([self.record(row) for row in range(self.rows)])
         script = {direction.chunk: direction for direction in self.script}
         for index in range(self.index):
-            if now := script.get(index):
-                again.direct(now.prompts, now.cut, now.recache, now.toward, now.weights)
-            elif index:
-                last = again.script[-1]
-                again.direct(last.prompts, None, False, last.toward, last.weights)
+            again.follow(script.get(index) or again.script[-1])
             yield again.step()
 
     def copy(self) -> "Session":
@@ -302,7 +348,7 @@ class Session:
         Raises:
           InputError: nothing can be written there.
         """
-        given = {name: getattr(self.start, name) for name in _ARRAYS}
+        given = {name: getattr(self.start, name) for name in ARRAYS}
         arrays = {f"start/{name}": x for name, x in given.items() if x is not None}
         arrays |= {f"carried/{name}": x for name, x in saved.leaves(self.carried).items()}
         if self._negative is not None:
@@ -310,11 +356,13 @@ class Session:
         arrays |= {f"prompt/{i}": saved.trim(x) for i, x in enumerate(self._rows.values())}
         facts = {
             "settings": saved.settings(self.engine.cfg),
-            "start": {k: v for k, v in vars(self.start).items() if k not in _ARRAYS},
+            "start": {k: v for k, v in vars(self.start).items() if k not in ARRAYS},
             "script": [dataclasses.asdict(d) for d in self.script],
             "index": self.index,
             "next": self._next and dataclasses.asdict(self._next),
             "later": self._later,
+            "steps": self._steps,
+            "guidance": self._guidance,
             "prompts": list(self._rows),
         }
         if self.actions is not None:
@@ -334,14 +382,15 @@ class Session:
         """
         facts, arrays = saved.read(path)
         folders.check_settings(os.fspath(path), facts["settings"], saved.settings(engine.cfg))
-        given = {name: arrays.get(f"start/{name}") for name in _ARRAYS}
+        given = {name: arrays.get(f"start/{name}") for name in ARRAYS}
         samples = tuple(facts["start"]["samples"])
         start = dataclasses.replace(Start(**facts["start"]), samples=samples, **given)
         session = cls(engine, texts, start)
         session.index = facts["index"]
-        session.script = [direction(fields) for fields in facts["script"]]
-        session._next = facts["next"] and direction(facts["next"])
+        session.script = [Direction.read(fields) for fields in facts["script"]]
+        session._next = facts["next"] and Direction.read(facts["next"])
         session._later = tuple(facts["later"])
+        session._steps, session._guidance = facts.get("steps"), tuple(facts.get("guidance", ()))
         session._negative = arrays.get("negative")
         if session.actions is not None:
             session.actions.restore(facts["actions"], saved.below("actions/", arrays))
@@ -372,14 +421,11 @@ class Session:
         """The prompts that the last chunk was made under."""
         return self.script[-1].prompts if self.script else None
 
-    def _current_text(self):
-        return self.script[-1].text if self.script else None
-
     def _plain(self):
         prefix = self.engine.cfg.sample.scene_cut_prefix
         return tuple(t.removeprefix(prefix).strip() for t in self._current() or ())
 
-    def _each(self, value, kind):
+    def _each(self, value: Any, kind: Any) -> tuple[Any, ...]:
         """`value` of each row."""
         values = (value,) * self.rows if isinstance(value, kind) else tuple(value)
         if len(values) != self.rows:
@@ -413,8 +459,9 @@ class Session:
                 cut=jnp.asarray(direction.cut),
                 negative=placed[2],
                 first_frame=None if first is None else jnp.asarray(first, jnp.float32),
-                renoise=self._renoise(),
+                renoise=draws.renoise(self.engine.cfg, self.start, self.index, self.steps),
                 actions=given,
+                guidance=self._scales(),
             )
         )
         self._placed = direction.text, inputs.text, inputs.negative
@@ -438,60 +485,10 @@ class Session:
         assert self._negative is not None
         return text, np.broadcast_to(self._negative, text.shape).astype(dtype)
 
-    def _noise(self):
-        start, model = self.start, self.engine.cfg.model
-        if start.noise is None:
-            key, samples, chunks, shape = self._draw()
-            return stream.noise(key, chunks, samples, shape)
-        before = 0 if start.past is None else start.past.shape[1] // model.chunk_frames
-        noise = self._piece(start.noise, self.index - before)
-        if noise is None:
-            raise InputError(f"session: the noise given is for {self.index - before} chunks only")
-        return jnp.asarray(noise, jnp.float32)
+    def _denoiser(self):
+        if self.steps == self.engine.cfg.sample.steps:
+            return self._sampler
+        return self.engine.sampler(self.start.first_frame is not None, self.steps)
 
-    def _draw(self):
-        """What the noise of this chunk is a function of: key, samples, chunks and shape."""
-        start, model = self.start, self.engine.cfg.model
-        shape = (model.chunk_frames, start.height, start.width, model.in_dim)
-        chunks = np.full(self.rows, self.index, np.int32)
-        return jax.random.key(start.seed), np.asarray(start.samples, np.int32), chunks, shape
-
-    def _renoise(self):
-        """New noise of each step, if the solver takes any; the seed's, whatever noise is given."""
-        if self.engine.cfg.sample.solver == "unipc":
-            return None
-        key, samples, chunks, shape = self._draw()
-        return stream.renoise(key, chunks, samples, shape, self.engine.cfg.sample.steps)
-
-    def _piece(self, latents, chunk):
-        """Those of a chunk, or None if there are no more."""
-        frames = self.engine.cfg.model.chunk_frames
-        if latents is None or latents.shape[1] <= chunk * frames:
-            return None
-        return latents[:, chunk * frames : (chunk + 1) * frames]
-
-
-_ARRAYS = ("noise", "first_frame", "past", "references")
-
-
-def _cause(engine: Engine, start: Start, rows, negative) -> str:
-    """The likely cause of a chunk that is not finite; `rows` are embeddings by their prompts."""
-    weights = {"the transformer": engine.params}
-    if engine.decoder is not None:
-        weights["the VAE"] = engine.decoder.params
-    arrays = {f"the embedding of {prompt!r}": row for prompt, row in rows.items()}
-    arrays["the embedding of the negative prompt"] = negative
-    arrays |= {f"the given {name}": getattr(start, name) for name in _ARRAYS}
-    return finite_lib.cause(
-        weights, arrays,
-        "weights, prompt embeddings and noise are finite, so numbers grew past what their format "
-        f"holds: lower sample.guidance_scale={engine.cfg.sample.guidance_scale}, or train on",
-    )  # fmt: skip
-
-
-def direction(fields: Mapping[str, Any]) -> Direction:
-    """A direction of its fields, as JSON has them."""
-    rest = (tuple(fields.get(name, ())) for name in ("toward", "weights"))
-    return Direction(
-        fields["chunk"], tuple(fields["prompts"]), tuple(fields["cut"]), fields["recache"], *rest
-    )
+    def _scales(self):
+        return jnp.asarray(self.guidance, jnp.float32) if self.engine.cfg.sample.guided else None

@@ -50,6 +50,8 @@ class ChunkInput:
     text: [batch, text_len, text_dim], the chunk's prompt embedding.
     cut: bool [batch], whether the chunk starts a new shot.
     negative: [batch, text_len, text_dim] with classifier-free guidance, else None.
+    guidance: float32 [batch], each row's scale of it; None: the config's. Without a negative prompt
+      it is not read.
     first_frame: float32 [batch, 1, h, w, channel] for image-to-video, else None: the latent that
       the video's first frame is kept at. Read in chunk 0 only.
     renoise: float32 [step, batch, frame, h, w, channel], each step's new noise, if the solver
@@ -65,6 +67,7 @@ class ChunkInput:
     first_frame: jax.Array | None = None
     renoise: jax.Array | None = None
     actions: Mapping[str, jax.Array] | None = None
+    guidance: jax.Array | None = None
 
 
 class StreamState(struct.PyTreeNode):
@@ -347,22 +350,30 @@ class Sampler:
 
     def init_state(self, batch: int, height: int, width: int) -> StreamState:
         """The state before the first chunk. `height`, `width`: of the latents."""
-        make = functools.partial(init_state, self.cfg, batch, height, width)
-        shardings = jax.tree.map(lambda s: jax.NamedSharding(self.mesh, s), state_specs(self.cfg))
-        return jax.jit(make, out_shardings=shardings)()
+        return _beginning(self.cfg, self.mesh, batch, height, width)()
 
     def place(self, inputs: ChunkInput) -> ChunkInput:
         """`inputs` on the mesh; a leading axis of chunks (for `rollout`) may be there."""
         extra = inputs.cut.ndim - 1
 
-        def put(x, spec):
+        def put(spec, x):
+            if x is None:  # the config's guidance
+                return None
             return jax.device_put(x, jax.NamedSharding(self.mesh, jax.P(*(None,) * extra, *spec)))
 
-        return jax.tree.map(put, inputs, self.input_specs)
+        return jax.tree.map(put, self.input_specs, inputs)
 
 
 # One for all who stream with these settings: programs are compiled once.
 sampler = functools.cache(Sampler)
+
+
+@functools.cache
+def _beginning(cfg, mesh, batch, height, width):
+    """The program of `init_state`: made anew for each stream it would stay in JAX's caches."""
+    make = functools.partial(init_state, cfg, batch, height, width)
+    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), state_specs(cfg))
+    return jax.jit(make, out_shardings=shardings)
 
 
 def _rollout(params, state, inputs, *, cfg, sharding, precision):
@@ -426,6 +437,7 @@ def input_specs(cfg: config_lib.Config) -> ChunkInput:
         first_frame=_spec("batch", None, None, None, None) if cfg.video.image_to_video else None,
         renoise=_STEPS if cfg.sample.solver == "x0_renoise" else None,
         actions=actions_lib.input_specs(cfg),
+        guidance=_spec("batch") if cfg.sample.guided else None,
     )
 
 

@@ -22,6 +22,7 @@ class ChunkTransformer:
 
     text: `dit.text_keys_values` of branch * batch rows.
     actions: what the action path is given of the chunk; None without one.
+    guidance: float32 [batch], the scale of each row; None: the config's.
     """
 
     params: params_lib.Tree
@@ -31,6 +32,7 @@ class ChunkTransformer:
     sharding: dit.Sharding
     precision: dit.Precision
     actions: "ChunkActions | None" = None
+    guidance: jax.Array | None = None
 
     @classmethod
     def of(
@@ -48,7 +50,8 @@ class ChunkTransformer:
             sharding=sharding, precision=precision,
         )  # fmt: skip
         actions = ChunkActions.of(state, inputs, cfg, sharding)
-        return cls(params, text, state.cache.k.shape[1], cfg, sharding, precision, actions)
+        branches, guidance = state.cache.k.shape[1], inputs.guidance
+        return cls(params, text, branches, cfg, sharding, precision, actions, guidance)
 
     def velocity(
         self, sample: jax.Array, timesteps: jax.Array, positions: jax.Array, past: dit.Caches
@@ -64,7 +67,10 @@ class ChunkTransformer:
         result = prompt
         if self.cfg.sample.guided:
             negative = others[0]
-            result = negative + self.cfg.sample.guidance_scale * (prompt - negative)
+            scale: Any = self.cfg.sample.guidance_scale
+            if self.guidance is not None:
+                scale = self.guidance.reshape(-1, *(1,) * (prompt.ndim - 1))
+            result = negative + scale * (prompt - negative)
         if self.cfg.model.actions.guided:
             result += (self.cfg.model.actions.guidance - 1) * (prompt - others[-1])
         return result

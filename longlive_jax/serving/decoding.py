@@ -3,9 +3,10 @@
     python -m longlive_jax.serving.decoding SOURCE TARGET HEIGHT WIDTH FIT CHUNK LIMITS
 
 The bytes are a stranger's, and decoders have had holes. The server reads only what this process
-leaves: an .npy of uint8 [frame, HEIGHT, WIDTH, 3].
+leaves: an .npy of uint8 [frame, HEIGHT, WIDTH, 3], and what it prints: "image" or "clip".
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -26,10 +27,15 @@ def main(source, target, height, width, fit, chunk, limits) -> str:
     if not kind:
         raise ValueError("neither an image nor a clip")
     read = _image if kind == "image" else _clip
-    frames = read(source, *size, fit, int(chunk), numbers)
-    import numpy as np
+    count, frames = read(source, *size, fit, int(chunk), numbers)
+    from numpy.lib import format
 
-    np.save(target, np.ascontiguousarray(frames, np.uint8), allow_pickle=False)
+    # Frame by frame: all of a clip in memory would need its limit alone.
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+    with open(target, "wb") as file:
+        format.write_array_header_1_0(file, header)
+        for frame in frames:
+            file.write(frame.tobytes())
     return kind
 
 
@@ -60,32 +66,44 @@ def _image(source, height, width, fit, chunk, limits):
                 f"an image of {image.height}x{image.width} pixels; the limit is "
                 f"{limits['pixels']} pixels: scale it down"
             )
-    return read_image(source, height, width, fit)[None]
+    return 1, [read_image(source, height, width, fit)]
 
 
 def _clip(source, height, width, fit, chunk, limits):
-    """The last frames of the clip that are whole chunks."""
+    """How many of the clip's last frames are whole chunks, and these."""
     del fit
-    import numpy as np
-
+    from longlive_jax.config import FRAMES_PER_SECOND
     from longlive_jax.data.video_reader import VideoFile
     from longlive_jax.errors import InputError
 
-    with VideoFile(source, height, width) as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(VideoFile(source, height, width))
         if file.info.height * file.info.width > limits["pixels"]:
             raise InputError(f"the clip's frames have over {limits['pixels']} pixels: scale it")
-        indices = file.info.indices(fps=24)[-limits["clip_frames"] :]
+        seconds = len(indices := file.info.indices(fps=FRAMES_PER_SECOND)) / FRAMES_PER_SECOND
+        if seconds > limits["clip_s"]:
+            raise InputError(
+                f"a clip of {seconds:.0f} s; the limit is {limits['clip_s']:g} s: cut it"
+            )
+        indices = indices[-limits["clip_frames"] :]
         count = (len(indices) + 3) // chunk * chunk - 3
         if count < 1:
             raise InputError(
                 f"a clip of {len(indices)} frames at 24 a second; it needs {chunk - 3} or more"
             )
-        return np.stack(list(file.pick(indices[-count:])))
+        kept = stack.pop_all()
+
+    def frames():
+        with kept:
+            yield from file.pick(indices[-count:])
+
+    return count, frames()
 
 
 def command(source, target, size, fit, chunk, limits) -> list[str]:
     """The words that start this process."""
-    numbers = {f: getattr(limits, f) for f in ("decode_s", "decode_bytes", "pixels", "clip_frames")}
+    names = ("decode_s", "decode_bytes", "pixels", "clip_frames", "clip_s")
+    numbers = {name: getattr(limits, name) for name in names}
     return [sys.executable, "-m", "longlive_jax.serving.decoding", os.fspath(source),
             os.fspath(target), *map(str, size), fit, str(chunk), json.dumps(numbers)]  # fmt: skip
 

@@ -40,7 +40,8 @@ class Limits:
     upload_bytes: int = 32 * 2**20
     uploads: int = 16
     pixels: int = 2**25
-    clip_frames: int = 24 * 20
+    clip_frames: int = 24 * 20  # the last ones of a clip are taken
+    clip_s: float = 600.0  # of a clip: what is before the last ones is decoded too
     decode_s: float = 20.0
     decode_bytes: int = 2 * 2**30
     kept: int = 200  # ended streams whose videos can still be fetched

@@ -12,7 +12,7 @@ from longlive_jax.serving import messages
 from longlive_jax.serving.keys import Reader
 from longlive_jax.serving.limits import Refused
 from longlive_jax.serving.scheduler import Scheduler
-from longlive_jax.serving.streams import Order, Stream
+from longlive_jax.serving.streams import Change, Order, Stream
 from longlive_jax.serving.viewers import Viewer
 
 _SEND_S = 30.0  # a viewer that takes nothing for so long is let go
@@ -114,7 +114,7 @@ class Live:
         if kind == "keys":
             scheduler.act(stream, self._reader.read(message, time.monotonic()))
         if kind == "settings":
-            self._check_settings(message)
+            scheduler.order(stream, self._change(message, event))
         if kind == "prompt":
             order = Order(
                 message["text"], message["mode"], message["chunks"], message.get("at", 0), event,
@@ -126,16 +126,14 @@ class Live:
             stream.encoder.request_key()
         if kind == "pause":
             scheduler.pause(stream, message["paused"])
-        if kind in ("pause", "settings"):
+        if kind == "pause":
             self._viewer.send(
                 {"type": "applied", "event_id": event, "chunk": stream.index, "frame": stream.made}
             )
 
-    def _check_settings(self, message):
-        request = self._stream.request
-        guidance = self._stream.model.cfg.sample.guidance_scale
-        if (
-            message.get("steps", request.steps) != request.steps
-            or message.get("guidance", guidance) != guidance
-        ):
-            raise Refused(400, "steps and guidance are those of a whole stream: begin another one")
+    def _change(self, message, event):
+        steps, guidance = message.get("steps"), message.get("guidance")
+        if steps is None and guidance is None:
+            raise Refused(400, "settings: give steps, guidance, or both")
+        self._stream.model.check(steps, guidance)
+        return Change(steps, guidance, event, time.monotonic())

@@ -1,7 +1,7 @@
 """Streams by turns: one thread owns the device and makes a chunk of one stream after another's.
 
-A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago. What goes
-wrong in one stream ends that one.
+A stream's turn comes when it may run (`Stream.runnable`) and was served longest ago; a new one is
+taken as just served. What goes wrong in one stream ends that one.
 """
 
 import contextlib
@@ -19,7 +19,15 @@ from longlive_jax.serving import metrics as metrics_lib
 from longlive_jax.serving.keys import Keys
 from longlive_jax.serving.limits import Limits, Refused
 from longlive_jax.serving.models import Model
-from longlive_jax.serving.streams import ACTIVE, ENDED, WAITING, Order, Request, Stream
+from longlive_jax.serving.streams import (
+    ACTIVE,
+    ENDED,
+    WAITING,
+    Change,
+    Order,
+    Request,
+    Stream,
+)  # fmt: skip
 from longlive_jax.serving.video_out import Encoder, Picture, Piece
 from longlive_jax.serving.viewers import Viewer
 
@@ -121,10 +129,13 @@ class Scheduler:
         with self._wake:
             return stream.describe(self.position(stream))
 
-    def order(self, stream: Stream, order: Order) -> None:
+    def order(self, stream: Stream, order: Order | Change) -> None:
+        """Raises Refused: the stream has ended, or too many wait."""
         with self._wake:
+            if stream.state == ENDED:
+                raise Refused(410, f"the stream has ended: {stream.reason}")
             if len(stream.orders) >= self.limits.shots:
-                raise Refused(429, f"{len(stream.orders)} prompts wait already")
+                raise Refused(429, f"{len(stream.orders)} prompts and changes wait already")
             stream.orders.append(order)
             stream.lively = time.monotonic()
             self._wake.notify_all()
@@ -245,6 +256,8 @@ class Scheduler:
         queue = self._queue()
         for stream in queue[: max(0, self.limits.streams - active)]:
             stream.state = ACTIVE
+            # Behind those who wait: or who begins again and again would be served alone.
+            stream.turn = self._turn
             stream.active_since = stream.lively = time.monotonic()
             for viewer in stream.viewers:
                 viewer.send({"type": "queue", "position": 0})
@@ -303,7 +316,10 @@ class Scheduler:
         model, session = stream.model, stream.session
         if session is None:
             given = (stream.request.given, stream.given) if stream.request.given else None
-            session = model.begin(stream.request.seed, stream.request.steps, given)
+            request = stream.request
+            session = model.begin(
+                request.seed, given, steps=request.steps, guidance=request.guidance
+            )
             with self._wake:
                 if stream.state == ENDED:
                     return

@@ -103,7 +103,7 @@ class Server:
         self._check_ready()
         body = await _json(request, self.limits.body_bytes)
         upload = body.get("image") if isinstance(body, dict) else None
-        given = self.uploads.kind(upload) if upload else ""
+        given = self.uploads.get(upload) if upload else None
         # In a thread: the actions of a long walk take a while to check, and to write below.
         wanted = await asyncio.to_thread(read_request, body, self.models, self.limits, given)
         stream = self.scheduler.create(wanted, self.uploads.take(upload) if upload else None)
@@ -117,8 +117,8 @@ class Server:
         model = self.models.get(request.query_params.get("model", "")) or next(
             iter(self.models.values())
         )
-        id, kind = await self.uploads.add(request.stream(), model)
-        return JSONResponse({"upload": id, "kind": kind}, 201)
+        id, upload = await self.uploads.add(request.stream(), model)
+        return JSONResponse({"upload": id, "kind": upload.kind, "chunks": upload.chunks}, 201)
 
     def _stream(self, request: Request | WebSocket) -> Stream:
         return self.scheduler.get(request.path_params["id"])

@@ -16,12 +16,12 @@ from longlive_jax.data.sidecars import Actions
 from longlive_jax.errors import InputError
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.prompts import scripts, shots
-from longlive_jax.sampling import session as session_lib
 from longlive_jax.sampling.session import Direction, Session
 from longlive_jax.serving.keys import Commands, Record, of_script
 from longlive_jax.serving.limits import Limits, Refused
 from longlive_jax.serving.messages import prompt, whole
 from longlive_jax.serving.models import Model
+from longlive_jax.serving.uploads import Upload
 from longlive_jax.serving.video_out import Encoder
 from longlive_jax.serving.viewers import Viewer
 
@@ -33,7 +33,8 @@ class Request:
     """What a stream was asked to be; with its script all that its latents depend on.
 
     shots: as in a file of shots. scripted: it is made without a viewer, as long as they are.
-    given: "image" or "clip" that it begins with, or "".
+    given: "image" or "clip" that it begins with, or "". clip_chunks: of a clip.
+    steps, guidance: that it begins with; guidance None: the server's.
     actions: of a script, for a model that takes keys; kept in a file of their own.
     """
 
@@ -44,6 +45,19 @@ class Request:
     scripted: bool
     given: str = ""
     actions: Actions | None = None
+    guidance: float | None = None
+    clip_chunks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Steps, guidance or both from the next chunk on; None: as it was. since: when it came."""
+
+    steps: int | None
+    guidance: float | None
+    event: int
+    since: float
+    at: int = 0
 
 
 @dataclasses.dataclass
@@ -72,7 +86,7 @@ class Stream:
         self.session: Session | None = None
         self.encoder: Encoder | None = None
         self.viewers: list[Viewer] = []
-        self.orders: list[Order] = []
+        self.orders: list[Order | Change] = []
         self.paused = self.parked = False
         self.event = self.made = self.turn = 0
         self.born = self.active_since = self.lively = time.monotonic()
@@ -85,7 +99,10 @@ class Stream:
         self.encoded: list[float] = []  # when the newest pictures were
         entries = [dict(shot) for shot in request.shots]
         video = model.pipeline.videos(entries)[0]
-        self._plan, self._starts, start = video.chunks, set(), 0
+        # Behind a clip, whose chunks are made under the first prompt.
+        clip = request.clip_chunks
+        under = dataclasses.replace(video.chunks[0], recache=False, toward="", weight=0.0)
+        self._plan, self._starts, start = (under,) * clip + video.chunks, set(), clip
         for shot in request.shots:
             self._starts.add(start)
             start += shot.get("chunks", 1)
@@ -129,15 +146,29 @@ class Stream:
 
     @property
     def recorded(self) -> int:
-        """Chunks of which a script can tell."""
-        return self.index if self.record is None else min(self.index, self.record.chunks)
+        """Chunks of which a script can tell, behind a clip's."""
+        made = self.index if self.record is None else min(self.index, self.record.chunks)
+        return max(0, made - self.request.clip_chunks)
+
+    @property
+    def steps(self) -> int:
+        """Of the next chunk."""
+        return self.request.steps if self.session is None else self.session.steps
+
+    @property
+    def guidance(self) -> float:
+        """Of the next chunk."""
+        if self.session is not None:
+            return self.session.guidance[0]
+        own = self.request.guidance
+        return self.model.cfg.sample.guidance_scale if own is None else own
 
     def script(self) -> dict[str, Any]:
         """What `launch.sample` makes the same latents from."""
-        chunks = self.recorded
+        chunks, clip = self.recorded, self.request.clip_chunks
+        own = [dataclasses.replace(d, chunk=max(0, d.chunk - clip)) for d in self._directions]
         return scripts.make(
-            self.model.configured(self.request.steps),
-            [d for d in self._directions if d.chunk < chunks], chunks,
+            self.model.cfg, [d for d in own if d.chunk < chunks], chunks,
             seed=self.request.seed, begins_with=self.request.given or None,
             actions=self.record.whole(chunks) if self.record is not None and chunks else None,
         )  # fmt: skip
@@ -181,7 +212,7 @@ class Stream:
         if sidecar.exists():
             request = dataclasses.replace(request, actions=sidecars.read(sidecar))
         stream = cls(models[request.model], request, path.parent, content["number"], content["id"])
-        stream._past = tuple(session_lib.direction(fields) for fields in content["script"])
+        stream._past = tuple(Direction.read(fields) for fields in content["script"])
         stream.replayed = content["index"]
         if stream.record is not None:
             stream.replayed = stream.record.load(stream.replayed)
@@ -210,17 +241,22 @@ class Stream:
             events.append(self.event)
         return events
 
-    def take(self) -> list[Order]:
-        """The orders that are due with the next chunk."""
-        if (index := self.index) < self.replayed:
+    def take(self) -> list[Order | Change]:
+        """The orders that are due with the next chunk.
+
+        Behind a clip, with the second: a script has no words for a clip under other prompts than
+        its first chunk's.
+        """
+        index, clip = self.index, self.request.clip_chunks
+        if index < self.replayed or (clip and index <= clip):
             return []
         due = [order for order in self.orders if order.at <= index]
         self.orders = [order for order in self.orders if order.at > index]
         return due
 
     def direct(
-        self, session: Session, due: list[Order]
-    ) -> tuple[list[Order], list[tuple[Order, str]]]:
+        self, session: Session, due: list[Order | Change]
+    ) -> tuple[list[Order | Change], list[tuple[Order, str]]]:
         """Gives the session what the next chunk is made under.
 
         Returns:
@@ -240,15 +276,18 @@ class Stream:
             session.direct([c.prompt], [c.cut], recache, [c.toward or c.prompt], [c.weight])
         elif not self._free and self._plan and index == len(self._plan):
             session.direct([self._plain(self._plan[-1].prompt)])
+        self._adjust(session, index, [order for order in due if isinstance(order, Change)])
         refused = []
-        for order in list(due):
+        prompts = [order for order in due if isinstance(order, Order)]
+        for order in list(prompts):
             try:  # also whether the text encoder can read it: it stays embedded
                 session.texts([order.text])
             except InputError as error:
                 due.remove(order)
+                prompts.remove(order)
                 refused.append((order, str(error)))
-        if due:
-            self._obey(session, due[-1])
+        if prompts:
+            self._obey(session, prompts[-1])
         if self._blend is not None:
             here, there, done, steps = self._blend
             done += 1
@@ -259,6 +298,20 @@ class Stream:
                 session.prompt(there, recache=False)
                 self._blend = None
         return due, refused
+
+    def _adjust(self, session, index, changes):
+        """Steps and guidance of the plan where they change in it, and of viewers."""
+        if index < len(self._plan):
+            now, request, sample = self._plan[index], self.request, self.model.cfg.sample
+            before = self._plan[index - 1] if index else None
+            if before is None or (now.steps, now.guidance) != (before.steps, before.guidance):
+                guidance = request.guidance if now.guidance is None else now.guidance
+                session.adjust(
+                    steps=now.steps or request.steps,
+                    guidance=sample.guidance_scale if guidance is None else guidance,
+                )
+        for change in changes:
+            session.adjust(steps=change.steps, guidance=change.guidance)
 
     def _obey(self, session, order):
         self._blend = None
@@ -272,13 +325,8 @@ class Stream:
 
     def _follow(self, session, index):
         """As `Session.replay`, from what the file says."""
-        for direction in self._past:
-            if direction.chunk == index:
-                d = direction
-                session.direct(d.prompts, d.cut, d.recache, d.toward, d.weights)
-                return
-        last = session.script[-1]
-        session.direct(last.prompts, None, False, last.toward, last.weights)
+        there = {direction.chunk: direction for direction in self._past}
+        session.follow(there.get(index) or session.script[-1])
 
     def _go_on(self, session):
         """After the replay: plain prompts; a blend that was under way has arrived."""
@@ -328,7 +376,7 @@ class Stream:
             "id": self.id, "number": self.number, "state": self.state, "position": position,
             "reason": self.reason, "model": self.model.name, "chunk": self.index,
             "frame": self.made, "viewers": len(self.viewers), "paused": self.paused,
-            "seed": self.request.seed, "steps": self.request.steps,
+            "seed": self.request.seed, "steps": self.steps, "guidance": self.guidance,
         }  # fmt: skip
 
     def stats(self, chunk_s: float, memory_gb: float) -> dict[str, Any]:
@@ -345,10 +393,12 @@ class Stream:
         }  # fmt: skip
 
 
-def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: str) -> Request:
+def read_request(
+    body: Any, models: Mapping[str, Model], limits: Limits, given: Upload | None
+) -> Request:
     """The request in the body of POST /streams.
 
-    given: "image" or "clip" of the upload that it names, or "".
+    given: the upload that it names.
 
     Raises:
       Refused: anything wrong with it.
@@ -366,14 +416,11 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
     ):
         raise Refused(400, f"script must be an object of format {shots.SCRIPT!r}")
     script = script or {}
-    if script.get("begins_with") and not given:
-        raise Refused(400, f"the script begins with an {script['begins_with']}: upload it first")
-    steps = body.get("steps") or dict(script.get("settings") or {}).get("sample.steps")
-    if (steps := steps or model.choices[0]) not in model.choices:
-        raise Refused(400, f"steps must be one of {', '.join(map(str, model.choices))}")
-    guidance = body.get("guidance")
-    if guidance is not None and guidance != model.cfg.sample.guidance_scale:
-        raise Refused(400, f"guidance is {model.cfg.sample.guidance_scale:g} on this server")
+    _check_given(given, script.get("begins_with"), model)
+    settings = dict(script.get("settings") or {})
+    steps = body.get("steps") or settings.get("sample.steps") or model.choices[0]
+    guidance = body.get("guidance", settings.get("sample.guidance_scale"))
+    model.check(steps, guidance)
     seed = whole("seed", body.get("seed", script.get("seed", 0)), 0, 2**31 - 1)
     entries = body.get("shots", script.get("shots"))
     listed = _entries(entries, limits) if entries is not None else []
@@ -383,11 +430,31 @@ def read_request(body: Any, models: Mapping[str, Model], limits: Limits, given: 
         video = model.pipeline.videos([dict(shot) for shot in listed])[0]
     except InputError as error:
         raise Refused(400, str(error)) from error
+    for chunk in dict.fromkeys((c.steps, c.guidance) for c in video.chunks):
+        model.check(*chunk)
     actions = None
     if entries is not None and (rows := script.get("actions")) is not None:
         pictures = model.pictures * len(video.chunks) - (config_lib.TEMPORAL_COMPRESSION - 1)
         actions = of_script(rows, model.cfg.model.actions, pictures)
-    return Request(model.name, tuple(listed), seed, int(steps), entries is not None, given, actions)
+    return Request(
+        model.name, tuple(listed), seed, steps, entries is not None, given.kind if given else "",
+        actions, None if guidance is None else float(guidance), given.chunks if given else 0,
+    )  # fmt: skip
+
+
+def _check_given(given: Upload | None, begins_with: object, model: Model) -> None:
+    kinds = {"image": "an image", "clip": "a clip"}
+    if begins_with and (given is None or given.kind != begins_with):
+        what = kinds.get(str(begins_with), "something else than an image or a clip")
+        raise Refused(400, f"the script begins with {what}: upload it, and give its id as image")
+    if given is None:
+        return
+    if given.model != model.name:
+        raise Refused(400, f"the upload was made for {given.model}: upload it for {model.name}")
+    if given.kind == "clip" and model.kind == "world":
+        raise Refused(
+            400, f"{model.name} walks under keys, which a clip does not have: begin from a picture"
+        )
 
 
 def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
@@ -395,7 +462,7 @@ def _entries(entries: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
         raise Refused(400, f"shots must be a list of 1 to {limits.shots} shots")
     listed = []
     for entry in entries:
-        known = {"prompt", "chunks", "cut", "recache", "toward", "weight"}
+        known = {"prompt", "chunks", "cut", "recache", "toward", "weight", "steps", "guidance"}
         if not isinstance(entry, dict) or not set(entry) <= known:
             raise Refused(400, f"a shot is an object with some of: {', '.join(sorted(known))}")
         shot: dict[str, Any] = dict(entry, prompt=prompt(entry.get("prompt"), limits))

@@ -8,6 +8,9 @@ import secrets
 import subprocess
 import time
 from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import numpy as np
 
 from longlive_jax.serving import decoding
 from longlive_jax.serving.limits import Limits, Refused
@@ -16,16 +19,30 @@ from longlive_jax.serving.models import Model
 _KEPT_S = 900
 
 
+class Upload(NamedTuple):
+    """What a stream may begin with.
+
+    kind: "image" or "clip". model: whose pictures' size it was brought to. chunks: of a clip.
+    frames: the .npy of its frames. since: s.
+    """
+
+    kind: str
+    model: str
+    chunks: int
+    frames: pathlib.Path
+    since: float
+
+
 class Uploads:
     """Decoded uploads that no stream has taken yet, by an id of the server's own."""
 
     def __init__(self, folder: pathlib.Path, limits: Limits):
         self._folder, self._limits = folder, limits
-        self._kept: dict[str, tuple[str, pathlib.Path, float]] = {}
+        self._kept: dict[str, Upload] = {}
         self._one = asyncio.Lock()  # one decoder at a time
 
-    async def add(self, chunks: AsyncIterator[bytes], model: Model) -> tuple[str, str]:
-        """Reads a body and decodes it. Returns its id, and "image" or "clip".
+    async def add(self, body: AsyncIterator[bytes], model: Model) -> tuple[str, Upload]:
+        """Reads a body and decodes it. Returns its id, and what it is.
 
         Raises:
           Refused: too large, of a kind that is not taken, damaged, or too long to decode.
@@ -36,7 +53,7 @@ class Uploads:
         id = secrets.token_urlsafe(9)
         source, target = self._folder / f"{id}.upload", self._folder / f"{id}.frames.npy"
         try:
-            await self._receive(chunks, source)
+            await self._receive(body, source)
             async with self._one:
                 kind = await self._decode(source, target, model)
         except BaseException:
@@ -44,29 +61,31 @@ class Uploads:
             raise
         finally:
             source.unlink(missing_ok=True)
-        self._kept[id] = kind, target, time.monotonic()
-        return id, kind
+        count = np.load(target, mmap_mode="r", allow_pickle=False).shape[0]
+        chunks = (count + 3) // model.pictures if kind == "clip" else 0
+        upload = self._kept[id] = Upload(kind, model.name, chunks, target, time.monotonic())
+        return id, upload
 
-    def kind(self, id: object) -> str:
-        """What an upload is. Raises Refused: there is none."""
+    def get(self, id: object) -> Upload:
+        """Raises Refused: there is none."""
         if not isinstance(id, str) or id not in self._kept:
             raise Refused(404, "no such upload; upload the picture or clip again")
-        return self._kept[id][0]
+        return self._kept[id]
 
     def take(self, id: str) -> pathlib.Path:
         """The file of its frames, which is the caller's from here on."""
-        return self._kept.pop(id)[1]
+        return self._kept.pop(id).frames
 
     def _expire(self):
-        for id, (_, path, since) in list(self._kept.items()):
-            if time.monotonic() - since > _KEPT_S:
+        for id, upload in list(self._kept.items()):
+            if time.monotonic() - upload.since > _KEPT_S:
                 del self._kept[id]
-                path.unlink(missing_ok=True)
+                upload.frames.unlink(missing_ok=True)
 
-    async def _receive(self, chunks, source):
+    async def _receive(self, body, source):
         limit, size = self._limits.upload_bytes, 0
         with source.open("wb") as file:
-            async for chunk in chunks:
+            async for chunk in body:
                 if not size and len(chunk) >= 64 and not decoding.sniff(chunk[:64]):
                     raise Refused(415, "not a JPEG, PNG, WebP, AVIF, MP4, WebM or Matroska file")
                 size += len(chunk)

@@ -38,3 +38,14 @@ def test_convolutions_of_each_stage():
     errors = [value for name, value in figures.items() if name.endswith("fp8_error")]
     assert len(errors) == 4
     assert all(0.01 < error < 0.06 for error in errors)  # E4M3 has 4 significant bits
+
+
+@pytest.mark.slow
+def test_rows_of_a_batch_against_turns():
+    result = commands.run("bench", "rows", *commands.TINY, "--chunks=2")
+    figures = json.loads(result.stdout.splitlines()[-1])
+    for rows in (2, 4):
+        parts = sum(figures[f"{rows}_batched_{part}_s"] for part in ("denoise", "decode", "commit"))
+        assert parts == pytest.approx(figures[f"{rows}_batched_s"], rel=0.5)
+        ratio = figures[f"{rows}_by_turns_s"] / figures[f"{rows}_batched_s"]
+        assert figures[f"{rows}_gain"] == pytest.approx(ratio, rel=0.05)

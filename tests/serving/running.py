@@ -22,10 +22,12 @@ QUICK = {"sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "flo
 PROMPTS = ("A red circle moves to the right.", "A blue star falls.", "A pink moon gets bigger.")
 
 
-def model() -> Model:
-    cfg = load_config(ROOT / "configs/train_ar_tiny_world.py", QUICK)
+def model(steps=(), **overrides) -> Model:
+    """overrides: of the config, with double underscores for points."""
+    overrides = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
+    cfg = load_config(ROOT / "configs/train_ar_tiny_world.py", overrides)
     pipeline = Pipeline(ROOT / "assets/tiny_world/checkpoint", cfg)
-    return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS)
+    return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS, steps=steps)
 
 
 def world(folder) -> Model:

@@ -53,7 +53,7 @@ def test_what_is_answered(server):
     assert refused.value.status == 404
     from longlive_jax.serving.streams import Stream, read_request
 
-    request = read_request({"prompt": "a"}, server.models, Limits(), "")
+    request = read_request({"prompt": "a"}, server.models, Limits(), None)
     stream = Stream(model, request, FOLDER, 1)
     assert set(stream.describe(0)) == fields("State")
     assert set(stream.script()) == fields("Script") - {"actions"}  # a film has none
@@ -61,7 +61,7 @@ def test_what_is_answered(server):
     assert stats == set(ASYNC["components"]["messages"]["stats"]["payload"]["properties"])
     for name in fields("NewStream"):
         with pytest.raises(Refused) as refused:
-            read_request({name: ["wrong"], "x": 1}, server.models, Limits(), "")
+            read_request({name: ["wrong"], "x": 1}, server.models, Limits(), None)
     known = set(re.findall(r"\w+", refused.value.message.split(":")[1]))
     assert known == fields("NewStream")
 

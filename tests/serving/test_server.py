@@ -192,14 +192,25 @@ def test_the_queue(server):
         viewer.chunk(0)
 
 
+def test_newcomers_do_not_pass_those_who_wait(server):
+    """Viewers who begin streams again and again get no more than others."""
+    scheduler = server.scheduler
+    old, new = (scheduler.get(server.begin()) for _ in range(2))
+    with scheduler._wake:
+        old.turn, new.state = 7, "queued"
+        scheduler._turn = 9  # two chunks of others since
+        scheduler._admit()
+        assert new.turn == 9 and min((old, new), key=lambda s: s.turn) is old
+
+
 def test_a_bad_stream_ends_alone(server, monkeypatch):
     model = server.server.models["shapes"]
     real = type(model).begin
 
-    def begin(self, seed, *args):
+    def begin(self, seed, *args, **options):
         if seed == 13:
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return real(self, seed, *args)
+        return real(self, seed, *args, **options)
 
     monkeypatch.setattr(type(model), "begin", begin)
     bad, good = server.begin(seed=13, shots=[{"prompt": ONE}]), server.begin()
@@ -220,7 +231,9 @@ def test_a_bad_stream_ends_alone(server, monkeypatch):
         ({"prompt": "a", "seed": -1}, 400, "seed must be"),
         ({"prompt": "a", "seed": True}, 400, "seed must be"),
         ({"prompt": "a", "steps": 999}, 400, "steps must be one of 1"),
-        ({"prompt": "a", "guidance": 3}, 400, "guidance is 1"),
+        ({"prompt": "a", "guidance": 3}, 400, "start it with --config.sample.guidance_scale"),
+        ({"shots": [{"prompt": "a", "steps": 999}]}, 400, "steps must be one of 1"),
+        ({"shots": [{"prompt": "a", "guidance": 3}]}, 400, "no pass under the negative prompt"),
         ({"prompt": "a", "image": "../../etc/passwd"}, 404, "no such upload"),
         ({"shots": []}, 400, "shots must be a list"),
         ({"shots": [{"prompt": "a", "image": "x.png"}]}, 400, "a shot is an object"),
@@ -249,7 +262,9 @@ def test_bad_messages(server):
             ('{"type": "prompt", "text": "a", "event_id": -1}', "event_id is of the wrong type"),
             ('{"type": "seen", "frame": 1.5}', "frame is of the wrong type"),
             ('{"type": "keys", "codes": ["KeyW"], "event_id": 1}', "takes no keys"),
-            ('{"type": "settings", "steps": 50, "event_id": 1}', "begin another"),
+            ('{"type": "settings", "steps": 50, "event_id": 1}', "one of 1, which this server"),
+            ('{"type": "settings", "guidance": 3}', "no pass under the negative prompt"),
+            ('{"type": "settings", "event_id": 1}', "give steps, guidance, or both"),
             ('{"type": "keys", "codes": ["KeyW"], "dx": NaN}', "dx is of the wrong type"),
         ]:
             viewer.socket.send(message)

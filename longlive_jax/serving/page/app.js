@@ -5,6 +5,7 @@ import { ShotList } from "./film.js";
 import { Models } from "./models.js";
 import { Player } from "./player.js";
 import { Server } from "./protocol.js";
+import { Settings } from "./settings.js";
 import { Schedule } from "./shots.js";
 import { Stats } from "./stats.js";
 import { theme } from "./theme.js";
@@ -23,11 +24,14 @@ const models = new Models((text) => {
   $("#prompt").value = text;
   $("#composer").requestSubmit();
 });
-const image = new StartImage(server, () => models.limits, () => models.now.name);
+const image = new StartImage(server, () => models.limits, () => models.now);
 const prompts = new Map(); // event -> words, until applied
 
 const mode = () => $("input[name=mode]:checked").value;
 const live = () => root.dataset.state === "live";
+const settings = new Settings({
+  live, send: (message) => mode() === "world" ? world.send(message) : player.direct(message),
+});
 const number = (name) => ($(name).value === "" ? undefined : Number($(name).value));
 
 // ---- a stream begins, is found again, ends
@@ -43,7 +47,7 @@ async function begin(body) {
     const { id, position } = await server.post("streams", body);
     if (live()) await end();
     if (next !== models.now) models.choose(next);
-    await attach(id, next, body);
+    await attach(id, next, await server.json(`streams/${id}`), body);
     image.clear(); // an upload begins one stream
     notice(position ? `Place ${position} in the queue` : "The first pictures are being made");
     return true;
@@ -55,10 +59,12 @@ async function begin(body) {
   }
 }
 
-async function attach(id, next, body) {
+/** Shows a stream; `found` is its state, `body` what it was asked for (none after a reload). */
+async function attach(id, next, found, body) {
   stats.reset();
   prompts.clear();
   state("live");
+  settings.begin({ steps: found.steps, guidance: found.guidance });
   await player.open(id, next);
   world.begin(next, body);
   const kept = { id, model: next.name, prompt: body?.prompt };
@@ -75,7 +81,7 @@ async function resume() {
     if (found.state === "ended") throw new Error(found.reason);
     models.choose(next);
     schedule.begin(kept.prompt ?? "A script", null);
-    await attach(kept.id, next, null);
+    await attach(kept.id, next, found, null);
     shots.render();
   } catch {
     sessionStorage.removeItem("longlive.stream");
@@ -86,6 +92,7 @@ async function end() {
   const id = player.id;
   player.close();
   world.end();
+  settings.begin({});
   state("idle");
   notice("");
   sessionStorage.removeItem("longlive.stream");
@@ -140,9 +147,12 @@ async function start() {
     model: $("#model").value, prompt: text, seed: number("#seed"), steps: number("#steps"), guidance: number("#guidance"),
   };
   if (mode() === "film" && image.upload) body.image = image.upload;
+  const clip = body.image ? image.chunks : 0; // they come before the first shot's
   if (!(await begin(body))) return;
-  if (chunks !== null) schedule.ahead.shift();
-  schedule.begin(text, chunks ?? (schedule.ahead.length ? 2 : null));
+  const taken = chunks !== null;
+  if (taken) schedule.ahead.shift();
+  chunks ??= schedule.ahead.length ? 2 : null;
+  schedule.begin(text, chunks === null ? null : clip + chunks);
   shots.render();
   $("#prompt").value = "";
   if (mode() === "world") world.back();
@@ -206,13 +216,17 @@ player.addEventListener("state", ({ detail }) => {
 player.addEventListener("message", ({ detail: message }) => {
   if (message.type === "stats") stats.message(message);
   else if (message.type === "queue") queued(message.position);
-  else if (message.type === "error") fail(message.message);
+  else if (message.type === "error") {
+    settings.refused(message.event_id);
+    fail(message.message);
+  }
   else if (message.type === "end") {
     player.playback?.finish();
     notice(`The stream ended: ${message.reason}`);
   }
   else if (message.type === "applied") {
     schedule.applied(message.event_id, message.chunk);
+    settings.applied(message);
     if (!prompts.has(message.event_id)) return;
     announce(`Chunk ${message.chunk}: ${prompts.get(message.event_id)}`);
     $("#screen").setAttribute("aria-label", `Picture of: ${prompts.get(message.event_id)}`);
@@ -245,14 +259,11 @@ $("#restart").addEventListener("click", async () => {
   await end();
   $("#prompt").focus();
 });
-for (const name of ["#steps", "#guidance"]) {
-  $(name).addEventListener("change", () => {
-    if (live()) player.direct({ type: "settings", steps: number("#steps"), guidance: number("#guidance") });
-  });
-}
 opens($("#script-load"), $("#script-file"), async (text) => {
   const script = JSON.parse(text);
-  if (await begin({ model: $("#model").value, script })) {
+  const body = { model: $("#model").value, script };
+  if (script.begins_with && image.upload) body.image = image.upload;
+  if (await begin(body)) {
     schedule.begin(script.shots?.[0]?.prompt ?? "A script", null);
     shots.render();
   }

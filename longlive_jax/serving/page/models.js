@@ -46,12 +46,14 @@ export class Models {
     this.settable();
   }
 
-  /** Where a model lists its choices, they are those of a whole stream, and its guidance is fixed. */
+  /** The seed is a whole stream's; steps and guidance are where the server has more than one. */
   settable() {
     const live = document.documentElement.dataset.state === "live";
-    const choices = this.now?.steps_choices;
-    $("#steps").disabled = Boolean(choices) && (live || choices.length < 2);
-    $("#guidance").disabled = this.now?.guidance !== undefined;
+    const choices = this.now?.steps_choices, guided = this.now?.guided !== false;
+    $("#steps").disabled = choices?.length < 2;
+    $("#steps").title = choices ? `This server has ${choices.join(", ")}` : "";
+    $("#guidance").disabled = !guided;
+    $("#guidance").title = guided ? "" : "This server samples without guidance";
     $("#seed").disabled = $("#dice").disabled = live;
   }
 }

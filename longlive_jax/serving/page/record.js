@@ -6,8 +6,9 @@ export class Recording {
   }
 
   add(frame, message) {
-    const { type, text, mode, chunks, codes, dx, dy } = message;
-    this.events.push(JSON.parse(JSON.stringify({ frame, type, text, mode, chunks, codes, dx, dy })));
+    const { type, text, mode, chunks, codes, dx, dy, steps, guidance } = message;
+    const kept = { frame, type, text, mode, chunks, codes, dx, dy, steps, guidance };
+    this.events.push(JSON.parse(JSON.stringify(kept)));
   }
 
   text() {

@@ -3,8 +3,9 @@
 import { $, announce, fail } from "./dom.js";
 
 export class StartImage {
+  /** `limits()`, `model()`: of the server, and the chosen one. `chunks`: of a clip. */
   constructor(server, limits, model) {
-    Object.assign(this, { server, limits, model, upload: null });
+    Object.assign(this, { server, limits, model, upload: null, chunks: 0 });
     const frame = $("#frame"), file = $("#file");
     $("#pick").addEventListener("click", () => file.click());
     file.addEventListener("change", () => {
@@ -33,13 +34,16 @@ export class StartImage {
       return;
     }
     try {
-      const { upload, kind } = await this.server.json(`uploads?model=${encodeURIComponent(this.model())}`, { method: "POST", body: file });
+      const { name, fps, chunk_frames: length } = this.model();
+      const { upload, kind, chunks = 0 } = await this.server.json(`uploads?model=${encodeURIComponent(name)}`, { method: "POST", body: file });
       this.clear();
-      this.upload = upload;
+      Object.assign(this, { upload, chunks });
       const box = $("#start-image"), picture = $("img", box);
       picture.hidden = kind !== "image";
       if (kind === "image") picture.src = URL.createObjectURL(file);
-      $("span", box).textContent = document.documentElement.dataset.state === "live" ? `${file.name}, for the next film` : file.name;
+      const seconds = ((chunks * length - 3) / fps).toFixed(1);
+      const what = kind === "clip" ? `${file.name}, its last ${seconds} s` : file.name;
+      $("span", box).textContent = document.documentElement.dataset.state === "live" ? `${what}, for the next film` : what;
       box.hidden = false;
       announce(`Begins from ${file.name}`);
     } catch (error) {
@@ -52,6 +56,6 @@ export class StartImage {
     if (picture.src) URL.revokeObjectURL(picture.src);
     picture.removeAttribute("src");
     $("#start-image").hidden = true;
-    this.upload = null;
+    Object.assign(this, { upload: null, chunks: 0 });
   }
 }

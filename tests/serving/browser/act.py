@@ -3,11 +3,21 @@
 import base64
 import contextlib
 import json
+import os
 import time
 
 import numpy as np
 
 from tests.serving.browser import scenes
+
+# [bytes, name, type] of a file that is dropped on the picture.
+DROP = """([bytes, name, type]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  for (const kind of ["dragover", "drop"])
+    document.querySelector("#frame").dispatchEvent(
+      new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
 
 
 def start(page, prompt, mode="film"):
@@ -71,6 +81,12 @@ def beacon(seen):
     """Pixels of the beacon, and the column of their middle."""
     mask = np.abs(seen - np.asarray(scenes.BEACON, np.float32)).max(-1) < 60
     return int(mask.sum()), float(np.nonzero(mask)[1].mean()) if mask.any() else None
+
+
+def screenshot(page, name):
+    """Written to LONGLIVE_SCREENSHOTS, where it is set."""
+    if folder := os.environ.get("LONGLIVE_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
 
 
 @contextlib.contextmanager

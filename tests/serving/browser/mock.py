@@ -24,6 +24,7 @@ from tests.serving.browser import scenes
 PAGE = pathlib.Path(__file__).parents[3] / "longlive_jax/serving/page"
 HEADER = struct.Struct("<HBBIIIIId")
 KEY, FIRST, JPEG, CUT = 1, 2, 4, 8
+SETTINGS, CHOICES = {"steps": 4, "guidance": 3.0}, [2, 4, 8]
 MODELS = {
     "film": {
         "title": "Landscapes",
@@ -93,7 +94,7 @@ class Stream:
         self.want_key, self.jpeg, self.cut = True, False, True
         self.encoder = Encoder(self.width, self.height)
         self.image = body.get("image")
-        self.steps = body.get("steps", 4)
+        self.settings = {k: body.get(k, of) for k, of in SETTINGS.items()}
 
     async def say(self, **message):
         if self.socket is not None:
@@ -108,6 +109,10 @@ class Stream:
             self.seen = message["frame"]
         elif kind == "keyframe":
             self.want_key = True
+        elif kind == "settings" and message.get("steps", CHOICES[0]) not in CHOICES:
+            await self.say(
+                type="error", message="steps must be one of 2, 4, 8", event_id=message["event_id"]
+            )
         elif kind in ("prompt", "keys", "settings"):
             self.events.append(message)
             await self.say(type="accepted", event_id=message["event_id"])
@@ -129,6 +134,8 @@ class Stream:
                 codes, dx, dy = tuple(event["codes"]), dx + event["dx"], dy + event["dy"]
             elif event["type"] == "prompt":
                 self.direct(event)
+            else:
+                self.settings |= {k: event[k] for k in self.settings if k in event}
             self.event = event["event_id"]
             await self.say(type="applied", event_id=self.event, chunk=self.chunk, frame=self.frame)
         per = self.model["chunk_frames"]
@@ -227,7 +234,8 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
         return not token or request.headers.get("authorization") == f"Bearer {token}"
 
     async def info(request):
-        models = [{"name": n, "width": size[0], "height": size[1], "fps": 24, "steps": 4, **m}
+        models = [{"name": n, "width": size[0], "height": size[1], "fps": 24, **SETTINGS,
+                   "steps_choices": CHOICES, "guided": True, **m}
                   for n, m in MODELS.items()]  # fmt: skip
         limits = {"prompt": 2000, "upload": 20_000_000, "pixels": 8_000_000, "streams": 8}
         return responses.JSONResponse(
@@ -256,13 +264,19 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
         if not allowed(request):
             return refused("a token is required", 401)
         data = await request.body()
+        name, chunks = f"u{len(uploads)}", 0
         try:
-            picture = Image.open(io.BytesIO(data)).convert("RGB").resize(size)
+            if data[4:8] == b"ftyp":
+                with av.open(io.BytesIO(data)) as file:
+                    picture = [frame.to_image() for frame in file.decode(video=0)][-1]
+                chunks = 2
+            else:
+                picture = Image.open(io.BytesIO(data)).convert("RGB")
         except OSError:
             return refused("the file is neither a picture nor a clip")
-        name = f"u{len(uploads)}"
-        uploads[name] = np.asarray(picture)
-        return responses.JSONResponse({"upload": name, "kind": "image"}, 201)
+        uploads[name] = np.asarray(picture.resize(size))
+        kind = "clip" if chunks else "image"
+        return responses.JSONResponse({"upload": name, "kind": kind, "chunks": chunks}, 201)
 
     async def one(request):
         if not allowed(request):
@@ -281,6 +295,7 @@ def app(size=(640, 352), speed=0.7, token="", page=PAGE):
             return responses.JSONResponse({"start": start, "events": stream.script})
         return responses.JSONResponse(
             {"id": request.path_params["id"], "model": stream.name, "prompt": stream.body["prompt"]}
+            | stream.settings
         )
 
     async def live(socket):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.serving import clips
 from tests.serving.browser import act
 
 DUSK = "A lighthouse at dusk, waves below."
@@ -132,20 +133,11 @@ def test_a_bad_list_is_refused_in_words(visit, tmp_path, text):
     assert page.evaluate("longlive.schedule.ahead.length") == 0
 
 
-DROP = """([bytes, name, type]) => {
-  const data = new DataTransfer();
-  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
-  for (const kind of ["dragover", "drop"])
-    document.querySelector("#frame").dispatchEvent(
-      new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
-}"""
-
-
 def test_a_dropped_picture_begins_the_film(visit, server):
     page = visit()
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (250, 250, 0)).save(file, "PNG")
-    page.evaluate(DROP, [list(file.getvalue()), "sun.png", "image/png"])
+    page.evaluate(act.DROP, [list(file.getvalue()), "sun.png", "image/png"])
     page.wait_for_selector("#start-image:not([hidden])")
     assert "sun.png" in page.locator("#start-image").inner_text()
     act.start(page, DUSK)
@@ -154,9 +146,24 @@ def test_a_dropped_picture_begins_the_film(visit, server):
     act.until(page, lambda s: np.abs(s[2:6, -12:-4].mean((0, 1)) - wanted).max() < 16, "both")
 
 
+def test_a_dropped_clip_comes_before_the_first_shots_chunks(visit, server):
+    page = visit()
+    page.evaluate(act.DROP, [list(clips.clip(40, colour=(0, 0, 250))), "sea.mp4", "video/mp4"])
+    page.wait_for_selector("#start-image:not([hidden])")
+    assert page.locator("#start-image span").inner_text() == "sea.mp4, its last 2.5 s"
+    assert page.locator("#start-image img").is_hidden()
+    page.fill("#prompt", KEEPER)
+    page.locator("#later").click()  # with a shot ahead, the first one has two chunks
+    act.start(page, DUSK)
+    assert page.evaluate("longlive.schedule.end") in (2 + 2, 2 + 2 + 2)
+    assert server.newest.image[0, 0, 2] > 200
+    act.waits(page, lambda: len(server.newest.script) == 2, "the second shot")
+    assert server.newest.script[1]["chunk"] == 4
+
+
 def test_a_dropped_text_is_refused_in_the_servers_words(visit):
     page = visit()
-    page.evaluate(DROP, [list(b"no picture"), "a.txt", "text/plain"])
+    page.evaluate(act.DROP, [list(b"no picture"), "a.txt", "text/plain"])
     page.wait_for_selector("#error:not([hidden])")
     assert "neither a picture nor a clip" in page.locator("#error").inner_text()
     assert visit.complaints == [
@@ -196,6 +203,25 @@ def test_seed_steps_and_guidance_reach_the_server(visit, server):
     body = server.newest.body
     assert (body["seed"], body["steps"], body["guidance"]) == (7, 2, 3.5)
     assert page.locator("#seed").is_disabled()
-    page.fill("#steps", "8")
-    page.keyboard.press("Tab")
-    act.waits(page, lambda: server.newest.event > 0, "the settings applied")
+
+
+def test_steps_and_guidance_of_a_running_film(visit, server):
+    page = visit()
+    act.start(page, DUSK)
+    change = lambda name, value: (page.fill(name, value), page.keyboard.press("Tab"))  # noqa: E731
+    change("#steps", "8")
+    act.waits(page, lambda: server.newest.settings["steps"] == 8, "the steps")
+    act.true(page, "/^8 steps from chunk \\d+$/.test(document.querySelector('#changed').innerText)")
+    change("#guidance", "5.5")
+    act.waits(page, lambda: server.newest.settings["guidance"] == 5.5, "the guidance")
+    act.screenshot(page, "film_settings")
+    change("#steps", "7")  # not compiled
+    page.wait_for_selector("#error:not([hidden])")
+    assert "one of 2, 4, 8" in page.locator("#error").inner_text()
+    act.true(page, "document.querySelector('#steps').value === '8'")
+    change("#guidance", "31")  # over the field's limit: not sent
+    act.true(page, "document.querySelector('#guidance').value === '5.5'")
+    page.reload()
+    act.true(page, "document.querySelector('#steps').value === '8'")
+    assert page.input_value("#guidance") == "5.5"
+    assert server.newest.settings == {"steps": 8, "guidance": 5.5}

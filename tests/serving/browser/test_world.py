@@ -163,3 +163,19 @@ def test_touch_sticks_on_a_phone(world, server):
     touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [finger]})
     act.waits(page, lambda: server.newest.scene.heading > 0.1, "a turn to the right")
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_steps_and_guidance_are_changed_while_one_walks_and_recorded(world, server):
+    page = world()
+    page.fill("#guidance", "6")
+    page.keyboard.press("Tab")
+    act.waits(page, lambda: server.newest.settings["guidance"] == 6, "the guidance")
+    page.locator("#steps").fill("2")
+    page.keyboard.press("Enter")
+    act.waits(page, lambda: server.newest.settings["steps"] == 2, "the steps")
+    assert page.locator("#changed").is_visible()
+    act.screenshot(page, "world_settings")
+    events = page.evaluate("longlive.world.recording.events")
+    assert [(e.get("steps"), e.get("guidance")) for e in events if e["type"] == "settings"] == [
+        (None, 6), (2, None),
+    ]  # fmt: skip
