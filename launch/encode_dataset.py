@@ -70,20 +70,24 @@ def main() -> None:
         networks.read_tokenizer(FLAGS.checkpoint, cfg)
     settings = _settings(cfg, source)
     folder = remote.path(FLAGS.output)
-    if (folder / records.MANIFEST).is_file():
-        had = records.read_manifest(folder)["settings"]
-        folders.check_settings(f"--output={folder}", had, settings)
-        progress_lib.remove(folder)
-    else:
+    if not (folder / records.MANIFEST).is_file():
         whole_batches = math.ceil(records.CLIPS_PER_FILE / _replicas(mesh)) * _replicas(mesh)
         head = {"settings": settings, "clips_per_file": whole_batches}
         with Progress(folder, head) as progress:
-            _encode(cfg, mesh, source, progress)
-            if not cfg.train.text_encoder:
-                _embed(cfg, mesh, progress)
-            _show_rates(progress, mesh.size)
-            progress.finish(functools.partial(_manifest, cfg, progress))
+            if not progress.finished:
+                _write(cfg, mesh, source, progress)
+    had = records.read_manifest(folder)["settings"]
+    folders.check_settings(f"--output={folder}", had, settings)
+    progress_lib.remove(folder)
     print(f"{_summary(folder)}, {time.monotonic() - start:.1f} s: {as_text(folder)}")
+
+
+def _write(cfg, mesh, source: Source, progress: Progress) -> None:
+    _encode(cfg, mesh, source, progress)
+    if not cfg.train.text_encoder:
+        _embed(cfg, mesh, progress)
+    _show_rates(progress, mesh.size)
+    progress.finish(functools.partial(_manifest, cfg, progress))
 
 
 def _config() -> config_lib.Config:

@@ -50,6 +50,7 @@ class Progress:
         the rest of its own head.
 
     Attributes:
+      finished: whether the folder has its manifest; then nothing is to be done.
       head: stored when the folder was begun.
       lines: one for each complete file, by kind and number; those of other processes as of the last
         `refresh`, which `add` and `work` do too.
@@ -64,11 +65,14 @@ class Progress:
         self._file = _begin(self.folder)
         try:
             with self._file.locked():
-                lines = self._read()
-                if not lines:
+                # Another process may have completed it since it was looked at.
+                self.finished = (self.folder / MANIFEST).is_file()
+                lines = [] if self.finished else self._read()
+                if self.finished:
+                    remove(self.folder)
+                elif not lines:
                     self._append(head)
-                    lines = [json.loads(json.dumps(head))]
-            self.head, *self.lines = lines
+            self.head, *self.lines = lines or [json.loads(json.dumps(head))]
             folders.check_settings(
                 f"--output={self.folder}", self.head["settings"], head["settings"]
             )
@@ -305,6 +309,6 @@ def _begin(folder: AnyPath) -> _Lines:
         folder,
         "--output",
         "cached training data",
-        lambda files: any(file.name == PROGRESS for file in files),
+        lambda files: any(file.name in (PROGRESS, MANIFEST) for file in files),
     )
     return _Remote(folder) if isinstance(folder, RemotePath) else _Local(folder)

@@ -164,7 +164,10 @@ class Landmarks:
         chosen = [chunks[index] if index < len(chunks) else None for chunks in self.shown]
         some = next(chunk for chunk in chosen if chunk is not None)
         parts = [
-            jax.tree.map(lambda x, row=row: np.asarray(x)[row], self._places[chunk or some].kept)
+            jax.tree.map(
+                lambda x, row=row: np.asarray(x)[row],
+                self._places[some if chunk is None else chunk].kept,
+            )
             for row, chunk in enumerate(chosen)
         ]
         return jax.tree.map(lambda *x: np.stack(x), *parts)

@@ -477,6 +477,9 @@ def test_the_manifest_is_written_once(tmp_path):
     two.refresh()  # of a file that is gone, which it has open
     two.finish(make)
     assert made == [1] and [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+    late = Progress(tmp_path, head())  # looked for the manifest before it was there
+    assert late.finished and not one.finished
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_progress_in_a_folder_of_something_else(tmp_path):

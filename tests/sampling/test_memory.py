@@ -12,7 +12,8 @@ from longlive_jax import config as config_lib
 from longlive_jax.data import sidecars
 from longlive_jax.data.worlds import poses as poses_lib
 from longlive_jax.errors import InputError
-from longlive_jax.sampling import memory
+from longlive_jax.sampling import draws, landmarks, memory
+from longlive_jax.sampling.memory import Kept
 from longlive_jax.sampling.session import Session
 from tests.sampling import test_session, test_stream
 
@@ -134,6 +135,17 @@ def test_rows_have_landmarks_of_their_own():
     test_stream.close(walk(alone)[0][:, 0], made[:, 0], 1e-4)
 
 
+def test_the_first_chunk_is_a_landmark_beside_others():
+    """Each row gets its own: the stack takes chunk 0 for what it is."""
+    made = [
+        Kept(*(jnp.full((2,), n, jnp.int32) for _ in range(2)), jnp.full((2, 1), n)) for n in (0, 3)
+    ]
+    own = landmarks.Landmarks.__new__(landmarks.Landmarks)
+    own.shown = [[3], [0]]
+    own._places = {n: landmarks._Place(kept, (), np.zeros(0)) for n, kept in zip((0, 3), made)}
+    assert own._stack(0).chunk.tolist() == [3, 0]
+
+
 def test_a_change_of_the_prompt_with_recache():
     """Landmarks are no part of it: they are hidden before, and chosen anew."""
     session = begin(config(**FIELDS))
@@ -156,7 +168,8 @@ def state_at(cfg, chunks, line=LINE):
     for _ in range(chunks):
         session.step().check()
     state = session.carried.stream
-    inputs, _ = session._inputs(session._next, session._noise(), 0.0)
+    noise = draws.noise(cfg, session.start, session.index)
+    inputs, _ = session._inputs(session._next, noise, 0.0)
     return session, state, inputs
 
 

@@ -20,7 +20,8 @@ from longlive_jax.training.state import NetworkState, TrainState
 from tests.storage import servers
 from tests.training.tiny_run import equal
 
-_PROCESSES = multiprocessing.get_context("forkserver")
+# A fork server of other tests would not have the environment that names the servers.
+_PROCESSES = multiprocessing.get_context("spawn")
 _PROCESSES.set_forkserver_preload(["tests.launch.preload"])
 PLAN = Plan("train", steps=10**6, save_every=1, keep_last=2)
 
@@ -79,6 +80,7 @@ def kill_while_it_saves(root, parameters, had, is_time):
     mine, its = _PROCESSES.Pipe()
     process = _PROCESSES.Process(target=_save_on_and_on, args=(str(root), parameters, its))
     process.start()
+    its.close()  # or a process that failed would be waited for
     while mine.recv() < had + 2:
         pass
     end = time.monotonic() + 60
@@ -147,6 +149,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(s3):
     mine, its = _PROCESSES.Pipe()
     process = _PROCESSES.Process(target=_hold, args=(str(root), its, 60))
     process.start()
+    its.close()  # or a process that failed would be waited for
     mine.recv()
     os.kill(process.pid, signal.SIGKILL)
     process.join()
