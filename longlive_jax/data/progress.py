@@ -104,7 +104,7 @@ class Progress:
         last, told = -1, False
         while missing := self._missing(kind, count):
             for number in _order(missing, last):
-                with self._file.claimed(f".claim-{kind}-{number:05d}") as ours:
+                with self._file.acquire(f".lock-{kind}-{number:05d}") as ours:
                     if not ours:
                         continue
                     if number in self._missing(kind, count):
@@ -165,8 +165,8 @@ class Progress:
 
 def remove(folder: AnyPath) -> None:
     """Removes what tells of the progress of a folder that has its manifest."""
-    for claim in folder.glob(".claim-*"):  # of processes that were killed
-        claim.unlink(missing_ok=True)
+    for lock in folder.glob(".lock-*"):  # of processes that were killed
+        lock.unlink(missing_ok=True)
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -180,7 +180,7 @@ def _sorted(lines):
 
 
 def _order(missing: list[int], last: int) -> Iterator[int]:
-    """The order in which a process that wrote file `last` tries to claim missing ones.
+    """The order in which a process that wrote file `last` tries to acquire missing ones.
 
     The next one; else the longest row of missing ones, from its start and, where others are at work
     there, from its middle; at last all.
@@ -224,7 +224,7 @@ class _Lines(Protocol):
     name: str
 
     def locked(self) -> contextlib.AbstractContextManager[None]: ...
-    def claimed(self, name: str) -> contextlib.AbstractContextManager[bool]: ...
+    def acquire(self, name: str) -> contextlib.AbstractContextManager[bool]: ...
     def read(self) -> bytes: ...
     def truncate(self, size: int, /) -> Any: ...
     def append(self, text: bytes) -> None: ...
@@ -248,12 +248,12 @@ class _Local:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
+    def acquire(self, name: str) -> Iterator[bool]:
         """Whether no other process has the file of this name, which then is ours in the block."""
         path = self._folder / name
-        with folders.opened(path, "w") as claim:
+        with folders.opened(path, "w") as lock:
             try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 yield False
                 return
@@ -285,7 +285,7 @@ class _Remote:
     def locked(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def claimed(self, name: str) -> contextlib.AbstractContextManager[bool]:
+    def acquire(self, name: str) -> contextlib.AbstractContextManager[bool]:
         del name
         return contextlib.nullcontext(True)
 

@@ -1,9 +1,10 @@
 """Compiling for TPUs that are not here: what is refused. `make tpu` compiles."""
 
-import importlib.util
-
 import pytest
+from jax.experimental import topologies
 
+from longlive_jax import topology
+from longlive_jax.errors import InputError
 from tests.launch.commands import run
 
 TINY = "--config=configs/tiny.py"
@@ -24,7 +25,15 @@ def test_bad_input(command, words, says):
     assert done.code == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
-def test_without_its_compiler():
-    done = run("compile", TINY, "--topology=v5e:2x2", check=False)
-    assert done.code == 2 and "pip install libtpu" in done.stderr
+@pytest.mark.parametrize(
+    "error", [RuntimeError("JAX TPU support not installed"), ImportError("No module named libtpu")]
+)
+def test_without_its_compiler(monkeypatch, error):
+    """Both are what JAX says of it, by what else is installed."""
+
+    def refuse(**_):
+        raise error
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(InputError, match=r"compiler for TPUs is missing .*pip install libtpu"):
+        topology.devices("v5e:2x2")
