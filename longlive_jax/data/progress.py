@@ -101,7 +101,7 @@ class Progress:
         Args:
           kind: "latents" or "text". count: how many files there are of it.
         """
-        last, told = -1, False
+        last, warned = -1, False
         while missing := self._missing(kind, count):
             for number in _order(missing, last):
                 with self._file.acquire(f".lock-{kind}-{number:05d}") as ours:
@@ -112,9 +112,9 @@ class Progress:
                         yield number
                     break
             else:
-                if not told:
+                if not warned:
                     _log.warning("%s: waiting for %d files of others", self.folder, len(missing))
-                    told = True
+                    warned = True
                 time.sleep(1)
 
     def _missing(self, kind: str, count: int) -> list[int]:
@@ -164,7 +164,7 @@ class Progress:
 
 
 def remove(folder: AnyPath) -> None:
-    """Removes what tells of the progress of a folder that has its manifest."""
+    """Removes the progress file and locks of a folder that has its manifest."""
     for lock in folder.glob(".lock-*"):  # of processes that were killed
         lock.unlink(missing_ok=True)
     (folder / PROGRESS).unlink(missing_ok=True)

@@ -19,8 +19,9 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any, NamedTuple
 
 import tensorstore as ts
@@ -107,6 +108,21 @@ def is_file(given: str | os.PathLike) -> bool:
     """Whether there is such a file or object; also of names that no file can have."""
     where = path(given) if is_remote(given) else given
     return where.is_file() if isinstance(where, RemotePath) else os.path.isfile(where)
+
+
+def remove(folder: "AnyPath", last: Collection[str] = ()) -> None:
+    """Removes a folder with all that is in it, as far as it can be; none there is no error.
+
+    last: names of files that go after all others on object storage, where files go one by one.
+
+    Raises:
+      StorageError: object storage refuses, or does not answer.
+    """
+    if not isinstance(folder, RemotePath):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for inner in sorted(folder.rglob("*"), key=lambda inner: inner.name in last):
+        inner.unlink(missing_ok=True)
 
 
 def join(folder: str | os.PathLike, *names: str) -> "AnyPath":

@@ -1,7 +1,6 @@
 """The best checkpoint of a run by the grade of its evaluations; its folder is a checkpoint too."""
 
 import math
-import shutil
 
 import jax
 
@@ -10,7 +9,7 @@ from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import remote, versioned
 from longlive_jax.files.orbax import ocp
-from longlive_jax.files.remote import AnyPath, RemotePath
+from longlive_jax.files.remote import AnyPath
 
 FOLDER, GRADE = "best", "grade"
 FORMAT, VERSION = "longlive_jax best checkpoint", 1
@@ -75,9 +74,5 @@ class Best:
         if jax.process_index() != 0:
             return
         for path in list((self._root / workdir.STATES).glob("*")):
-            if not path.name.isdecimal() or int(path.name) == self.step:
-                continue
-            if isinstance(path, RemotePath):
-                path.rmtree(missing_ok=True)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name.isdecimal() and int(path.name) != self.step:
+                remote.remove(path)

@@ -148,7 +148,7 @@ class Checkpoints:
             if self._begun is not None:
                 workdir.write(folder, self._begun)
             return folder
-        except Exception:  # the error that is told is the storage's
+        except Exception:  # the error to raise is the storage's
             return None
 
     def close(self) -> None:

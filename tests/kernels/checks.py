@@ -20,6 +20,16 @@ from longlive_jax.errors import InputError
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 
 
+def alone(interpreted: Callable) -> Callable:
+    """Waits for what an interpreted kernel returns, before anything else is computed.
+
+    The interpreter starts programs from the callbacks of one that runs, and XLA keeps at most 32
+    computations of a device begun. An oracle's operations, each a computation that waits for the
+    kernel's, would fill them: then the kernel waits for room, and all of it for ever.
+    """
+    return lambda *arguments, **how: jax.block_until_ready(interpreted(*arguments, **how))
+
+
 def pretend_hopper(monkeypatch, capability="9.0"):
     """JAX says that this machine has such a GPU: enough to trace and lower for one."""
     device = type("Device", (), {"compute_capability": capability})()
@@ -153,7 +163,7 @@ class _Tests:
         arguments = public.make()
         if by_kernel:
             with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-                result = jax.jit(lambda *x: public.function(*x))(*arguments)
+                result = alone(jax.jit(lambda *x: public.function(*x)))(*arguments)
         else:
             result = public.function(*arguments)  # operation by operation, as the oracle
         expected = public.oracle(*arguments)
@@ -243,7 +253,7 @@ def kernel_tests(
     @functools.cache
     def compiled(options):
         """Once for all cases of one shape."""
-        return jax.jit(functools.partial(run, interpret=interpret, **dict(options)))
+        return alone(jax.jit(functools.partial(run, interpret=interpret, **dict(options))))
 
     functions = {
         "oracle": oracle,

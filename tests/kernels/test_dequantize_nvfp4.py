@@ -16,7 +16,16 @@ from longlive_jax.formats import NVFP4Tensor, from_packed, quantize_nvfp4
 from longlive_jax.kernels import dequantize_nvfp4
 from longlive_jax.quant import kv, linear
 from longlive_jax.quant import matmul as matmul_lib
-from tests.kernels.checks import RACES, Case, Chunk, kernel_tests, lowered, pretend_hopper, shaped
+from tests.kernels.checks import (
+    RACES,
+    Case,
+    Chunk,
+    alone,
+    kernel_tests,
+    lowered,
+    pretend_hopper,
+    shaped,
+)
 
 SHAPE = (2, 2, 4, 1024)  # layers of two tensors of 256 blocks: a program of two steps each
 CODES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # magnitudes
@@ -154,7 +163,7 @@ def test_expanded_numbers_are_codes_times_scales():
     q = every_code_and_scale(1, (64, 512))
     scales = np.repeat(np.asarray(q.scales, np.float64), 16, axis=1)
     assert np.isnan(scales).any() and set(np.abs(q.values.astype(jnp.float32)).flat) == set(CODES)
-    result = dequantize_nvfp4.expand(q, interpret=RACES)
+    result = alone(dequantize_nvfp4.expand)(q, interpret=RACES)
     np.testing.assert_array_equal(
         np.asarray(result, np.float64), np.asarray(q.values, np.float64) * scales
     )
@@ -162,7 +171,7 @@ def test_expanded_numbers_are_codes_times_scales():
 
 def test_expanding_maps():
     q = every_code_and_scale([1, 2], (2, 4, 1024))
-    result = jax.vmap(lambda q: dequantize_nvfp4.expand(q, interpret=RACES))(q)
+    result = alone(jax.vmap(lambda q: dequantize_nvfp4.expand(q, interpret=RACES)))(q)
     check(result, q.operand())
 
 

@@ -19,6 +19,7 @@ from tests.kernels.checks import (
     RACES,
     Case,
     Chunk,
+    alone,
     kernel_tests,
     lowered,
     pretend_hopper,
@@ -139,7 +140,8 @@ def test_what_has_no_largest_magnitude():
 def run_columns(y, fmt, lead, keys):
     """`operands.columns`, traced anew, in interpret mode where a kernel is called."""
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return jax.jit(lambda y, keys: operands.columns(fmt, y, lead, (), keys))(y, keys)
+        columns = jax.jit(lambda y, keys: operands.columns(fmt, y, lead, (), keys))
+        return alone(columns)(y, keys)
 
 
 @pytest.mark.parametrize(

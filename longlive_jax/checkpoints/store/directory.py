@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,16 +59,8 @@ def remove_unused(root: AnyPath, name: str, parts: Parts) -> None:
     used = {info.get("directory") for info in parts.values()}
     for path in list(root.iterdir()) if root.is_dir() else ():
         if re.fullmatch(rf"{name}(_\d+)?", path.name) and path.name not in used and _is_ours(path):
-            _remove(path)
-
-
-def _remove(path: AnyPath) -> None:
-    if not isinstance(path, RemotePath):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    marks = ("index.json", UNFINISHED)  # by which it is known to be ours: they go last
-    for inner in sorted(path.rglob("*"), key=lambda inner: inner.name in marks):
-        inner.unlink(missing_ok=True)
+            # By these it is known to be ours.
+            remote.remove(path, last=("index.json", UNFINISHED))
 
 
 def read(root: AnyPath) -> Parts:
