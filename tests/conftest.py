@@ -1,5 +1,6 @@
 """Tests run on 8 fake CPU devices, with JAX's strictest promotion rules."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -19,14 +20,48 @@ if not ON_GPU:
     flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = flags.strip()
 
+import time
+
 import jax
+import numpy as np
 import pytest
+from jax._src import cache_key, compiler
 
 if not ON_GPU:
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+# Programs that are traced are millions of objects: to look through them as often as Python does by
+# default took a twentieth of all time.
+gc.set_threshold(50_000, 20, 20)
+
+
+def _compile_once():
+    """What took a tenth of a second to compile is kept: tests trace equal programs anew.
+
+    Not JAX's cache on disk, for which programs are made into bytes; see `compilation_cache`.
+    """
+    real, kept = compiler.backend_compile_and_load, {}
+
+    def once(backend, module, devices, options, host_callbacks):
+        if host_callbacks:
+            return real(backend, module, devices, options, host_callbacks)
+        key = cache_key.get(module, np.array(list(devices)), options, backend)
+        if key in kept:
+            return kept[key]
+        start = time.monotonic()
+        program = real(backend, module, devices, options, host_callbacks)
+        if time.monotonic() - start > 0.1:
+            kept[key] = program
+        return program
+
+    compiler.backend_compile_and_load = once
+
+
+if not ON_GPU:
+    _compile_once()
 
 TESTS = pathlib.Path(__file__).parent
 # Folders whose files take longest. A worker takes a file at a time, in order: a long one taken last

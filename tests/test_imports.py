@@ -67,6 +67,15 @@ def test_benchmarks_import_nothing_of_files_data_or_tokens():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_decodes_an_upload_imports_no_jax():
+    """Each upload starts a process of its own."""
+    code = (
+        "import sys, longlive_jax.serving.decoding, longlive_jax.data.video_reader, "
+        "longlive_jax.data.images; sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_the_front_door_opens_when_it_is_used():
     code = (
         "import sys, longlive_jax, longlive_jax.kernels; "

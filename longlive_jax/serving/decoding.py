@@ -72,7 +72,6 @@ def _image(source, height, width, fit, chunk, limits):
 def _clip(source, height, width, fit, chunk, limits):
     """How many of the clip's last frames are whole chunks, and these."""
     del fit
-    from longlive_jax.config import FRAMES_PER_SECOND
     from longlive_jax.data.video_reader import VideoFile
     from longlive_jax.errors import InputError
 
@@ -80,7 +79,7 @@ def _clip(source, height, width, fit, chunk, limits):
         file = stack.enter_context(VideoFile(source, height, width))
         if file.info.height * file.info.width > limits["pixels"]:
             raise InputError(f"the clip's frames have over {limits['pixels']} pixels: scale it")
-        seconds = len(indices := file.info.indices(fps=FRAMES_PER_SECOND)) / FRAMES_PER_SECOND
+        seconds = len(indices := file.info.indices(fps=limits["fps"])) / limits["fps"]
         if seconds > limits["clip_s"]:
             raise InputError(
                 f"a clip of {seconds:.0f} s; the limit is {limits['clip_s']:g} s: cut it"
@@ -89,7 +88,8 @@ def _clip(source, height, width, fit, chunk, limits):
         count = (len(indices) + 3) // chunk * chunk - 3
         if count < 1:
             raise InputError(
-                f"a clip of {len(indices)} frames at 24 a second; it needs {chunk - 3} or more"
+                f"a clip of {len(indices)} frames at {limits['fps']} a second; it needs "
+                f"{chunk - 3} or more"
             )
         kept = stack.pop_all()
 
@@ -101,9 +101,11 @@ def _clip(source, height, width, fit, chunk, limits):
 
 
 def command(source, target, size, fit, chunk, limits) -> list[str]:
-    """The words that start this process."""
+    """The words that start this process. It does without JAX, which takes a second to import."""
+    from longlive_jax.config import FRAMES_PER_SECOND
+
     names = ("decode_s", "decode_bytes", "pixels", "clip_frames", "clip_s")
-    numbers = {name: getattr(limits, name) for name in names}
+    numbers = {name: getattr(limits, name) for name in names} | {"fps": FRAMES_PER_SECOND}
     return [sys.executable, "-m", "longlive_jax.serving.decoding", os.fspath(source),
             os.fspath(target), *map(str, size), fit, str(chunk), json.dumps(numbers)]  # fmt: skip
 

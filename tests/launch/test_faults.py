@@ -60,7 +60,7 @@ def ended(done, code, *fragments):
     [
         ("dit", "head/head/bias", "the transformer"),
         ("vae", "decoder/head/2/bias", "the VAE"),
-        ("vae", "conv2/weight", "the VAE"),
+        pytest.param("vae", "conv2/weight", "the VAE", marks=pytest.mark.slow),
     ],
 )
 def test_weights_that_are_not_finite_make_no_video(tmp_path, one, part, path, name):

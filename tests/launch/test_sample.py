@@ -208,7 +208,10 @@ def test_continues_a_video(sample, checkpoint, tmp_path):
     np.testing.assert_array_equal(both[:, :8], latents(tmp_path / "clip.npz"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_interrupted_video_plays(checkpoint, tmp_path, number, code):
     out = tmp_path / "out"
     command = [

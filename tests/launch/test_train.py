@@ -223,7 +223,13 @@ def test_a_run_that_diverges_ends_and_says_on_what(tmp_path):
     assert text.startswith("error: step 2: loss None") and "Its samples: clip-" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+    ],
+)
 def test_told_to_stop_it_saves_and_ends(cached, tmp_path, number):
     run_ = tmp_path / "run"
     with Job(tmp_path / "0", tiny_run.flags(cached, run_, train__steps=10**6, **MESH)) as job:
@@ -262,6 +268,7 @@ def test_a_second_ctrl_c_ends_at_once(cached, tmp_path):
     assert not (run_ / "checkpoints/3").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_were_all_bad_ends_with_1(tmp_path):
     data = tiny_run.write_cached(tmp_path / "cached", bad=tuple(tiny_run.NAMES))
     flags = tiny_run.flags(data, tmp_path / "run", train__steps=2, **MESH)

@@ -211,7 +211,7 @@ def test_on_the_host_and_back():
     resting.step()
 
 
-@pytest.mark.parametrize("kv", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("kv", [pytest.param("bf16", marks=pytest.mark.slow), "fp8", "nvfp4"])
 def test_a_saved_stream_goes_on(kv, tmp_path):
     cfg = dataclasses.replace(test_quantized_cache.make_config(kv), dtype="bfloat16")
     session = begin(cfg, decodes=False, seed=3, whole=True)  # one program is compiled, not two

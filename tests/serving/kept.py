@@ -18,7 +18,7 @@ class Kept(running.Running):
     def __init__(self, folder: pathlib.Path):
         self._folder = folder / "latents"
         self._folder.mkdir(exist_ok=True)
-        super().__init__(running.model(steps=(2,)), folder / "out", Limits())
+        super().__init__(running.shipped(steps=(2,)), folder / "out", Limits())
 
     def _observe(self, stream, chunk):
         path = self._folder / f"{stream.id}-{chunk.index}-{os.getpid()}.npy"

@@ -17,13 +17,21 @@ from longlive_jax.serving.models import Model
 from longlive_jax.serving.server import Server
 from tests.launch.commands import ACTIONS, ROOT, save_tiny
 
-# The networks are the shipped ones; the pictures are small.
+# Small pictures.
 QUICK = {"sample.steps": 1, "video.height": 32, "video.width": 64, "dtype": "float32"}
 PROMPTS = ("A red circle moves to the right.", "A blue star falls.", "A pink moon gets bigger.")
 
 
-def model(steps=(), **overrides) -> Model:
-    """overrides: of the config, with double underscores for points."""
+def model(folder, steps=(), **overrides) -> Model:
+    """Random weights; overrides: of the config, with double underscores for points."""
+    settings = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
+    cfg = load_config(ROOT / "configs/tiny.py", settings)
+    pipeline = Pipeline(save_tiny(folder / "checkpoint"), cfg)
+    return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS, steps=steps)
+
+
+def shipped(steps=(), **overrides) -> Model:
+    """The networks that are shipped, which compile for longer."""
     overrides = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
     cfg = load_config(ROOT / "configs/train_ar_tiny_world.py", overrides)
     pipeline = Pipeline(ROOT / "assets/tiny_world/checkpoint", cfg)

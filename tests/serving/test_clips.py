@@ -21,7 +21,8 @@ from tests.serving.running import PROMPTS, until
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     limits = Limits(upload_bytes=300_000, pixels=2**17, clip_s=20, clip_frames=100)
-    one = running.Running(running.model(), tmp_path_factory.mktemp("live") / "out", limits)
+    folder = tmp_path_factory.mktemp("live")
+    one = running.Running(running.shipped(), folder / "out", limits)
     until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one
     one.stop()

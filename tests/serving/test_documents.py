@@ -21,7 +21,8 @@ EXAMPLES = {"string": "a", "integer": 1, "boolean": True, "array": ["KeyW"], "nu
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    return Server({"shapes": running.model()}, tmp_path_factory.mktemp("live"))
+    folder = tmp_path_factory.mktemp("live")
+    return Server({"shapes": running.model(folder)}, folder / "out")
 
 
 def test_the_routes(server):

@@ -24,7 +24,8 @@ def server(tmp_path_factory):
     limits = Limits(streams=2, waiting=2, idle_s=60, message_burst=60, messages_per_s=30,
                     prompt=200, body_bytes=20_000, message_bytes=4096,
                     upload_bytes=500_000, pixels=2**20)  # fmt: skip
-    one = running.Running(running.model(), tmp_path_factory.mktemp("live") / "out", limits)
+    folder = tmp_path_factory.mktemp("live")
+    one = running.Running(running.model(folder), folder / "out", limits)
     assert one.ask("/streams", {"prompt": ONE})[0] == 503 or one.scheduler.ready.is_set()
     until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one

@@ -12,8 +12,8 @@ from tests.serving.running import PROMPTS, until
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    model = running.model(steps=(2,), sample__guidance_scale=3.0)
     folder = tmp_path_factory.mktemp("live")
+    model = running.model(folder, steps=(2,), sample__guidance_scale=3.0)
     one = running.Running(model, folder / "out", Limits())
     until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one

@@ -96,7 +96,9 @@ def test_what_a_killed_save_left_is_no_state(tmp_path):
     assert kept(tmp_path) == [2, 4]
 
 
-@pytest.mark.parametrize("what", ["empty", "file", "torn"])
+@pytest.mark.parametrize(
+    "what", ["torn", *(pytest.param(what, marks=pytest.mark.slow) for what in ("empty", "file"))]
+)
 def test_a_damaged_state_is_named(tmp_path, what):
     objective, its_plan, now = made()
     write(tmp_path, [2, 4], now)

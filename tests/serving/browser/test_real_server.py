@@ -18,7 +18,7 @@ ONE, TWO = "A red circle moves to the right.", "A blue star falls."
 @pytest.fixture(scope="module")
 def real(browser, tmp_path_factory):
     one = running.Running(
-        running.model(steps=(2,)), tmp_path_factory.mktemp("live") / "out", Limits()
+        running.shipped(steps=(2,)), tmp_path_factory.mktemp("live") / "out", Limits()
     )
     running.until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one
