@@ -4,16 +4,19 @@ Axis names of arrays are logical ("embed", "heads", "batch"); `RULES` below is t
 maps them to mesh axes. A mesh of one device is the same code as a mesh of many.
 """
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax import config as config_lib
-from longlive_jax.errors import InputError
+from longlive_jax.errors import InputError, ProcessLostError
 
 AXES = ("data", "fsdp", "seq")
 SEQ = "seq"  # the axis that shards a chunk's frames, the cache's heads, the VAE's width
@@ -31,7 +34,12 @@ RULES = {
 # unless `fsdp` saves memory.
 SAMPLING_RULES = RULES | {"embed": "fsdp"}
 
-HEARTBEAT_SECONDS = 60  # when a process has been silent for so long, all others end
+# When a process has sent no heartbeat for so long, all others end. Threads of their own send them,
+# whatever Python does; a network may be away for some tens of seconds.
+HEARTBEAT_SECONDS = 60
+# So long a process waits for all others to start: hosts get their images and their turn minutes
+# apart, and one that gives up ends all.
+JOIN_SECONDS = 900
 
 
 def make_mesh(
@@ -77,17 +85,36 @@ def start(
 
     Without arguments JAX detects the cluster (SLURM, Kubernetes, TPU, MPI); if there is none, the
     process runs alone. If a process dies, the others end with a message that names it.
+
+    Raises:
+      ProcessLostError: not all processes have come within JOIN_SECONDS.
     """
-    if coordinator is not None:
-        if num_processes is None or process_id is None:
-            raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-        return
-    if num_processes is not None or process_id is not None:
+    if coordinator is None and (num_processes is not None or process_id is not None):
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
+    if coordinator is not None and (num_processes is None or process_id is None):
+        raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError:  # JAX found no cluster to ask for a coordinator
-        return
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError:
+        if coordinator is not None:
+            raise
+        return  # JAX found no cluster to ask for a coordinator
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessLostError(_missing(str(error), distributed.global_state)) from error
+
+
+def _missing(text: str, state: Any) -> str:
+    """Who has not come, by JAX's error of a start that took too long."""
+    who = f"process 0 ({state.coordinator_address}) does not answer"
+    if found := re.findall(r"task:(\d+)", text.partition("timed out task names")[2]):
+        some = ", ".join(sorted(set(found), key=int))
+        who = f"process {some} of {state.num_processes} did not come"
+    return (
+        f"{who} within {JOIN_SECONDS} s; look whether it was started, and start all processes again"
+    )

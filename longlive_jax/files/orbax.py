@@ -55,12 +55,20 @@ def _spec(directory: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, 
 def _with_store(value: Any, scheme: str) -> Any:
     """A description with each gs:// in it as the same key of the scheme's store."""
     if isinstance(value, str) and value.startswith("gs://"):
-        return remote.spec(f"{scheme}://{value.removeprefix('gs://')}")
+        return _store(f"{scheme}://{value.removeprefix('gs://')}")
     if isinstance(value, dict) and value.get("driver") in ("gcs", "gcs_grpc"):
-        return remote.spec(f"{scheme}://{value['bucket']}/{value['path']}")
+        return _store(f"{scheme}://{value['bucket']}/{value['path']}")
     if isinstance(value, dict):
         return {key: _with_store(one, scheme) for key, one in value.items()}
     return [_with_store(one, scheme) for one in value] if isinstance(value, list) else value
+
+
+def _store(address: str) -> dict[str, Any]:
+    """As `remote.spec`. Each object of a state has one writer, and a conditional write whose answer
+    is lost is refused when it is made again, which would end the save.
+    """
+    found = remote.spec(address)
+    return found | ({"use_conditional_write": False} if found["driver"] == "s3" else {})
 
 
 def _is_object_storage(path: Any) -> bool:
