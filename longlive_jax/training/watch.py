@@ -138,9 +138,10 @@ class _Watch:
         self._stage = Stage(0, "begins", 0.0, False, socket.gethostname()), self._began
         self._beat = 0
         self._heard: dict[int, tuple[int, float]] = {}  # the last beat of each process, and when
-        self._ended = threading.Event()
+        self._ended, self._answered = threading.Event(), self._began
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._listen, name="watch of process 0", daemon=True).start()
 
     def at(self, name: str, bounded: bool) -> None:
         stage = self._stage[0]
@@ -171,8 +172,22 @@ class _Watch:
             # Without the first process there is no store, and JAX ends this one.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._publish()
+                self._answered = time.monotonic()
                 if cause := self._cause() or self._judge():
                     self._end(cause)
+
+    def _listen(self) -> None:
+        """Names the process that has the store when it is silent: JAX ends this one without."""
+        while not self._ended.wait(POLL_SECONDS):
+            silent = time.monotonic() - self._answered
+            if silent > mesh_lib.HEARTBEAT_SECONDS / 2 + POLL_SECONDS:
+                where = distributed.global_state.coordinator_address
+                print(
+                    f"process 0 ({where}) has not answered for {silent:.0f} s: it is stopped, or "
+                    "the network to it is. Soon all processes end",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                return
 
     def _publish(self) -> None:
         self._beat += 1

@@ -168,7 +168,11 @@ def test_one_is_stopped_and_comes_back(data, tmp_path, undisturbed, stopped):
         for process in others:
             process.join(max(0, end - time.monotonic()))
         assert all(p.exitcode in (1, -signal.SIGABRT) for p in others), first.text()
-        named = "the leader" if stopped == 0 else rf"heartbeats\):\n{stopped}\n"
+        named = (
+            r"process 0 \(localhost:\d+\) has not answered"
+            if stopped == 0
+            else rf"heartbeats\):\n{stopped}\n"
+        )
         assert re.search(named, first.text(7)), first.text(7)
         had = workdir.whole(tmp_path / "run")
         first.signal(signal.SIGCONT, stopped)

@@ -123,6 +123,17 @@ def test_one_that_does_not_even_say_where_it_is_ends_all(ends, capfd):
     watches[0].stop()
 
 
+def test_the_one_with_the_store_is_named_when_it_is_silent(ends, capfd, monkeypatch):
+    monkeypatch.setattr(watch.mesh_lib, "HEARTBEAT_SECONDS", 0.2)
+    store, released, printed = Store(), threading.Event(), []
+    store.key_value_set = lambda *args, **kwargs: released.wait()
+    (one,) = [watch._Watch(store, 1, 2, 60)]
+    until(lambda: printed.append(capfd.readouterr().err) or "process 0 (" in "".join(printed))
+    assert "has not answered for 0 s" in "".join(printed) and not ends
+    released.set()
+    one.stop()
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_an_error_of_one_is_told_to_all_with_its_code(ends, capfd, process):
     watches = begin(Store(), 3, 60)
