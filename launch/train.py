@@ -38,7 +38,7 @@ from longlive_jax import params as params_lib
 from longlive_jax import recipes as recipe_lib
 from longlive_jax import topology as topology_lib
 from longlive_jax.checkpoints import networks
-from longlive_jax.errors import InputError, NotFiniteError, ProcessLostError, StorageError
+from longlive_jax.errors import InputError, NotFiniteError, StorageError
 from longlive_jax.files import lines, remote, scratch
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
@@ -68,7 +68,7 @@ def main() -> None:
         _train()
     except InputError:
         raise
-    except (NotFiniteError, ProcessLostError) as error:
+    except NotFiniteError as error:
         _end(f"error: {error}")
     except StorageError as error:
         _end(f"error: {command.lost(error)}")

@@ -20,10 +20,3 @@ class StorageError(OSError):
 
     Commands exit with code 1, and with code 2 before they have begun.
     """
-
-
-class ProcessLostError(RuntimeError):
-    """Another process of a run is not there. The message says which one, and what to do.
-
-    Commands exit with code 1.
-    """

@@ -4,8 +4,13 @@ Axis names of arrays are logical ("embed", "heads", "batch"); `RULES` below is t
 maps them to mesh axes. A mesh of one device is the same code as a mesh of many.
 """
 
-import re
-from collections.abc import Sequence
+import contextlib
+import functools
+import socket
+import sys
+import threading
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax import config as config_lib
-from longlive_jax.errors import InputError, ProcessLostError
+from longlive_jax.errors import InputError
 
 AXES = ("data", "fsdp", "seq")
 SEQ = "seq"  # the axis that shards a chunk's frames, the cache's heads, the VAE's width
@@ -40,6 +45,7 @@ HEARTBEAT_SECONDS = 60
 # So long a process waits for all others to start: hosts get their images and their turn minutes
 # apart, and one that gives up ends all.
 JOIN_SECONDS = 900
+_ANSWER_SECONDS = 30  # after that, until a process that has not been told who is missing ends, too
 
 
 def make_mesh(
@@ -84,37 +90,56 @@ def start(
     """Joins this process to the others of a multi-host run; call it before any other JAX call.
 
     Without arguments JAX detects the cluster (SLURM, Kubernetes, TPU, MPI); if there is none, the
-    process runs alone. If a process dies, the others end with a message that names it.
-
-    Raises:
-      ProcessLostError: not all processes have come within JOIN_SECONDS.
+    process runs alone. If a process dies, or does not come within JOIN_SECONDS, JAX ends the others
+    with a message that names it.
     """
     if coordinator is None and (num_processes is not None or process_id is not None):
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
     if coordinator is not None and (num_processes is None or process_id is None):
         raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
+    with _missing_are_named():
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=JOIN_SECONDS + _ANSWER_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError:
+            if coordinator is not None:
+                raise
+            return  # JAX found no cluster to ask for a coordinator
+
+
+@contextlib.contextmanager
+def _missing_are_named() -> Iterator[None]:
+    """Processes that do not come in the meantime are named before JAX ends this one.
+
+    Process 0 knows who has come, and would wait for the others for an hour, while they give up. It
+    is to be the first who does: it tells them. When it is missing itself, nobody tells.
+    """
+    of_jax: Any = distributed
+    library, make = of_jax._jax, "get_distributed_runtime_service"
+    service = functools.partial(getattr(library, make), cluster_register_timeout=JOIN_SECONDS)
+    late = threading.Timer(JOIN_SECONDS + _ANSWER_SECONDS / 2, _name_the_first)
+    late.daemon = True
+    late.start()
+    of_jax._jax = types.SimpleNamespace(**vars(library) | {make: service})
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-    except ValueError:
-        if coordinator is not None:
-            raise
-        return  # JAX found no cluster to ask for a coordinator
-    except jax.errors.JaxRuntimeError as error:
-        raise ProcessLostError(_missing(str(error), distributed.global_state)) from error
+        yield
+    finally:
+        of_jax._jax = library
+        late.cancel()
 
 
-def _missing(text: str, state: Any) -> str:
-    """Who has not come, by JAX's error of a start that took too long."""
-    who = f"process 0 ({state.coordinator_address}) does not answer"
-    if found := re.findall(r"task:(\d+)", text.partition("timed out task names")[2]):
-        some = ", ".join(sorted(set(found), key=int))
-        who = f"process {some} of {state.num_processes} did not come"
-    return (
-        f"{who} within {JOIN_SECONDS} s; look whether it was started, and start all processes again"
-    )
+def _name_the_first() -> None:
+    address = distributed.global_state.coordinator_address or ""
+    host, _, port = address.rpartition(":")
+    found = "does not answer; look whether it was started"
+    with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), 5):
+        found = "answers, but has not met all others; look whether they were started"
+    print(
+        f"error: process 0 ({address}) {found}, and start all processes again",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
