@@ -21,6 +21,7 @@ from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
+_LOOK_SECONDS = 1.0  # between looks whether a save has failed, which is waited for
 _FULL = ("No space left", "ENOSPC", "Disk quota", "EDQUOT", "File too large", "EFBIG")
 
 
@@ -161,12 +162,16 @@ class Checkpoints:
             return
         step, response = self._saving
         with self._explained(step):
-            try:
-                response.result(timeout=timeout)
-            except TimeoutError:
-                if timeout is None:
-                    raise
-                return
+            while True:
+                try:
+                    response.result(timeout=_LOOK_SECONDS if timeout is None else timeout)
+                    break
+                except TimeoutError:
+                    # Orbax raises what befell this process's part when all have ended theirs, and
+                    # they wait for this one, for 20 minutes.
+                    self._saved._manager.check_for_errors()
+                    if timeout is not None:
+                        return
             self._saving = None
 
     @contextlib.contextmanager
