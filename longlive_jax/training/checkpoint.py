@@ -16,7 +16,7 @@ from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, lease, remote
-from longlive_jax.files.orbax import check_read, ocp
+from longlive_jax.files.orbax import check_read, failures, ocp
 from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
@@ -83,6 +83,7 @@ class Checkpoints:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise workdir.damaged(self._path, error) from error
+        self._failures = failures(self._saved)
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
     @property
@@ -167,9 +168,8 @@ class Checkpoints:
                     response.result(timeout=_LOOK_SECONDS if timeout is None else timeout)
                     break
                 except TimeoutError:
-                    # Orbax raises what befell this process's part when all have ended theirs, and
-                    # they wait for this one, for 20 minutes.
-                    self._saved._manager.check_for_errors()
+                    if self._failures:
+                        raise self._failures.pop() from None
                     if timeout is not None:
                         return
             self._saving = None
