@@ -25,7 +25,6 @@ also a run whose last step was not finite.
 import functools
 import os
 import sys
-import time
 import traceback
 
 import jax
@@ -44,7 +43,7 @@ from longlive_jax.files import lines, remote, scratch
 from longlive_jax.pipeline import Pipeline
 from longlive_jax.prompts.encoder import PromptEncoder
 from longlive_jax.quant import matmul
-from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop, trained
+from longlive_jax.training import best, checkpoint, dry_run, evaluate, feed, loop, trained, watch
 from longlive_jax.training.objectives import teacher_forcing
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
 from longlive_jax.training.plan import Plan
@@ -108,6 +107,11 @@ def _train() -> None:
         return
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
+    with watch.watched((cfg.distill if distils else cfg.train).hang_seconds, _code):
+        _run(cfg, objective)
+
+
+def _run(cfg: config_lib.Config, objective) -> None:
     command.check_apart([FLAGS.workdir], [], networks.folders(FLAGS.checkpoint))
     root = remote.path(remote.absolute(FLAGS.workdir))
     if recipe := recipe_lib.get(cfg.quant.recipe):
@@ -272,12 +276,14 @@ def _show(text: str) -> None:
         print(text, flush=True)
 
 
+def _code(error: Exception) -> int:
+    """The exit code of a run that ends with this error."""
+    return 2 if isinstance(error, InputError) or command.refused_by_disk(error) else 1
+
+
 def _end(text: str) -> None:
     """Ends after a crash, without waiting for others, which may wait for this process."""
     print(text, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        # Where another process died, JAX soon says which, and ends this one.
-        time.sleep(mesh_lib.HEARTBEAT_SECONDS + 15)
     scratch.remove()
     sys.stdout.flush()
     os._exit(1)

@@ -4,10 +4,18 @@ Axis names of arrays are logical ("embed", "heads", "batch"); `RULES` below is t
 maps them to mesh axes. A mesh of one device is the same code as a mesh of many.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import socket
+import sys
+import threading
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +39,13 @@ RULES = {
 # unless `fsdp` saves memory.
 SAMPLING_RULES = RULES | {"embed": "fsdp"}
 
-HEARTBEAT_SECONDS = 60  # when a process has been silent for so long, all others end
+# When a process has sent no heartbeat for so long, all others end. Threads of their own send them,
+# whatever Python does; a network may be away for some tens of seconds.
+HEARTBEAT_SECONDS = 60
+# So long a process waits for all others to start: hosts get their images and their turn minutes
+# apart, and one that gives up ends all.
+JOIN_SECONDS = 900
+_ANSWER_SECONDS = 30  # after that, until a process that has not been told who is missing ends, too
 
 
 def make_mesh(
@@ -76,18 +90,56 @@ def start(
     """Joins this process to the others of a multi-host run; call it before any other JAX call.
 
     Without arguments JAX detects the cluster (SLURM, Kubernetes, TPU, MPI); if there is none, the
-    process runs alone. If a process dies, the others end with a message that names it.
+    process runs alone. If a process dies, or does not come within JOIN_SECONDS, JAX ends the others
+    with a message that names it.
     """
-    if coordinator is not None:
-        if num_processes is None or process_id is None:
-            raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-        return
-    if num_processes is not None or process_id is not None:
+    if coordinator is None and (num_processes is not None or process_id is not None):
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT")
+    if coordinator is not None and (num_processes is None or process_id is None):
+        raise InputError("--coordinator needs --num_processes=N and --process_id=I too")
+    with _missing_are_named():
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=JOIN_SECONDS + _ANSWER_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError:
+            if coordinator is not None:
+                raise
+            return  # JAX found no cluster to ask for a coordinator
+
+
+@contextlib.contextmanager
+def _missing_are_named() -> Iterator[None]:
+    """Processes that do not come in the meantime are named before JAX ends this one.
+
+    Process 0 knows who has come, and would wait for the others for an hour, while they give up. It
+    is to be the first who does: it tells them. When it is missing itself, nobody tells.
+    """
+    of_jax: Any = distributed
+    library, make = of_jax._jax, "get_distributed_runtime_service"
+    service = functools.partial(getattr(library, make), cluster_register_timeout=JOIN_SECONDS)
+    late = threading.Timer(JOIN_SECONDS + _ANSWER_SECONDS / 2, _name_the_first)
+    late.daemon = True
+    late.start()
+    of_jax._jax = types.SimpleNamespace(**vars(library) | {make: service})
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError:  # JAX found no cluster to ask for a coordinator
-        return
+        yield
+    finally:
+        of_jax._jax = library
+        late.cancel()
+
+
+def _name_the_first() -> None:
+    address = distributed.global_state.coordinator_address or ""
+    host, _, port = address.rpartition(":")
+    found = "does not answer; look whether it was started"
+    with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), 5):
+        found = "answers, but has not met all others; look whether they were started"
+    print(
+        f"error: process 0 ({address}) {found}, and start all processes again",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip

@@ -74,6 +74,7 @@ class Distill(Section):
     eval_every: Index = 0  # steps between evaluations; 0: none
     eval_chunks: Count = 4
     max_bad_steps: Count = 10
+    hang_seconds: Count = 900  # as train.hang_seconds
 
     def __post_init__(self):
         super().__post_init__()

@@ -84,3 +84,6 @@ class Train(Section):
     # Evaluations are graded as videos of this world, and the best is kept; "": they are not.
     eval_grade: Annotated[str, OneOf(GRADERS)] = ""
     max_bad_steps: Count = 10  # steps in a row whose loss, gradient or result is not finite
+    # All processes end when one has kept the others waiting for so long. Above it: what one of them
+    # may do alone, as writing an evaluation's videos, and a minute for each try of lost storage.
+    hang_seconds: Count = 900

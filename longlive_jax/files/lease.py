@@ -79,10 +79,15 @@ def _acquire(lock: RemotePath, taken: str) -> bytes:
     while True:
         waited = time.monotonic() - since
         if content is None or _is_gone(_holder(content)) or waited > EXPIRES:
-            made = lock.compare_and_write(_content(), generation)
+            ours = _content()
+            made = lock.compare_and_write(ours, generation)
             if made is not None:
                 return made
-        found, now = lock.read_generation()
+            found, now = lock.read_generation()
+            if found == ours:  # it was written, and the answer was lost
+                return now
+        else:
+            found, now = lock.read_generation()
         if now != generation and found is not None:
             holder = _holder(found)
             raise InputError(

@@ -23,7 +23,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from longlive_jax.files import remote
 
-__all__ = ["COMMITTED", "check_read", "ocp"]
+__all__ = ["COMMITTED", "check_read", "failures", "ocp"]
 
 COMMITTED = "commit_success.txt"  # of a whole state on object storage
 
@@ -55,12 +55,20 @@ def _spec(directory: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, 
 def _with_store(value: Any, scheme: str) -> Any:
     """A description with each gs:// in it as the same key of the scheme's store."""
     if isinstance(value, str) and value.startswith("gs://"):
-        return remote.spec(f"{scheme}://{value.removeprefix('gs://')}")
+        return _store(f"{scheme}://{value.removeprefix('gs://')}")
     if isinstance(value, dict) and value.get("driver") in ("gcs", "gcs_grpc"):
-        return remote.spec(f"{scheme}://{value['bucket']}/{value['path']}")
+        return _store(f"{scheme}://{value['bucket']}/{value['path']}")
     if isinstance(value, dict):
         return {key: _with_store(one, scheme) for key, one in value.items()}
     return [_with_store(one, scheme) for one in value] if isinstance(value, list) else value
+
+
+def _store(address: str) -> dict[str, Any]:
+    """As `remote.spec`. Each object of a state has one writer, and a conditional write whose answer
+    is lost is refused when it is made again, which would end the save.
+    """
+    found = remote.spec(address)
+    return found | ({"use_conditional_write": False} if found["driver"] == "s3" else {})
 
 
 def _is_object_storage(path: Any) -> bool:
@@ -71,6 +79,30 @@ tensorstore_utils.build_kvstore_tspec = _spec
 gcs_utils.is_gcs_path = _is_object_storage
 # It would ask Google's client, a package of its own, to remove folders without anything in them.
 gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
+
+
+def failures(checkpointer: ocp.training.Checkpointer) -> list[BaseException]:
+    """A list that gets the errors of this process's parts of saves, as soon as they happen.
+
+    Orbax raises such an error when all processes have ended the save: they wait for this one's
+    part, for 20 minutes.
+    """
+    manager: Any = getattr(checkpointer, "_manager")  # noqa: B009
+    writer = getattr(manager._checkpointer, "_async_manager", None)
+    found: list[BaseException] = []
+    if writer is None:
+        return found
+    check = writer.check_for_errors
+
+    def noted() -> None:
+        try:
+            check()
+        except BaseException as error:
+            found.append(error)
+            raise
+
+    writer.check_for_errors = noted
+    return found
 
 
 def check_read(tree: Any) -> None:

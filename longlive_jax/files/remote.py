@@ -36,6 +36,13 @@ _QUICK = 4  # tries of the first request of a command: some seconds
 MAX_OBJECT = 5 * 2**30 - 1  # bytes of one request that writes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _ONE_SLASH = re.compile(r"(gs|s3):/(?!/)", re.IGNORECASE)
+# TensorStore waits for ever for a server that has taken a request and says nothing. One that moves
+# less than a byte a second for so long is given up, and tried again: storage answers within
+# seconds, and a minute is less than what a save may keep others waiting for.
+STALLED_SECONDS = 60
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALLED_SECONDS))
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "30")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -464,6 +471,8 @@ _REASONS = (
         ("PERMISSION_DENIED", "AccessDenied", "response_code='403'"),
         "no permission: it is read-only for these credentials, or there are none",
     ),
+    # A conditional write that was done, and is refused when it is made again.
+    (("ALREADY_EXISTS: Error writing",), "the storage has lost its answer to a write"),
 )  # fmt: skip
 
 

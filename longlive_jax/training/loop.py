@@ -16,7 +16,7 @@ from orbax.checkpoint import multihost
 from longlive_jax import params as params_lib
 from longlive_jax.errors import NotFiniteError, StorageError
 from longlive_jax.files.remote import AnyPath
-from longlive_jax.training import checkpoint, metrics, state
+from longlive_jax.training import checkpoint, metrics, state, watch
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
@@ -93,7 +93,10 @@ def run(
 
 def _run(objective, plan, root, inputs, show, stop) -> tuple[TrainState, Done]:
     evaluate, step = inputs.evaluate, Step(objective)
+    entered = time.perf_counter()
+    watch.at("compiles its programs")
     compiled = {due: _compile(step, due, show) for due in step.programs}
+    watch.at("reads its state")
     saved = checkpoint.Checkpoints(root, plan)
     if saved.latest is not None:
         now = saved.restore(state.abstract(objective))
@@ -104,13 +107,15 @@ def _run(objective, plan, root, inputs, show, stop) -> tuple[TrainState, Done]:
 
     with (
         contextlib.closing(inputs.batches(range(done, plan.steps))) as batches,
-        contextlib.closing(metrics.Metrics(root, objective, plan, done, show)) as log,
+        contextlib.closing(metrics.Metrics(root, objective, plan, done, show, entered)) as log,
     ):
         stopped = False
         try:
             while done < plan.steps and not stopped:
+                watch.at(f"reads the data of step {done + 1}")
                 asked = time.perf_counter()
                 batch, names = next(batches)
+                watch.at(f"takes step {done + 1}", bounded=True)
                 began = time.perf_counter()
                 now, report = compiled[step.due(done)](now, inputs.frozen, batch)
                 done += 1
@@ -119,15 +124,18 @@ def _run(objective, plan, root, inputs, show, stop) -> tuple[TrainState, Done]:
                 last, stopped = done == plan.steps, stop.reached(done)
                 saved.check()
                 if done % plan.save_every == 0 or last or stopped:
+                    watch.at(f"saves after step {done}")
                     # First its line, then the state: a run that goes on from it has the line.
                     _refuse_divergence(plan, log.flush())
-                    log.sync()
+                    log.sync(done)
                     saved.save(done, now)
                 if evaluate is not None and not stopped and (done % plan.eval_every == 0 or last):
+                    watch.at(f"evaluates after step {done}")
                     _refuse_divergence(plan, log.flush())
                     show(f"evaluation: {evaluate(done, now.networks)}")
+            watch.at("waits for its last save")
             saved.close()
-            log.sync()
+            log.sync(over=True)
         except StorageError as error:
             raise _rescued(error, root, saved, log, done, now) from error
     if done == plan.steps:

@@ -3,6 +3,7 @@
 A step is reported when the next one has been given to the devices, so that they never wait for it.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -21,7 +22,7 @@ from longlive_jax.files import versioned
 from longlive_jax.files.atomic import atomic_path
 from longlive_jax.files.remote import AnyPath
 from longlive_jax.files.scratch import Mirror
-from longlive_jax.training import cost
+from longlive_jax.training import cost, goodput
 from longlive_jax.training.objective import Objective
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.prefetch import decode_names
@@ -39,6 +40,7 @@ class _Pending(NamedTuple):
     names: jax.Array | None
     began: float  # when it was given to the devices
     waited: float  # for its data before that, seconds
+    done: concurrent.futures.Future[float]  # when the devices had done it
 
 
 class Metrics:
@@ -48,6 +50,7 @@ class Metrics:
       root: gets metrics.jsonl and tensorboard/. Lines after step `start` are cut off. On object
         storage it gets them now and then: `sync`.
       show: prints a line a step.
+      began: when this start of the run began, by time.perf_counter; None: now.
     """
 
     def __init__(
@@ -57,22 +60,27 @@ class Metrics:
         plan: Plan,
         start: int,
         show: Callable[[str], None],
+        began: float | None = None,
     ):
         self._objective, self._plan, self._show = objective, plan, show
         self._peak = cost.PEAK_TFLOPS.get(objective.mesh.devices.flat[0].device_kind)
         self._pending: _Pending | None = None
-        self._start = self._ended = time.perf_counter()
-        self._worked = 0.0
-        self._file = self._board = None
+        self._ended = self._idle = time.perf_counter()
+        self._waits = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        self._file = self._board = self._goodput = None
         if jax.process_index() == 0:
-            self._mirror, self._synced, self._lost = Mirror(root), self._start, False
+            self._mirror, self._synced, self._lost = Mirror(root), self._ended, False
             folder = self._mirror.folder
             self._mirror.fetch(METRICS)
+            self._mirror.fetch(goodput.FILE)
             cut(folder / METRICS, start)
+            entered = self._ended if began is None else began
+            self._goodput = goodput.Goodput(folder, start, entered, time.time())
             self._file = (folder / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(folder / TENSORBOARD), purge_step=start + 1, flush_secs=10
             )
+            self.sync()  # from now on this start counts, however it ends
 
     def add(
         self,
@@ -91,7 +99,8 @@ class Metrics:
         for array in jax.tree.leaves((metrics, names)):
             array.copy_to_host_async()
         line = self.flush()
-        self._pending = _Pending(number, metrics, names, began, waited)
+        done = self._waits.submit(_when_done, metrics)
+        self._pending = _Pending(number, metrics, names, began, waited, done)
         return line
 
     def flush(self) -> dict[str, Any] | None:
@@ -103,7 +112,11 @@ class Metrics:
         now = time.perf_counter()
         seconds = now - max(self._ended, step.began)
         self._ended = now
-        self._worked += seconds
+        # Its seconds may hold a wait for the next step's data: it is looked at when that is given.
+        done = step.done.result()
+        worked, self._idle = done - max(self._idle, step.began), done
+        if self._goodput is not None and not int(metrics.bad[1]):
+            self._goodput.useful += worked
         line = self._line(step, metrics, names, seconds)
         due = step.number == self._plan.steps or step.number % self._plan.log_every == 0
         if self._file is not None and self._board is not None and due:
@@ -117,13 +130,17 @@ class Metrics:
                 self.sync()
         return line
 
-    def sync(self) -> None:
-        """Sends the log as it is to object storage, if the run's folder is there.
+    def sync(self, saves: int | None = None, over: bool = False) -> None:
+        """Writes the run's goodput; sends the log to object storage, if the run's folder is there.
+
+        Args:
+          saves: the step whose state is saved next. over: the run ends here, by itself.
 
         Raises:
           StorageError: it refuses, or does not answer.
         """
-        if self._file is not None and self._board is not None:
+        if self._file is not None and self._board is not None and self._goodput is not None:
+            self._goodput.write(time.time(), saves, over)
             self._board.flush()
             self._mirror.sync()
             self._synced = time.perf_counter()
@@ -132,9 +149,11 @@ class Metrics:
         """Sends nothing more to object storage that is lost; writes the lines to another folder."""
         self._lost = True
         if self._file is not None and folder is not None:
-            (folder / METRICS).write_bytes((self._mirror.folder / METRICS).read_bytes())
+            for name in (METRICS, goodput.FILE):
+                (folder / name).write_bytes((self._mirror.folder / name).read_bytes())
 
     def close(self) -> None:
+        self._waits.shutdown(wait=False, cancel_futures=True)
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
@@ -163,8 +182,8 @@ class Metrics:
             if self._peak is not None:
                 line["mfu"] = round(tflops / self._peak, 5)
         line["data_wait"] = round(step.waited, 6)
-        # Of the time since the start: the rest compiled, saved, evaluated, waited for data.
-        line["goodput"] = round(self._worked / (self._ended - self._start), 4)
+        if self._goodput is not None:
+            line["goodput"] = float(f"{self._goodput.share(self._ended):.4g}")
         return line
 
     def _field(self, network, name):
@@ -185,6 +204,12 @@ class Metrics:
         if line["bad_in_row"]:
             parts.append(f"NOT FINITE, left out; {line['bad_in_row']} in a row")
         return "  ".join(parts)
+
+
+def _when_done(metrics: StepMetrics) -> float:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # who reads the metrics has it, too
+        jax.block_until_ready(metrics)
+    return time.perf_counter()
 
 
 def number(value: Any) -> int | float | None:

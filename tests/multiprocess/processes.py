@@ -19,9 +19,16 @@ class Job:
     """
 
     def __init__(
-        self, folder: pathlib.Path, flags, processes: int = 1, devices: int = 4, patch=None
-    ):
-        """devices: of each process. patch(): called in each process before the command."""
+        self, folder: pathlib.Path, flags, processes: int = 1, devices: int = 4, patch=None,
+        own=None, late=(),
+    ):  # fmt: skip
+        """
+        Args:
+          devices: of each process.
+          patch: called in each process before the command.
+          own: {process: patch} in the place of that.
+          late: processes that `start` starts.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._outputs = [folder / f"{i}.txt" for i in range(processes)]
         together = ()
@@ -30,15 +37,23 @@ class Job:
                 free.bind(("localhost", 0))
                 address = f"localhost:{free.getsockname()[1]}"
             together = (f"--coordinator={address}", f"--num_processes={processes}")
-        self.processes = []
-        for i, output in enumerate(self._outputs):
-            words = ["launch.train", *map(str, flags), *together]
-            words += [f"--process_id={i}"] if together else []
-            process = _SERVER.Process(
-                target=commands.enter, args=(words, [str(output)] * 2, devices, patch)
-            )
-            process.start()
-            self.processes.append(process)
+        self.processes = [None] * processes
+        self._words = ["launch.train", *map(str, flags), *together]
+        self._devices, self._patch, self._own = devices, patch, own or {}
+        for i in range(processes):
+            if i not in late:
+                self.start(i)
+
+    def start(self, process: int) -> None:
+        """Starts a process, for the first time or again."""
+        several = [f"--process_id={process}"] if len(self.processes) > 1 else []
+        output = [str(self._outputs[process])] * 2
+        patch = self._own.get(process, self._patch)
+        started = _SERVER.Process(
+            target=commands.enter, args=(self._words + several, output, self._devices, patch)
+        )
+        started.start()
+        self.processes[process] = started
 
     def __enter__(self):
         return self
@@ -49,9 +64,9 @@ class Job:
     def wait(self, seconds: float = 240) -> list[int]:
         """The exit codes."""
         end = time.monotonic() + seconds
-        for process in self.processes:
+        for process in filter(None, self.processes):
             process.join(max(0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
+        codes = [process.exitcode for process in self.processes if process]
         assert None not in codes, self.text()
         return codes
 
@@ -60,9 +75,9 @@ class Job:
 
     def kill(self) -> None:
         """All of them, at once and without notice."""
-        for i, process in enumerate(self.processes):
+        for process in filter(None, self.processes):
             if process.is_alive():
-                self.signal(signal.SIGKILL, i)
+                os.kill(process.pid, signal.SIGKILL)
             process.join()
 
     def text(self, process: int | None = None) -> str:
@@ -75,7 +90,7 @@ class Job:
         end = time.monotonic() + seconds
         while not (result := found()):
             assert time.monotonic() < end, self.text()
-            assert all(p.is_alive() for p in self.processes), self.text()
+            assert all(p.is_alive() for p in self.processes if p), self.text()
             time.sleep(0.01)
         return result
 

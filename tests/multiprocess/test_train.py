@@ -16,6 +16,8 @@ from tests.training import tiny_run
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 24
+# As small as can be: what these tests are about is not the model.
+SMALL = {k: v for k, v in tiny_run.BEFORE.items() if k.startswith("model")}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def data(tmp_path_factory):
 
 
 def flags(data, root, **overrides):
-    overrides = dict(mesh__fsdp=2, mesh__seq=2, train__steps=STEPS) | overrides
+    overrides = SMALL | dict(mesh__fsdp=2, mesh__seq=2, train__steps=STEPS) | overrides
     return tiny_run.flags(data, root / "run", **overrides)
 
 

@@ -3,7 +3,11 @@ import pathlib
 
 import pytest
 
-from tests.storage import servers
+# TensorStore reads it once, with the first request: a server that says nothing is given up so soon.
+os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "4"
+
+from longlive_jax.files import remote
+from tests.storage import faults, servers
 
 
 @pytest.fixture(scope="package")
@@ -16,6 +20,17 @@ def s3():
 def gs():
     with servers.gs() as server:
         yield server
+
+
+@pytest.fixture
+def faulty(s3, monkeypatch):
+    """The s3 server behind a proxy, whose `fault` the test sets."""
+    with faults.proxy(s3) as made:
+        for key, value in made.environment.items():
+            monkeypatch.setenv(key, value)
+        remote._opened.cache_clear()
+        yield made
+    remote._opened.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,13 @@ import tempfile
 import av
 import numpy as np
 import pytest
+from absl import flags
 
+from launch import command
 from longlive_jax.checkpoints import store, workdir
 from longlive_jax.data import records
 from longlive_jax.data.manifest import PROGRESS
+from longlive_jax.errors import InputError
 from longlive_jax.files import remote
 from tests.launch import commands
 from tests.launch.commands import PROMPTS, TINY, save_tiny, write
@@ -171,25 +174,39 @@ def test_a_storage_that_is_lost_on_the_way(cached, tmp_path, monkeypatch):
     assert len(tiny_run.lines(rescued)) == step + 1
 
 
-@pytest.mark.parametrize(
-    "flag, words",
-    [
-        ("--workdir=hdfs://name/run", "nothing serves hdfs://"),
-        ("--workdir=gs:/bucket/run", "has one slash"),
-        ("--workdir=s3://nobodys-bucket/run", "there is no bucket of this name"),
-        ("--checkpoint=file:///ckpt", "nothing serves file://"),
-        ("--config.data.path=hdfs://name/data", "nothing serves hdfs://"),
-        ("--config.data.path=s3://nobodys-bucket/data", "there is no bucket of this name"),
-        ("--config.data.eval_path=s3://bucket/prompts.txt", "is read from a local disk"),
-    ],
-)
-def test_train_refuses_before_anything_starts(s3, cached, tmp_path, monkeypatch, flag, words):
+# Of these one is seen to end a process, the others to be the error that does.
+REFUSED = [
+    ("--workdir=hdfs://name/run", "nothing serves hdfs://"),
+    ("--workdir=gs:/bucket/run", "has one slash"),
+    ("--workdir=s3://nobodys-bucket/run", "there is no bucket of this name"),
+    ("--checkpoint=file:///ckpt", "nothing serves file://"),
+    ("--config.data.path=hdfs://name/data", "nothing serves hdfs://"),
+    ("--config.data.path=s3://nobodys-bucket/data", "there is no bucket of this name"),
+    ("--config.data.eval_path=s3://bucket/prompts.txt", "is read from a local disk"),
+]
+
+
+@pytest.mark.parametrize("flag, words", REFUSED)
+def test_addresses_are_refused_by_the_name_of_their_flag(s3, monkeypatch, flag, words):
+    name, _, value = flag.removeprefix("--").partition("=")
+    with pytest.raises(InputError) as error:
+        if name.startswith("config."):
+            setting = name.removeprefix("config.").replace(".", "__")
+            command._check_paths(tiny_run.config(**{setting: value}))
+        else:
+            given = flags.FlagValues()
+            flags.DEFINE_string(name, value, "", flag_values=given)
+            given.mark_as_parsed()
+            monkeypatch.setattr(command, "FLAGS", given)
+            command._check_addresses(("workdir", "checkpoint"))
+    assert words in str(error.value) and flag.partition("=")[0] in str(error.value)
+
+
+def test_train_refuses_before_anything_starts(s3, cached, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [
-        f for f in tiny_run.flags(cached, s3.path("no")) if f.split("=")[0] != flag.split("=")[0]
-    ]
-    text = refused("train", *flags, flag)
-    assert words in text and flag.partition("=")[0] in text, text
+    flag, words = REFUSED[2]
+    text = refused("train", *tiny_run.flags(cached, s3.path("no"))[:1], flag)
+    assert words in text and "--workdir" in text, text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,11 +18,10 @@ from longlive_jax.training.checkpoint import Checkpoints
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 from tests.storage import servers
+from tests.storage.test_commands import here
 from tests.training.tiny_run import equal
 
-# A fork server of other tests would not have the environment that names the servers.
-_PROCESSES = multiprocessing.get_context("spawn")
-_PROCESSES.set_forkserver_preload(["tests.launch.preload"])
+_PROCESSES = multiprocessing.get_context("forkserver")
 PLAN = Plan("train", steps=10**6, save_every=1, keep_last=2)
 
 
@@ -40,19 +39,32 @@ def template(like: TrainState):
 
 
 def test_a_state_of_7_million_parameters_comes_back(server):
-    root = server.path("run7")
+    root, newest = server.path("run7"), state(3)
     states = Checkpoints(root, PLAN)
     assert states.latest is None
-    for step in (1, 2, 3):
-        states.save(step, state(step))
+    for step in (1, 2):
+        states.save(step, state(step, 1000))
+    states.save(3, newest)
     states.close()
     assert workdir.whole(root) == [2, 3]
     again = Checkpoints(root, PLAN)
-    assert equal(again.restore(template(state(0))), state(3))
+    assert equal(again.restore(template(newest)), newest)
     again.close()
 
 
 # A process that is killed.
+
+
+def _start(target, *args):
+    """A fork of the server of all tests, with the environment that names this test's servers."""
+    process = _PROCESSES.Process(target=_begin, args=(here(), target, *args))
+    process.start()
+    return process
+
+
+def _begin(enter, target, *args):
+    enter()
+    target(*args)
 
 
 def _save_on_and_on(root: str, parameters: int, told) -> None:
@@ -78,8 +90,7 @@ def kill_while_it_saves(root, parameters, had, is_time):
     Gives the newest whole step, which it checks, and whether a state was half written.
     """
     mine, its = _PROCESSES.Pipe()
-    process = _PROCESSES.Process(target=_save_on_and_on, args=(str(root), parameters, its))
-    process.start()
+    process = _start(_save_on_and_on, str(root), parameters, its)
     its.close()  # or a process that failed would be waited for
     while mine.recv() < had + 2:
         pass
@@ -147,8 +158,7 @@ def test_a_folder_has_one_writer(s3, monkeypatch):
 def test_the_lock_of_a_process_that_was_killed_is_free(s3):
     root = s3.path("lost")
     mine, its = _PROCESSES.Pipe()
-    process = _PROCESSES.Process(target=_hold, args=(str(root), its, 60))
-    process.start()
+    process = _start(_hold, str(root), its, 60)
     its.close()  # or a process that failed would be waited for
     mine.recv()
     os.kill(process.pid, signal.SIGKILL)
