@@ -120,16 +120,18 @@ def _missing_are_named() -> Iterator[None]:
     is to be the first who does: it tells them. When it is missing itself, nobody tells.
     """
     of_jax: Any = distributed
-    library, make = of_jax._jax, "get_distributed_runtime_service"
-    service = functools.partial(getattr(library, make), cluster_register_timeout=JOIN_SECONDS)
+    library, make = getattr(of_jax, "_jax", None), "get_distributed_runtime_service"
     late = threading.Timer(JOIN_SECONDS + _ANSWER_SECONDS / 2, _name_the_first)
     late.daemon = True
     late.start()
-    of_jax._jax = types.SimpleNamespace(**vars(library) | {make: service})
+    if hasattr(library, make):  # private: with another JAX, process 0 names nobody
+        service = functools.partial(getattr(library, make), cluster_register_timeout=JOIN_SECONDS)
+        of_jax._jax = types.SimpleNamespace(**vars(library) | {make: service})
     try:
         yield
     finally:
-        of_jax._jax = library
+        if hasattr(library, make):
+            of_jax._jax = library
         late.cancel()
 
 

@@ -23,7 +23,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from longlive_jax.files import remote
 
-__all__ = ["COMMITTED", "check_read", "failures", "ocp"]
+__all__ = ["COMMITTED", "check_read", "ocp"]
 
 COMMITTED = "commit_success.txt"  # of a whole state on object storage
 
@@ -79,30 +79,6 @@ tensorstore_utils.build_kvstore_tspec = _spec
 gcs_utils.is_gcs_path = _is_object_storage
 # It would ask Google's client, a package of its own, to remove folders without anything in them.
 gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
-
-
-def failures(checkpointer: ocp.training.Checkpointer) -> list[BaseException]:
-    """A list that gets the errors of this process's parts of saves, as soon as they happen.
-
-    Orbax raises such an error when all processes have ended the save: they wait for this one's
-    part, for 20 minutes.
-    """
-    manager: Any = getattr(checkpointer, "_manager")  # noqa: B009
-    writer = getattr(manager._checkpointer, "_async_manager", None)
-    found: list[BaseException] = []
-    if writer is None:
-        return found
-    check = writer.check_for_errors
-
-    def noted() -> None:
-        try:
-            check()
-        except BaseException as error:
-            found.append(error)
-            raise
-
-    writer.check_for_errors = noted
-    return found
 
 
 def check_read(tree: Any) -> None:

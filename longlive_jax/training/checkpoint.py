@@ -16,12 +16,11 @@ from longlive_jax import config as config_lib
 from longlive_jax.checkpoints import workdir
 from longlive_jax.errors import InputError
 from longlive_jax.files import folders, lease, remote
-from longlive_jax.files.orbax import check_read, failures, ocp
+from longlive_jax.files.orbax import check_read, ocp
 from longlive_jax.files.remote import AnyPath, RemotePath
 from longlive_jax.training.plan import Plan
 from longlive_jax.training.state import NetworkState, TrainState
 
-_LOOK_SECONDS = 1.0  # between looks whether a save has failed, which is waited for
 _FULL = ("No space left", "ENOSPC", "Disk quota", "EDQUOT", "File too large", "EFBIG")
 
 
@@ -83,7 +82,6 @@ class Checkpoints:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise workdir.damaged(self._path, error) from error
-        self._failures = failures(self._saved)
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
     @property
@@ -163,15 +161,12 @@ class Checkpoints:
             return
         step, response = self._saving
         with self._explained(step):
-            while True:
-                try:
-                    response.result(timeout=_LOOK_SECONDS if timeout is None else timeout)
-                    break
-                except TimeoutError:
-                    if self._failures:
-                        raise self._failures.pop() from None
-                    if timeout is not None:
-                        return
+            try:
+                response.result(timeout=timeout)
+            except TimeoutError:
+                if timeout is None:
+                    raise
+                return
             self._saving = None
 
     @contextlib.contextmanager
