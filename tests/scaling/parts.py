@@ -8,7 +8,7 @@ from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForci
 from longlive_jax.training.step import Step
 
 NETWORK = lib.Model(
-    dim=64, ffn_dim=128, num_heads=4, num_layers=3, in_dim=8, out_dim=8, text_dim=32, text_len=16,
+    dim=64, ffn_dim=128, num_heads=4, num_layers=2, in_dim=8, out_dim=8, text_dim=32, text_len=16,
     freq_dim=16,
 )  # fmt: skip
 VAE = lib.VAE(z_dim=8, latent_mean=(0.0,) * 8, latent_std=(1.0,) * 8)

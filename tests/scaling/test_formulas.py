@@ -11,7 +11,7 @@ from longlive_jax.errors import InputError
 from longlive_jax.scaling import memory, traffic
 from longlive_jax.scaling.chips import CHIPS
 from tests import hlo
-from tests.scaling.parts import config, traced
+from tests.scaling.parts import RECYCLING, config, traced
 
 NAMES = {
     "all-gather": "all_gather",
@@ -54,9 +54,18 @@ def test_of_the_whole_model_too():
     assert traffic.step(cfg) == collectives.traffic(traced(cfg).jaxpr, _sizes(mesh))
 
 
-@pytest.mark.parametrize("mesh", [lib.Mesh(fsdp=4, seq=2), lib.Mesh(data=4, fsdp=2)], ids=str)
-def test_memory_and_traffic_are_those_of_the_compiled_step(mesh):
-    cfg = dataclasses.replace(config(mesh, latent_frames=16), dtype="float32")
+@pytest.mark.parametrize(
+    "mesh, recycling",
+    [
+        pytest.param(lib.Mesh(data=2, fsdp=2, seq=2), RECYCLING, id="8 devices"),
+        pytest.param(
+            lib.Mesh(fsdp=4), lib.ErrorRecycling(), id="4 devices", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_memory_and_traffic_are_those_of_the_compiled_step(mesh, recycling):
+    cfg = config(mesh, latent_frames=16, error_recycling=recycling)
+    cfg = dataclasses.replace(cfg, dtype="float32")
     compiled = traced(cfg).lower().compile()
     # A few counters come on top.
     held = compiled.memory_analysis().argument_size_in_bytes
