@@ -30,10 +30,9 @@ def main() -> None:
         record = kept[program.key] = scale_programs.compile_one(program)
         scale_programs.write(FLAGS.kept, kept)
         print(f"{record.key}: {record.refused or 'fits'}, {record.seconds} s", flush=True)
-    missing = [key for key in scale_programs.PROGRAMS if key not in kept]
-    if missing:
+    if scale_page.NEEDED not in kept:
         raise InputError(
-            f"--kept={FLAGS.kept}: has no {', '.join(missing)}; give --compile={','.join(missing)}"
+            f"--kept={FLAGS.kept}: has no {scale_page.NEEDED}; give --compile={scale_page.NEEDED}"
         )
     with atomic_path(FLAGS.output) as partial:
         partial.write_text(scale_page.text(kept))

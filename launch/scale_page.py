@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from configs import train_ar_5b
-from launch.scale_programs import STEP, Record
+from launch.scale_programs import PROGRAMS, STEP, Record
 from longlive_jax import config as config_lib
 from longlive_jax.scaling import memory, plans
 from longlive_jax.scaling.chips import CHIPS
@@ -20,32 +20,35 @@ H200_MEMORY = 71.8e9  # bytes a card
 class Layout:
     """The mesh below `data` that a chip is planned with, for these numbers of devices.
 
-    compiled: the step's program that temporaries are taken from, by key; None: they are measured.
+    compiled: the step's programs that temporaries are taken from, by key, the first that is there;
+      none: they are measured.
     """
 
     chip: str
     fsdp: int
     seq: int
     remat: str
-    compiled: str | None
+    compiled: tuple[str, ...]
     sizes: tuple[int, ...] = plans.SIZES
 
 
+_V5P, _V6E = f"{STEP}@v5p:2x2x4", f"{STEP}@v6e:8x8"
+NEEDED = _V5P  # without this there is no document
 LAYOUTS = (
-    Layout("H200", fsdp=2, seq=4, remat="output", compiled=None),
-    Layout("v5p", fsdp=2, seq=4, remat="block", compiled=f"{STEP}@v5p:2x2x4"),
-    Layout("v6e", fsdp=2, seq=4, remat="block", compiled=f"{STEP}@v6e:8x8", sizes=(8,)),
-    Layout("v6e", fsdp=16, seq=4, remat="block", compiled=f"{STEP}@v6e:8x8", sizes=(64, 512, 4096)),
+    Layout("H200", fsdp=2, seq=4, remat="output", compiled=()),
+    Layout("v5p", fsdp=2, seq=4, remat="block", compiled=(_V5P,)),
+    Layout("v6e", fsdp=2, seq=4, remat="block", compiled=(_V6E, _V5P), sizes=(8,)),
+    Layout("v6e", fsdp=16, seq=4, remat="block", compiled=(_V6E, _V5P), sizes=(64, 512, 4096)),
 )
 
 
 def text(records: Mapping[str, Record]) -> str:
-    """The document. records: of all `scale_programs.PROGRAMS`, by key."""
+    """The document. records: of `scale_programs.PROGRAMS`, by key; of v5p's step at least."""
     share = measured_share()
     template = pathlib.Path(__file__).with_name("scale_template.md").read_text()
     return template.format(
         chips=_joined(_chips()),
-        compiled=_joined(_compiled(records.values())),
+        compiled=_joined(_compiled(records)),
         memory=_joined(_memory(records)),
         time=_joined(_time(share)),
         storage_table=_joined(_storage(records)),
@@ -80,12 +83,12 @@ def measured_share() -> float:
 
 def temporaries(plan: Plan, layout: Layout, records: Mapping[str, Record]) -> tuple[float, str]:
     """Bytes of a device beside the step's arguments, and the document's letter for where from."""
-    if layout.compiled is None:
+    if not layout.compiled:
         return H200_MEMORY - sum(memory.arguments(four_h200().cfg).values()), "c"
-    record = records[layout.compiled]
+    record = next(records[key] for key in layout.compiled if key in records)
     _, fsdp, seq = record.mesh
     assert (seq, record.remat) == (layout.seq, layout.remat), layout
-    if fsdp == layout.fsdp:
+    if (record.chip, fsdp) == (layout.chip, layout.fsdp):
         return record.temporaries, "a"
     one, other = (memory.gradient(plan.cfg, shards) for shards in (layout.fsdp * seq, fsdp * seq))
     return record.temporaries + one - other, "b"
@@ -99,7 +102,7 @@ def breaks_first(plan: Plan, beside: float) -> tuple[float, str]:
     times, train = plan.times(), plan.cfg.train
     most = memory.sample(plan.cfg)[1] * train.batch_size / times.floor / plan.hosts
     held = sum(memory.arguments(plan.cfg).values()) + beside
-    videos = f"batch of {train.batch_size}, tried: {plans.TRIED_BATCH}"
+    videos = f"batch of {train.batch_size:,}, tried: {plans.TRIED_BATCH}"
     return max(
         (held / plan.chip.memory, "memory of a device"),
         ((times.inner + times.outer) / times.compute, "links, against computation"),
@@ -158,26 +161,26 @@ def _chips() -> Iterator[str]:
         )  # fmt: skip
 
 
-def _compiled(records: Iterable[Record]) -> Iterator[str]:
+def _compiled(records: Mapping[str, Record]) -> Iterator[str]:
     yield from _table(
         "program", "slice", "data x fsdp x seq", "batch", "arguments, GiB", "temporaries, GiB",
-        "of a chip's", "a chip sends, GiB", "compiled in, s (of all cores)", "jax, libtpu, date",
+        "of a chip's", "a chip sends, GiB", "compiled in, s", "jax, libtpu, date",
     )  # fmt: skip
-    for one in records:
-        chip = CHIPS[one.topology.partition(":")[0]]
+    for key, program in PROGRAMS.items():
+        name = "training step" if program.name == STEP else f"`{program.name}`"
+        remat = f", remat={program.remat}" if program.remat else ""
+        begun = f"{name}{remat}", program.topology, _mesh(program.mesh), program.batch
+        if key not in records:
+            yield _row(*begun, "not compiled yet", *["-"] * 5)
+            continue
+        one = records[key]
         held = one.arguments + one.temporaries
-        fits = f"{held / chip.memory:.0%}" + (", refused" if one.refused else "")
-        remat = f", remat={one.remat}" if one.remat else ""
         yield _row(
-            f"{_name(one)}{remat}", one.topology, " x ".join(map(str, one.mesh)), one.batch,
-            _gib(one.arguments), _gib(one.temporaries), fits,
+            *begun, _gib(one.arguments), _gib(one.temporaries),
+            f"{held / CHIPS[one.chip].memory:.0%}" + (", refused" if one.refused else ""),
             _gib(sum(sent for _, sent in one.collectives.values())),
-            f"{one.seconds:.0f} ({one.cpu_seconds:.0f})", f"{one.jax}, {one.libtpu}, {one.date}",
+            f"{one.seconds:,.0f} ({one.cpu_seconds:.0f})", f"{one.jax}, {one.libtpu}, {one.date}",
         )  # fmt: skip
-
-
-def _name(record):
-    return "training step" if record.name == STEP else f"`{record.name}`"
 
 
 def _memory(records) -> Iterator[str]:

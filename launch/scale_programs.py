@@ -90,6 +90,10 @@ class Record:
     def key(self) -> str:
         return f"{self.name}@{self.topology}"
 
+    @property
+    def chip(self) -> str:
+        return self.topology.partition(":")[0]
+
 
 PROGRAMS = {
     program.key: program
