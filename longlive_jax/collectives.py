@@ -37,6 +37,11 @@ class Traffic(NamedTuple):
     sent: int
 
 
+def sent(name: str, devices: int) -> float:
+    """Of a device's input to a collective, how much it sends in all to a group of `devices`."""
+    return _SENT[name](devices)
+
+
 def traffic(jaxpr: Any, axes: Mapping[str, int]) -> dict[Kind, Traffic]:
     """Of a program: what each device sends, loops counted as often as they run.
 

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A package may import those before it, and itself.
 ORDER = ["errors", "files", "captions", "formats", "recipes", "config", "data", "grading", "mesh", "topology", "params", "collectives",
          "kernels", "ops", "quant", "models", "nnx", "diffusion", "checkpoints", "prompts",
-         "sampling", "pipeline", "training", "serving"]  # fmt: skip
+         "sampling", "pipeline", "training", "scaling", "serving"]  # fmt: skip
 FILES = sorted((ROOT / "longlive_jax").rglob("*.py"))
 
 

@@ -1,5 +1,6 @@
 """Programs compiled for slices of TPUs, without a TPU: by libtpu, which `make tpu` installs."""
 
+import collections
 import functools
 import math
 import re
@@ -11,8 +12,10 @@ from longlive_jax import config as config_lib
 from longlive_jax import topology
 from longlive_jax.errors import InputError
 from longlive_jax.sampling import programs, stream
+from longlive_jax.scaling import memory, traffic
 from longlive_jax.training.objectives.teacher_forcing import MODEL, TeacherForcing
 from longlive_jax.training.step import Step
+from tests import hlo
 from tests.launch.commands import run
 
 pytestmark = pytest.mark.tpu
@@ -76,6 +79,22 @@ def test_a_chunk_writes_its_cache_in_place():
     cache = math.prod(state.cache.k.sharding.shard_shape(state.cache.k.shape))
     large = {name for shape, name in shapes(program) if math.prod(shape) >= cache}
     assert "copy" not in large and "transpose" not in large
+
+
+def test_formulas_of_a_step_hold_of_what_is_compiled():
+    objective, compiled = step()
+    cfg = objective.cfg
+    held = sum(memory.arguments(cfg).values())
+    # Chips round small arrays up to whole tiles.
+    assert held <= compiled.memory_analysis().argument_size_in_bytes < 1.2 * held
+    found = hlo.sent(compiled.as_text(), loops=cfg.model.num_layers)
+    expected = collections.Counter()
+    for kind, (_, sent) in traffic.step(cfg).items():
+        expected[kind.name] += sent
+    assert found["all-to-all"] == expected["all_to_all"]
+    # Two small ones are all-reduces. The text repeats all-gathers that run beside other work.
+    assert found["reduce-scatter"] == pytest.approx(expected["reduce_scatter"], rel=0.01)
+    assert found["all-gather"] >= expected["all_gather"]
 
 
 def test_the_compiler_adds_no_communication():
