@@ -151,6 +151,7 @@ def test_converting_quantises_as_loading_does(plain, weights, name, tmp_path):
         assert x.sharding == sharding
 
 
+@pytest.mark.slow
 def test_codes_lie_two_a_byte(plain, weights, tmp_path):
     file = tiny.write_safetensors(tmp_path / "f.safetensors", weights)
     convert(tmp_path / "ckpt", file, recipe="nvfp4_w4a4")

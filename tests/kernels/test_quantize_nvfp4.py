@@ -175,6 +175,7 @@ def test_each_tensor_by_its_keys(monkeypatch, groups):
     same_bits(run(), expected)
 
 
+@pytest.mark.slow
 def test_groups_of_several_steps():
     """Two of two tiles each, which a program makes both, or one."""
     x, keys = arrays()["normal"], jax.random.split(jax.random.key(1), 2)

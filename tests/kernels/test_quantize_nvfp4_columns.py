@@ -146,7 +146,11 @@ def run_columns(y, fmt, lead, keys):
 
 @pytest.mark.parametrize(
     "transform, stochastic",
-    [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (True, True)],
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        (True, True),
+    ],
 )
 def test_operands_by_the_kernel(monkeypatch, transform, stochastic):
     """[part, sample, group, row, n]: tensors are parts' samples, each with an amax of its own."""

@@ -247,6 +247,7 @@ def test_the_text_encoder_is_trained(videos, tmp_path):
     assert not list(tmp_path.glob("out/text*"))
 
 
+@pytest.mark.slow
 def test_too_much_is_unreadable(encode, tmp_path):
     flags = "--epochs=6", "--config.data.max_bad_share=0.2"
     done = encode(tmp_path / "out", *flags, check=False)

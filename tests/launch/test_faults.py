@@ -59,7 +59,7 @@ def ended(done, code, *fragments):
     "part, path, name",
     [
         ("dit", "head/head/bias", "the transformer"),
-        ("vae", "decoder/head/2/bias", "the VAE"),
+        pytest.param("vae", "decoder/head/2/bias", "the VAE", marks=pytest.mark.slow),
         pytest.param("vae", "conv2/weight", "the VAE", marks=pytest.mark.slow),
     ],
 )

@@ -30,6 +30,7 @@ def test_sample(name, golden_checkpoint, tmp_path):
     assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_sample_on_two_devices(golden_checkpoint, tmp_path):
     latents, expected = _sample(
         "multi4", golden_checkpoint, tmp_path, "--config.mesh.seq=2", devices=2

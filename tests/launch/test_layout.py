@@ -36,6 +36,7 @@ def made(sample):
     return sample[1]()
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_samples_and_a_line_in_the_manifest(sample, made):
     folder, _ = sample
     assert "0 of 4 videos are there" in made.stdout

@@ -114,6 +114,7 @@ def test_entries_of_a_script_have_actions(pipeline, tmp_path):
     assert np.abs(one - made(pipeline.generate(plain, actions="still"))).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_live_stream_is_sampled_again_by_its_script(pipeline, tmp_path):
     session = pipeline.session(seed=3)
     session.prompt(PROMPTS[0])

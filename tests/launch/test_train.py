@@ -216,6 +216,7 @@ def test_a_full_disk_ends_the_run_with_the_older_state_whole(cached, tmp_path):
     assert len(tiny_run.lines(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_and_says_on_what(tmp_path):
     data = tiny_run.write_cached(tmp_path / "cached", bad=tuple(tiny_run.NAMES))
     flags = tiny_run.flags(data, tmp_path / "run", train__max_bad_steps=2, **MESH)

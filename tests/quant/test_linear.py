@@ -250,6 +250,7 @@ def test_with_their_largest_magnitudes_kept_tensors_are_read_once_less():
     assert maxima(operands.AMAX) == maxima() - 2
 
 
+@pytest.mark.slow
 def test_fused_matrices_are_tensors_of_their_own():
     p, x, dy = fused()
     p["weight"] = p["weight"] * jnp.repeat(jnp.asarray([0.01, 1, 30], jnp.bfloat16), 32)[None]

@@ -112,6 +112,7 @@ def test_without_a_decoder():
     assert not bool(steps(engine, noise=noise).step().finite)
 
 
+@pytest.mark.slow
 def test_a_decoder_on_a_device_of_its_own():
     engine = test_session.engine_of(CFG)
     mesh = mesh_lib.make_mesh(CFG.mesh, jax.devices()[1:2])
@@ -122,6 +123,7 @@ def test_a_decoder_on_a_device_of_its_own():
     assert not bool(steps(apart, noise=noise).step().finite)
 
 
+@pytest.mark.slow
 def test_frames_are_those_without_the_flag():
     """To the bit: the flag is beside the rounding, not in it."""
     draw = np.random.default_rng(0)

@@ -63,6 +63,7 @@ def test_the_mesh_changes_nothing(recipe):
     assert error(many, one) < 5e-3
 
 
+@pytest.mark.slow
 def test_products_before_their_scales(monkeypatch):
     """What a Hopper GPU is given, by its fallbacks: but for roundings, and the codes they move."""
     cfg = make_config("fp8")

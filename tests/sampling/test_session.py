@@ -108,6 +108,7 @@ def test_a_replay_is_the_same_to_the_bit():
     equal(chunks, session.replay())
 
 
+@pytest.mark.slow
 def test_a_replay_by_the_solver_that_renoises(tmp_path):
     """New noise is a function of seed, sample, chunk and step; a saved stream goes on with it."""
     cfg = test_stream.make_config(solver="x0_renoise")

@@ -1,5 +1,6 @@
 """A clip as a start: decoded, encoded, gone on from, and replayed from the script."""
 
+import contextlib
 import io
 import json
 import types
@@ -18,14 +19,27 @@ from tests.serving import clips, running
 from tests.serving.running import PROMPTS, until
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@contextlib.contextmanager
+def serving(model, folder):
     limits = Limits(upload_bytes=300_000, pixels=2**17, clip_s=20, clip_frames=100)
-    folder = tmp_path_factory.mktemp("live")
-    one = running.Running(running.shipped(), folder / "out", limits)
+    one = running.Running(model, folder / "out", limits)
     until(lambda: one.ask("/readyz")[0] == 200, 300)
     yield one
     one.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("live")
+    with serving(running.model(folder), folder) as one:
+        yield one
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """A server whose pictures show what they are of."""
+    with serving(running.shipped(), tmp_path) as one:
+        yield one
 
 
 def upload(server, data):
@@ -34,8 +48,10 @@ def upload(server, data):
     return answer
 
 
-def test_a_stream_goes_on_from_a_clip(server, tmp_path):
+@pytest.mark.slow
+def test_a_stream_goes_on_from_a_clip(shipped, tmp_path):
     """Its last whole chunks are seen and kept, then what the prompt says; the script repeats it."""
+    server = shipped
     data = clips.clip(70)  # of which 61 are two chunks
     answer = upload(server, data)
     assert (answer["kind"], answer["chunks"]) == ("clip", 2)

@@ -28,6 +28,7 @@ def change(viewer, event, **values):
     return applied["chunk"]
 
 
+@pytest.mark.slow
 def test_changed_while_it_runs_kept_and_replayed(server, tmp_path):
     (info,) = server.ask("/info")[1]["models"]
     assert (info["steps_choices"], info["guidance"], info["guided"]) == ([1, 2], 3.0, True)

@@ -219,6 +219,7 @@ def test_other_flags_are_local(s3):
     assert "encode videos with launch.encode_dataset" in text
 
 
+@pytest.mark.slow
 def test_a_read_only_bucket_is_refused_and_a_read_only_checkpoint_is_read(
     s3, cached, checkpoint, tmp_path, monkeypatch
 ):
