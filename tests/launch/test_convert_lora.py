@@ -49,6 +49,7 @@ def check(folder, checkpoint, adapters):
     assert sorted(store.parts(folder)) == sorted(store.parts(checkpoint))
 
 
+@pytest.mark.slow
 def test_a_file_and_a_run_are_merged(checkpoint, run_folder, tmp_path):
     file = tmp_path / "lora.safetensors"
     peft.save(file, drawn(0), SETTINGS)

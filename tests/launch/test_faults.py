@@ -143,6 +143,7 @@ def test_latents_that_cannot_be_decoded(tmp_path, checkpoint, suffix):
     ended(done, 2, "d.npz: latents: -1e+39 is infinite in float32")
 
 
+@pytest.mark.slow
 def test_senseless_values_are_a_warning(tmp_path, checkpoint, one):
     done = run(
         "sample", *TINY, f"--checkpoint={checkpoint}", f"--prompts={one}",

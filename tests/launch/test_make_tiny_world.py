@@ -72,6 +72,7 @@ def test_a_sampler_reads_the_held_out_captions(made):
     assert not trained & {chunk.prompt for video in videos for chunk in video.chunks}
 
 
+@pytest.mark.slow
 def test_figures_have_their_actions_beside_them(tmp_path):
     done = run("make_tiny_world", f"--output={tmp_path}/new", "--figure", *SMALL)
     assert done.stdout.startswith("wrote 3 clips, ") and "16 held-out clips" in done.stdout

@@ -88,6 +88,7 @@ def test_a_seed_gives_the_same_bits(two, sample, tmp_path):
         np.testing.assert_array_equal(read(one), read(other))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_video(two, sample, tmp_path):
     sample("--seed=1", f"--save_latents={tmp_path}/l.npz")
     assert not np.allclose(latents(two[0] / "l-000.npz"), latents(tmp_path / "l-000.npz"), atol=0.1)
@@ -156,6 +157,7 @@ def test_embedded_prompts_are_the_prompts(sample, checkpoint, prompts, tmp_path)
     np.testing.assert_array_equal(latents(tmp_path / "p-000.npz"), latents(tmp_path / "q.npz"))
 
 
+@pytest.mark.slow
 def test_shot_list(sample, tmp_path):
     shots = [
         {"prompt": PROMPTS[0], "chunks": 1},

@@ -146,6 +146,7 @@ def test_a_timestep_may_be_a_fraction():
     np.testing.assert_allclose(wave[16:], np.sin(exact), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_flax_module_gives_the_same_numbers(weights):
     g, split = golden_inputs()
     model = nnx.Transformer(golden_files.MODEL, weights)

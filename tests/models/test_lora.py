@@ -89,6 +89,7 @@ def trained(golden, base, adapters):
     return given, *jax.jit(jax.value_and_grad(loss, (0, 1)))(adapters, base, *given)
 
 
+@pytest.mark.slow
 def test_the_base_has_no_gradient(trained):
     _, _, (gradient, of_base) = trained
     assert not any(np.any(g) for g in jax.tree.leaves(of_base))

@@ -217,6 +217,7 @@ def test_any_split_encodes_alike(tiny, whole, sizes):
     np.testing.assert_allclose(actual, expected[:, :count], atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.slow
 def test_groups_of_one_size_are_bit_equal(tiny):
     latents, frames = _latents(3, 6), _frames(4, 21)
     np.testing.assert_array_equal(

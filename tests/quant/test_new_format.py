@@ -92,7 +92,13 @@ def test_weights_and_what_lies_on_disk():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kv": "int8"}, {"all_to_all": "int8"}, {"recipe": "int8", "kv": "int8"}], ids=str
+    "settings",
+    [
+        {"kv": "int8"},
+        pytest.param({"all_to_all": "int8"}, marks=pytest.mark.slow),
+        {"recipe": "int8", "kv": "int8"},
+    ],
+    ids=str,
 )
 def test_a_sampler(settings):
     mesh = config_lib.Mesh(seq=2) if "all_to_all" in settings else config_lib.Mesh()

@@ -42,6 +42,7 @@ def spoil(tree, path, value=np.nan):
     return jax.tree.map_with_path(one, tree)
 
 
+@pytest.mark.slow
 def test_what_is_finite_says_so():
     chunk = steps().step()
     assert chunk.finite.shape == () and chunk.finite.dtype == bool and bool(chunk.finite)

@@ -84,7 +84,9 @@ def test_the_cache_holds_each_chunk_quantised_once(kv):
             assert stored.scale.reshape(-1)[head] == expected.scale
 
 
-@pytest.mark.parametrize("kv, limit", [("fp8", 0.02), ("nvfp4", 0.06)])
+@pytest.mark.parametrize(
+    "kv, limit", [pytest.param("fp8", 0.02, marks=pytest.mark.slow), ("nvfp4", 0.06)]
+)
 def test_the_error_is_that_of_the_format(kv, limit):
     """Over six chunks with a cut: the window is full, and slots are overwritten."""
     exact = run(make_config("bf16"), 6, cuts=(2,))[1]

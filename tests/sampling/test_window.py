@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from longlive_jax import config as config_lib
 from longlive_jax.sampling import window as window_lib
@@ -87,6 +88,7 @@ def test_rows_have_counters_of_their_own():
     )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(st.data())
 def test_references_and_landmarks_take_slots_of_the_window(data):

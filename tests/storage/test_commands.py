@@ -287,6 +287,7 @@ def test_a_manifest_that_is_half_written(s3, cached):
     assert not s3.path("new").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_half_there(s3, checkpoint, tmp_path):
     weights = upload(checkpoint, s3.path("half"))
     words = [*TINY, f"--prompts={write(tmp_path / 'p.txt', PROMPTS[0])}", f"--checkpoint={weights}",
