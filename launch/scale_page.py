@@ -101,10 +101,10 @@ def breaks_first(plan: Plan, beside: float) -> tuple[float, str]:
     """
     times, train = plan.times(), plan.cfg.train
     most = memory.sample(plan.cfg)[1] * train.batch_size / times.floor / plan.hosts
-    held = sum(memory.arguments(plan.cfg).values()) + beside
+    used = sum(memory.arguments(plan.cfg).values()) + beside
     videos = f"batch of {train.batch_size:,}, tried: {plans.TRIED_BATCH}"
     return max(
-        (held / plan.chip.memory, "memory of a device"),
+        (used / plan.chip.memory, "memory of a device"),
         ((times.inner + times.outer) / times.compute, "links, against computation"),
         (train.batch_size / plans.TRIED_BATCH, videos),
         (plan.save_seconds() / (train.save_every * times.floor), "saving, against its interval"),
@@ -174,10 +174,10 @@ def _compiled(records: Mapping[str, Record]) -> Iterator[str]:
             yield _row(*begun, "not compiled yet", *["-"] * 5)
             continue
         one = records[key]
-        held = one.arguments + one.temporaries
+        used = one.arguments + one.temporaries
         yield _row(
             *begun, _gib(one.arguments), _gib(one.temporaries),
-            f"{held / CHIPS[one.chip].memory:.0%}" + (", refused" if one.refused else ""),
+            f"{used / CHIPS[one.chip].memory:.0%}" + (", refused" if one.refused else ""),
             _gib(sum(sent for _, sent in one.collectives.values())),
             f"{one.seconds:,.0f} ({one.cpu_seconds:.0f})", f"{one.jax}, {one.libtpu}, {one.date}",
         )  # fmt: skip
@@ -191,11 +191,11 @@ def _memory(records) -> Iterator[str]:
     for layout in LAYOUTS:
         for plan in layout_plans(layout):
             beside, how = temporaries(plan, layout, records)
-            held = sum(memory.arguments(plan.cfg).values())
+            used = sum(memory.arguments(plan.cfg).values())
             yield _row(
                 _devices(plan), _mesh(plan.cfg.mesh), f"{plan.cfg.train.batch_size:,}",
-                layout.remat, _gib(held), f"{_gib(beside)} ({how})",
-                f"{(held + beside) / plan.chip.memory:.0%}",
+                layout.remat, _gib(used), f"{_gib(beside)} ({how})",
+                f"{(used + beside) / plan.chip.memory:.0%}",
             )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ HEARTBEAT_SECONDS = 60
 # So long a process waits for all others to start: hosts get their images and their turn minutes
 # apart, and one that gives up ends all.
 JOIN_SECONDS = 900
-_ANSWER_SECONDS = 30  # after that, until a process that has not been told who is missing ends, too
+_ANSWER_SECONDS = 30  # after that, until a process that has not learned who is missing ends, too
 
 
 def make_mesh(
@@ -117,7 +117,7 @@ def _missing_are_named() -> Iterator[None]:
     """Processes that do not come in the meantime are named before JAX ends this one.
 
     Process 0 knows who has come, and would wait for the others for an hour, while they give up. It
-    is to be the first who does: it tells them. When it is missing itself, nobody tells.
+    is to give up first, so that they learn it. When it is missing itself, a timer says so.
     """
     of_jax: Any = distributed
     library, make = getattr(of_jax, "_jax", None), "get_distributed_runtime_service"

@@ -17,14 +17,18 @@ def arguments(cfg: config_lib.Config) -> dict[str, int]:
     rounds the last axes of arrays up to whole tiles.
     """
     one = _parameters(cfg, math.prod(getattr(cfg.mesh, a) for a in mesh_lib.RULES["embed"]))
-    moments = 1 if cfg.train.beta1 == 0 else 2
     return {
         "parameters": one,
-        "optimiser": moments * one,
+        "optimiser": (copies(cfg) - 2) * one,
         "moving average": one,
         "error recycling": _rings(cfg) // cfg.mesh.size,
         "batch": _batch(cfg),
     }
+
+
+def copies(cfg: config_lib.Config) -> int:
+    """Arrays that are kept of each parameter: itself, its moving average, and Adam's moments."""
+    return 3 if cfg.train.beta1 == 0 else 4
 
 
 def gradient(cfg: config_lib.Config, shards: int) -> int:
@@ -34,8 +38,7 @@ def gradient(cfg: config_lib.Config, shards: int) -> int:
 
 def saved(cfg: config_lib.Config) -> int:
     """Bytes of a state on disk: what is kept of a step's arguments, once for all devices."""
-    moments = 1 if cfg.train.beta1 == 0 else 2
-    return (2 + moments) * _parameters(cfg, 1) + _rings(cfg)
+    return copies(cfg) * _parameters(cfg, 1) + _rings(cfg)
 
 
 def restored(cfg: config_lib.Config, devices: int) -> int:
@@ -44,9 +47,8 @@ def restored(cfg: config_lib.Config, devices: int) -> int:
     Hosts hold devices next to each other in the mesh, so parameters are whole on a host of
     fsdp x seq devices.
     """
-    moments = 1 if cfg.train.beta1 == 0 else 2
     shards = cfg.mesh.fsdp * cfg.mesh.seq
-    parameters = (2 + moments) * _parameters(cfg, max(1, shards // devices))
+    parameters = copies(cfg) * _parameters(cfg, max(1, shards // devices))
     return parameters + _rings(cfg) * devices // cfg.mesh.size
 
 

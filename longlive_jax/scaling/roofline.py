@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from longlive_jax import config as config_lib
-from longlive_jax.scaling import traffic
+from longlive_jax.scaling import memory, traffic
 from longlive_jax.scaling.chips import Chip
 from longlive_jax.training import batch as batch_lib
 from longlive_jax.training import cost
@@ -72,7 +72,8 @@ def moved(cfg: config_lib.Config) -> float:
     m, d = cfg.model, cfg.model.dim
     size = cfg.compute_dtype.itemsize
     parameters = sum(n * math.prod(spec.shape) for _, n, spec in traffic.leaves(cfg))
-    state = 32 * parameters / (cfg.mesh.fsdp * cfg.mesh.seq)  # four arrays, read and written
+    # Float32, read and written.
+    state = memory.copies(cfg) * 2 * 4 * parameters / (cfg.mesh.fsdp * cfg.mesh.seq)
     # Gathered: written once a pass, read by the forward; by the recomputation and the gradient.
     weights = parameters * (5 * size + 2 * 4)  # and a float32 gradient, written and read
     products = (1 + 3) * d + 2 * d + 4 * d + 2 * (d + m.ffn_dim)  # qkv, o; q, o; the FFN's two

@@ -6,6 +6,7 @@ laid out anew outside of `shard_map` (norms of gradients, masks, indices).
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,11 +27,11 @@ _MASTER = 4  # bytes of a float32: parameters, gradients
 
 
 class Message(NamedTuple):
-    """A collective that runs so often. held: bytes of a device's input, each time."""
+    """A collective that runs so often. size: bytes of a device's input, each time."""
 
     kind: Kind
     times: int
-    held: int
+    size: int
 
 
 class Sent(NamedTuple):
@@ -47,8 +48,8 @@ def step(cfg: config_lib.Config) -> dict[Kind, Traffic]:
       InputError: a setting whose traffic has no formula here.
     """
     total: dict[Kind, Traffic] = collections.defaultdict(lambda: Traffic(0, 0))
-    for kind, times, held in messages(cfg):
-        sent = times * round(held * collectives.sent(kind.name, _group(cfg, kind)))
+    for kind, times, size in messages(cfg):
+        sent = times * round(size * collectives.sent(kind.name, _group(cfg, kind)))
         before = total[kind]
         total[kind] = Traffic(before.times + times, before.sent + sent)
     return dict(total)
@@ -57,16 +58,9 @@ def step(cfg: config_lib.Config) -> dict[Kind, Traffic]:
 def messages(cfg: config_lib.Config) -> Iterator[Message]:
     """The collectives of one step, but for those among one device. Errors as `step`."""
     _check(cfg)
-    again = cfg.train.accumulation
-    for found, times in (
-        (_weights(cfg), again),
-        (_heads(cfg), again),
-        (_sums(cfg), again),
-        (_recycling(cfg), again),
-    ):
-        for message in found:
-            if _group(cfg, message.kind) > 1:
-                yield message._replace(times=times * message.times)
+    for message in itertools.chain(_weights(cfg), _heads(cfg), _sums(cfg), _recycling(cfg)):
+        if _group(cfg, message.kind) > 1:
+            yield message._replace(times=cfg.train.accumulation * message.times)
 
 
 def by_link(cfg: config_lib.Config, chip: Chip) -> Sent:
@@ -82,19 +76,19 @@ def by_link(cfg: config_lib.Config, chip: Chip) -> Sent:
     replicas = _replicas_inside(cfg.mesh, chip)
     domains = cfg.mesh.data // replicas
     inner = outer = 0.0
-    for kind, times, held in messages(cfg):
+    for kind, times, size in messages(cfg):
         group = _group(cfg, kind)
         far = domains if mesh_lib.AXES[0] in kind.axes else 1
         near = group // far
         if kind.name == "psum":
-            inner += times * held * 2 * (near - 1) / near
-            outer += times * held * 2 * (far - 1) / far / near
+            inner += times * size * 2 * (near - 1) / near
+            outer += times * size * 2 * (far - 1) / far / near
         elif far == 1:
-            inner += times * held * collectives.sent(kind.name, group)
+            inner += times * size * collectives.sent(kind.name, group)
         else:
             assert kind.name == "all_to_all", kind
-            inner += times * held * (near - 1) / group
-            outer += times * held * (group - near) / group
+            inner += times * size * (near - 1) / group
+            outer += times * size * (group - near) / group
     return Sent(inner, outer)
 
 
@@ -148,8 +142,8 @@ def _heads(cfg) -> Iterator[Message]:
     with the gradients.
     """
     tokens = local_tokens(cfg)
-    held = tokens * cfg.model.dim * cfg.compute_dtype.itemsize
-    yield Message(Kind("all_to_all", ("seq",)), 3 * 4 * cfg.model.num_layers, held)
+    size = tokens * cfg.model.dim * cfg.compute_dtype.itemsize
+    yield Message(Kind("all_to_all", ("seq",)), 3 * 4 * cfg.model.num_layers, size)
 
 
 def _sums(cfg) -> Iterator[Message]:
@@ -184,9 +178,9 @@ def _recycling(cfg) -> Iterator[Message]:
             "chunk, and error recycling's traffic then has no formula; change the mesh"
         )
     chunks = cfg.train.batch_size * batch_lib.chunks(cfg)
-    held = chunks * elements // cfg.mesh.size * 2  # bfloat16
+    size = chunks * elements // cfg.mesh.size * 2  # bfloat16
     for axis in mesh_lib.AXES:
-        yield Message(Kind("all_to_all", (axis,)), 5, held)
+        yield Message(Kind("all_to_all", (axis,)), 5, size)
 
 
 def local_tokens(cfg: config_lib.Config) -> int:

@@ -108,9 +108,9 @@ def watched(limit: float, code: Callable[[Exception], int]) -> Iterator[None]:
     """Watches the processes of a run meanwhile; a process that is alone is not watched.
 
     The process ends in here, with a line and an exit code, when another one has failed, or any has
-    kept the others waiting for longer than `limit` seconds. An error that leaves the block is told
-    to the others; one that another process is likely to have caused leaves it only when none has
-    been found to, after JAX would have ended this process.
+    kept the others waiting for longer than `limit` seconds. An error that leaves the block is
+    published to the others. One that another process is likely to have caused leaves it only when
+    no such process has been found, after JAX would have ended this one.
 
     code: the exit code of an error that leaves the block.
     """
@@ -153,7 +153,7 @@ class _Watch:
         self._thread.join()
 
     def fail(self, error: Exception, code: int) -> None:
-        """Tells the others why this process ends, once no other process is the cause."""
+        """Announces to the others why this process ends, once no other process is the cause."""
         if _by_others(error):
             print(
                 f"process {self._process}: {_first_line(error)}; waits to learn which process is "
@@ -164,7 +164,7 @@ class _Watch:
             time.sleep(mesh_lib.HEARTBEAT_SECONDS + 3 * POLL_SECONDS)
         self.stop()  # or, where it ends the process at this moment, waits for that
         who = _processes({self._process: self._stage[0]})
-        self._tell(Cause(code, f"{who} failed: {_first_line(error)}", (self._process,)))
+        self._announce(Cause(code, f"{who} failed: {_first_line(error)}", (self._process,)))
         self._linger()
 
     def _run(self) -> None:
@@ -208,7 +208,7 @@ class _Watch:
             return None
         cause = late(self._stages(self._client.key_value_dir_get(_AT)), self._limit)
         if cause is not None:
-            self._tell(cause)
+            self._announce(cause)
         return cause and self._cause()
 
     def _stages(self, found: Sequence[tuple[str, str]]) -> dict[int, Stage]:
@@ -227,7 +227,7 @@ class _Watch:
             stages[process] = stage._replace(seconds=stage.seconds + silent)
         return stages
 
-    def _tell(self, cause: Cause) -> None:
+    def _announce(self, cause: Cause) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
             self._client.key_value_set(_CAUSE, json.dumps(cause))
 

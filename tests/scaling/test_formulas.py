@@ -68,8 +68,8 @@ def test_memory_and_traffic_are_those_of_the_compiled_step(mesh, recycling):
     cfg = dataclasses.replace(cfg, dtype="float32")
     compiled = traced(cfg).lower().compile()
     # A few counters come on top.
-    held = compiled.memory_analysis().argument_size_in_bytes
-    assert 0 <= held - sum(memory.arguments(cfg).values()) <= 200
+    given = compiled.memory_analysis().argument_size_in_bytes
+    assert 0 <= given - sum(memory.arguments(cfg).values()) <= 200
     sent, expected = hlo.sent(compiled.as_text()), by_name(cfg)
     # XLA:CPU sends bfloat16 as float32; errors are, whatever the compute dtype.
     expected["all_to_all"] += expected["all_to_all"] - by_name(without_recycling(cfg))["all_to_all"]
@@ -97,9 +97,9 @@ def test_links_by_domain():
     # Two domains of two replicas: an all-reduce of x over them all sends 3/2 x; in a domain x, and
     # x/2 of it to the other.
     over_data = sum(
-        times * held for kind, times, held in traffic.messages(cfg) if kind.axes == ("data",)
+        times * size for kind, times, size in traffic.messages(cfg) if kind.axes == ("data",)
     )
-    rest = sum(times * held for kind, times, held in traffic.messages(cfg)
+    rest = sum(times * size for kind, times, size in traffic.messages(cfg)
                if kind.name == "psum" and kind.axes != ("data",))  # fmt: skip
     assert inside.outer == pytest.approx(over_data / 2 + rest / 4)
     assert total.inner - inside.inner == pytest.approx(inside.outer)
@@ -128,12 +128,12 @@ def test_what_has_no_formula_is_refused():
 
 def test_bytes_on_disk():
     cfg = config(lib.Mesh(data=2, fsdp=2, seq=2))
-    held = memory.arguments(cfg)
+    arguments = memory.arguments(cfg)
     whole = memory.saved(cfg)
-    kept = sum(v for k, v in held.items() if k != "batch")
+    kept = sum(v for k, v in arguments.items() if k != "batch")
     assert whole / 4 < kept < whole
     # A host with a whole replica reads it all but for errors of other hosts' devices.
-    assert memory.restored(cfg, 4) == whole - held["error recycling"] * 4
+    assert memory.restored(cfg, 4) == whole - arguments["error recycling"] * 4
     assert memory.restored(cfg, 2) < 0.6 * whole
     least, most = memory.sample(cfg)
     latents = 4 * 8 * 4 * 4 * 8 * 2

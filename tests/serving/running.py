@@ -24,17 +24,17 @@ PROMPTS = ("A red circle moves to the right.", "A blue star falls.", "A pink moo
 
 def model(folder, steps=(), **overrides) -> Model:
     """Random weights; overrides: of the config, with double underscores for points."""
-    settings = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
-    cfg = load_config(ROOT / "configs/tiny.py", settings)
-    pipeline = Pipeline(save_tiny(folder / "checkpoint"), cfg)
-    return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS, steps=steps)
+    return _shapes("tiny", save_tiny(folder / "checkpoint"), steps, overrides)
 
 
 def shipped(steps=(), **overrides) -> Model:
     """The networks that are shipped, which compile for longer."""
-    overrides = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
-    cfg = load_config(ROOT / "configs/train_ar_tiny_world.py", overrides)
-    pipeline = Pipeline(ROOT / "assets/tiny_world/checkpoint", cfg)
+    return _shapes("train_ar_tiny_world", ROOT / "assets/tiny_world/checkpoint", steps, overrides)
+
+
+def _shapes(config, checkpoint, steps, overrides):
+    settings = QUICK | {name.replace("__", "."): value for name, value in overrides.items()}
+    pipeline = Pipeline(checkpoint, load_config(ROOT / f"configs/{config}.py", settings))
     return Model("shapes", "Moving shapes", pipeline, prompts=PROMPTS, steps=steps)
 
 
