@@ -8,6 +8,7 @@ from longlive_jax.config.section import (
     Index,
     NotNegative,
     Positive,
+    Probability,
     Section,
     divides,
     refuse,
@@ -25,6 +26,8 @@ class TrainVAE(Section):
     steps: Count = 8000
     batch_size: Count = 16  # clips, over the whole mesh
     frames: Count = 17  # of a clip
+    # Of the clips, those that have the end of a video and the start of the next.
+    cut_share: Probability = 0.0
     # Pixels of a window of the frames, anywhere in each clip: less to compute a step; 0: all.
     crop_height: Index = 0
     crop_width: Index = 0

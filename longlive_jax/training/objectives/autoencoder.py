@@ -23,6 +23,7 @@ from jax import lax
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
+from longlive_jax.errors import InputError
 from longlive_jax.models import vae
 from longlive_jax.training.objective import Moment, Network, Objective
 from longlive_jax.training.objectives.videos import Videos
@@ -34,7 +35,7 @@ ALIGNMENT = 128  # numbers: 256 bytes in bfloat16
 _WHOLE = jax.P()
 # Settings that a run may be continued with other values of.
 _FREE = ("train_vae.memory_gib", "train_vae.save_every", "train_vae.log_every")
-_WINDOW, _NOISE, _TOP, _LEFT = range(4)  # uses of a clip's key
+_WINDOW, _NOISE, _TOP, _LEFT, _CUT = range(5)  # uses of a clip's key
 
 
 # The model.
@@ -74,7 +75,8 @@ class Autoencoder(Objective):
 
     Two hundred small arrays would be as many small kernels a step, and most of the program to
     compile. A batch is empty, for clips are drawn from the frozen arrays: "frames", uint8 [frame,
-    height, width, 3], and "windows", int32 [window], the frames that clips may begin at.
+    height, width, 3], and "windows" and "cuts", int32 [window], the frames that clips may begin at,
+    those of one file and those across two.
     """
 
     shown = ("l1", "kl", "psnr")
@@ -85,7 +87,16 @@ class Autoencoder(Objective):
         self.seed, self.batch_size = train.seed, train.batch_size
         specs = {"vector": params_lib.ParamSpec((_length(cfg.vae),), (None,))}
         self.networks = {NETWORK: Network(specs, optimizer(train), self._ema_decay)}
-        self._arrays = {"frames": videos.frames, "windows": videos.windows(train.frames, 1)}
+        self._arrays = {
+            "frames": videos.frames,
+            "windows": videos.windows(train.frames, 1),
+            "cuts": videos.cuts(train.frames),
+        }
+        if train.cut_share and not len(self._arrays["cuts"]):
+            raise InputError(
+                f"train_vae.cut_share={train.cut_share}: no two videos after each other that clips "
+                f"of train_vae.frames={train.frames} could span; set train_vae.cut_share=0"
+            )
         whole = jax.NamedSharding(mesh, _WHOLE)
         self.frozen = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
@@ -116,7 +127,6 @@ class Autoencoder(Objective):
         latents = (
             1 + (train.frames - 1) // vae.FRAMES, *(n // vae.PIXELS for n in size), cfg.vae.z_dim
         )  # fmt: skip
-        windows = frozen["windows"]
 
         def draw(row):
             own = jax.random.fold_in(key, row)
@@ -124,7 +134,11 @@ class Autoencoder(Objective):
             def below(use, limit):
                 return jax.random.randint(jax.random.fold_in(own, use), (), 0, limit, jnp.int32)
 
-            window = windows[below(_WINDOW, windows.shape[0])]
+            kinds = [frozen["windows"]] + [frozen["cuts"]] * (train.cut_share > 0)
+            window, *cut = [windows[below(_WINDOW, windows.shape[0])] for windows in kinds]
+            if cut:
+                spans = jax.random.bernoulli(jax.random.fold_in(own, _CUT), train.cut_share)
+                window = jnp.where(spans, cut[0], window)
             corner = [
                 below(use, whole - n + 1)
                 for use, whole, n in zip((_TOP, _LEFT), frozen["frames"].shape[1:3], size)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longlive_jax import config as config_lib
+from longlive_jax.config import TEMPORAL_COMPRESSION
 from longlive_jax.data.clips import sample_folders
 from longlive_jax.data.video_reader import VideoFile, VideoInfo, probe
 from longlive_jax.errors import InputError
@@ -32,6 +33,18 @@ class Videos(NamedTuple):
             np.arange(a, b - length + 1, stride) for a, b in zip(self.starts[:-1], self.starts[1:])
         ]
         return np.concatenate(files).astype(np.int32)
+
+    def cuts(self, length: int) -> np.ndarray:
+        """int32 [window]: first frames of windows that have the end of one file and the start of
+        the next, the next from a latent's first frame on, as a stream's cuts are.
+        """
+        before = np.arange(1, length, TEMPORAL_COMPRESSION)
+        lengths = np.diff(self.starts)
+        windows = [
+            start - before[(before <= behind) & (length - before <= ahead)]
+            for start, behind, ahead in zip(self.starts[1:-1], lengths[:-1], lengths[1:])
+        ]
+        return np.concatenate([*windows, ()]).astype(np.int32)
 
 
 def read_videos(cfg: config_lib.Config) -> tuple[Videos, Videos]:

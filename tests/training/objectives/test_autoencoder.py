@@ -240,6 +240,39 @@ def test_windows_lie_in_one_file():
     assert videos(10, 5, 6).windows(5, 5).tolist() == [0, 5, 10, 15]
 
 
+def test_cuts_are_where_a_latent_begins():
+    # The second file has fewer frames than a window needs behind or ahead.
+    assert videos(7, 5, 9).cuts(9).tolist() == [2, 11, 7]
+    assert videos(7).cuts(5).tolist() == []
+
+
+def test_a_share_of_the_clips_spans_a_cut(monkeypatch):
+    seen = []
+
+    def losses(params, cfg, clips, noise):
+        seen.append(np.round((np.asarray(clips[:, 0, 0, 0, 2]) + 1) * 127.5).astype(int))
+        return {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(autoencoder, "losses", losses)
+    frames = np.zeros((14, 32, 32, 3), np.uint8)
+    frames[..., 2] = np.arange(14)[:, None, None]
+    data = Videos(("a.mp4", "b.mp4"), frames, np.asarray([0, 7, 14]))
+    for share in (0.0, 0.25, 1.0):
+        objective = autoencoder.Autoencoder(
+            change(batch_size=512, cut_share=share), mesh_of(), data
+        )
+        params, frozen = objective.init_params(), objective.frozen_arrays()
+        objective.loss(autoencoder.NETWORK, params, frozen, jnp.arange(512), jax.random.key(0))
+        spans = np.isin(seen[-1], data.cuts(5))
+        assert np.isin(seen[-1][~spans], data.windows(5, 1)).all()
+        assert abs(spans.mean() - share) < 0.07 * (0 < share < 1) + 1e-9
+
+
+def test_a_share_of_cuts_needs_two_videos():
+    with pytest.raises(InputError, match=r"train_vae\.cut_share=0\.5: no two videos"):
+        autoencoder.Autoencoder(change(cut_share=0.5), mesh_of(), videos(7))
+
+
 def test_videos_are_read_and_held_out_by_folder(tmp_path):
     root = write(tmp_path, (6, 7), (5,), (8, 9))
     train, held_out = read_videos(with_data(root))
