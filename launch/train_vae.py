@@ -1,8 +1,10 @@
-"""Trains a small VAE of the Wan2.2 architecture, from scratch, on videos that fit into memory.
+"""Trains a small VAE of the Wan2.2 architecture on videos that fit into memory.
 
-    python -m launch.train_vae --config=configs/train_vae_tiny_world.py --workdir=DIR
+    python -m launch.train_vae --config=configs/train_vae_tiny_world.py --workdir=DIR \\
+        [--checkpoint=CKPT]
 
-Reads data.path/video/*/*.mp4; the last train_vae.held_out of those folders are for evaluation only.
+From scratch, or from the weights of CKPT with a new optimiser. Reads data.path/video/*/*.mp4; the
+last train_vae.held_out of those folders are for evaluation only.
 DIR gets
   checkpoint/             the weights' moving average, in compute dtype: --checkpoint of
                           launch.encode, launch.decode and launch.sample
@@ -11,9 +13,11 @@ DIR gets
   checkpoints/, run.json  from which the same command goes on, with the same numbers
 """
 
+import functools
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -21,7 +25,7 @@ from launch import command
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax import params as params_lib
-from longlive_jax.checkpoints import store
+from longlive_jax.checkpoints import networks, store
 from longlive_jax.data.images import contact_sheet
 from longlive_jax.errors import InputError
 from longlive_jax.files import remote
@@ -36,6 +40,7 @@ _SHEET_FRAMES = (0, 0.5, 1)  # of a clip, as shares of its length
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of the run; a run that is in it goes on.")
+flags.DEFINE_string("checkpoint", None, "Weights that a new run begins with.")
 
 
 def main() -> None:
@@ -43,6 +48,8 @@ def main() -> None:
     config_lib.validate_vae_training(cfg)
     if not FLAGS.workdir:
         raise InputError("--workdir is missing; give the folder of the run")
+    if FLAGS.checkpoint:
+        networks.check(FLAGS.checkpoint, "vae", cfg)
     mesh = mesh_lib.make_mesh(cfg.mesh)
     videos, held_out = read_videos(cfg)
     print(
@@ -62,6 +69,7 @@ def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> par
     # Clips are drawn on the device, so that a step's batch is empty.
     inputs = loop.Inputs(
         batches=lambda steps: (((), None) for _ in steps),
+        params=functools.partial(_initial, cfg, mesh) if FLAGS.checkpoint else None,
         frozen=objective.frozen_arrays(),
     )
     with checkpoint.acquire(root, autoencoder.settings(cfg, videos), network=None):
@@ -71,6 +79,12 @@ def _fit(cfg: config_lib.Config, mesh: jax.sharding.Mesh, videos: Videos) -> par
         return None
     ema = state.networks[autoencoder.NETWORK].ema["vector"]
     return autoencoder.tree(np.asarray(ema), cfg.vae)
+
+
+def _initial(cfg, mesh) -> dict[str, params_lib.Tree]:
+    params = networks.load(FLAGS.checkpoint, "vae", cfg, mesh, dtype=jnp.float32)
+    vector = autoencoder.flat(jax.tree.map(np.asarray, params))
+    return {autoencoder.NETWORK: {"vector": autoencoder.place(vector, mesh)}}
 
 
 def _save(ema, cfg, mesh, videos):
@@ -129,4 +143,4 @@ def _show(line: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, addresses=("workdir",))
+    command.run(main, addresses=("workdir", "checkpoint"))

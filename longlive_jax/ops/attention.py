@@ -28,7 +28,8 @@ def attention(
     """
     if flash_tpu.supports(q):
         return flash_tpu.attention(q, k, v, kv_len)
-    if not cudnn.supports(q):
+    # For its gradient JAX refuses cuDNN odd lengths, as it does those with a bias.
+    if not cudnn.supports(q) or q.shape[1] % 2 or k.shape[1] % 2:
         return _xla(q, k, v, kv_len)
     if kv_len is None:
         return _cudnn(q, k, v)

@@ -4,10 +4,12 @@ A state is the whole TrainState. It gets its name when it is whole, so what a ki
 never hides an older one; and it is read onto any mesh, by any number of processes.
 """
 
+import concurrent.futures
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -82,7 +84,9 @@ class Checkpoints:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise workdir.damaged(self._path, error) from error
-        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        # The step of the last save, and its end; or that of this process's part, where it failed.
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        _hear_failures(self._saved, self._failed)
 
     @property
     def latest(self) -> int | None:
@@ -118,8 +122,13 @@ class Checkpoints:
         lease.check(self._root)
         self.wait()
         with self._explained(step):
+            ended = concurrent.futures.Future()
+            self._saving = step, ended
             response = self._saved.save_async(step, state, force=True)
-            self._saving = None if response is None else (step, response)
+            if response is None:
+                self._saving = None
+                return
+        threading.Thread(target=_wait, args=(response, ended), daemon=True).start()
 
     def check(self) -> None:
         """Looks whether the last save has failed by now.
@@ -159,15 +168,19 @@ class Checkpoints:
     def _finish(self, timeout):
         if self._saving is None:
             return
-        step, response = self._saving
+        step, ended = self._saving
         with self._explained(step):
             try:
-                response.result(timeout=timeout)
+                ended.result(timeout)
             except TimeoutError:
-                if timeout is None:
+                if ended.done():
                     raise
                 return
             self._saving = None
+
+    def _failed(self, error: Exception) -> None:
+        if self._saving is not None:
+            _end(self._saving[1], error)
 
     @contextlib.contextmanager
     def _explained(self, step):
@@ -186,6 +199,44 @@ class Checkpoints:
                 f"{self._path}: no space for the state of step {step} ({_first_line(reason)}); "
                 f"{left} the same command goes on from there; free some space first"
             ) from error
+
+
+def _wait(response: ocp.AsyncResponse, ended: concurrent.futures.Future) -> None:
+    try:
+        response.result()
+    except Exception as error:
+        _end(ended, error)
+    else:
+        _end(ended)
+
+
+def _end(ended: concurrent.futures.Future, error: Exception | None = None) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has ended before
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+
+def _hear_failures(saved: ocp.training.Checkpointer, hear: Callable[[Exception], None]) -> None:
+    """Calls `hear` with what fails of a save in the background, at once.
+
+    A process whose part fails then waits for the others, which wait for it: the library's result
+    has the error only after its limit of 20 minutes. What waits for the part is private to it.
+    """
+    manager = getattr(saved, "_manager", None)
+    wait = getattr(manager, "_wait_for_checkpointers", None)
+    if wait is None:
+        return
+
+    def wait_and_tell() -> None:
+        try:
+            wait()
+        except Exception as error:
+            hear(error)
+            raise
+
+    manager._wait_for_checkpointers = wait_and_tell  # pyright: ignore
 
 
 # States of one network, as they were written before a run could have several.

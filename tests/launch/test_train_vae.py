@@ -1,6 +1,7 @@
 """launch.train_vae end to end, and its bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,6 +36,9 @@ def test_a_checkpoint_that_encodes_and_decodes(tmp_path):
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
     given = [*CONFIG, f"--checkpoint={tmp_path}/run/checkpoint"]
+    data, still = f"--config.data.path={tmp_path}/data", "--config.train_vae.learning_rate=1e-12"
+    from_it = commands.run("train_vae", *given, data, still, f"--workdir={tmp_path}/next")
+    assert psnr(from_it) == psnr(first)
     video, latents, out = tmp_path / "data/video/clip-2/000001.mp4", "latents.npz", "video.npz"
     commands.run("encode", *given, f"--video={video}", f"--output={tmp_path / latents}")
     commands.run("decode", *given, f"--latents={tmp_path / latents}", f"--output={tmp_path / out}")
@@ -45,11 +49,16 @@ def test_a_checkpoint_that_encodes_and_decodes(tmp_path):
         assert file["video"].shape == (1, 3, 9, 32, 32)
 
 
+def psnr(done):
+    return re.search(r"PSNR .*?;", done.stdout)[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "--workdir is missing"),
         (["--workdir=DIR", "--config.data.path=DIR"], "make_tiny_world"),
+        (["--workdir=DIR", "--checkpoint=DIR"], "is no checkpoint"),
         (["--workdir=DIR", "--config.train_vae.frames=6"], "train_vae.frames=6 must be"),
         (["--workdir=DIR", "--config.train_vae.nothing=6"], "unknown config key"),
     ],

@@ -44,6 +44,21 @@ def test_queries_in_pieces_give_the_same(monkeypatch, limit):
     np.testing.assert_allclose(attention(q, k, v), reference(q, k, v), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "keys", "by_cudnn"), [(6, 8, True), (5, 8, False), (6, 7, False)]
+)
+def test_odd_lengths_are_not_for_cudnn(monkeypatch, tokens, keys, by_cudnn):
+    """A VAE's frame of 5 x 7 latents, trained on a GPU, ended with JAX's NotImplementedError."""
+    seen = []
+    monkeypatch.setattr(attention_lib.cudnn, "supports", lambda q: True)
+    monkeypatch.setattr(attention_lib, "_cudnn", lambda q, k, v: seen.append(q.shape) or q)
+    q, kv = draw(1, tokens, 2, 8), draw(1, keys, 2, 8, seed=1)
+    out = attention(q, kv, kv)
+    assert bool(seen) == by_cudnn
+    if not by_cudnn:
+        np.testing.assert_allclose(out, reference(q, kv, kv), atol=1e-6)
+
+
 def test_bfloat16_softmax_is_float32():
     q, k, v = (draw(1, 64, 2, 16, seed=i, dtype=jnp.bfloat16) for i in range(3))
     exact = reference(q, k, v)

@@ -1,0 +1,55 @@
+"""What a small VAE does otherwise on a GPU than on a CPU.
+
+LONGLIVE_TEST_PLATFORM=gpu python -m pytest -m gpu tests/gpu/test_vae_gpu.py
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.models import vae_blocks as blocks
+from longlive_jax.ops.attention import attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
+
+
+@pytest.mark.parametrize("channels", [12, 32, 33])
+def test_a_causal_convolution_of_few_channels(channels):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 7, 16, 24, channels), jnp.bfloat16)
+    weight = jax.random.normal(keys[1], (3, 3, 3, channels, 16), jnp.bfloat16)
+    dy = jax.random.normal(keys[2], (2, 5, 16, 24, 16), jnp.bfloat16)
+
+    @jax.jit
+    def ours(weight, x):
+        params = {"weight": weight, "bias": jnp.zeros(16, x.dtype)}
+        return blocks.causal_conv(params, x[:, :2], x[:, 2:], axis=None)[1]
+
+    def whole(weight, x):
+        with jax.default_matmul_precision("highest"):
+            return blocks._conv_3d(weight, x, 1, ((1, 1), (1, 1)))
+
+    wide = (weight.astype(jnp.float32), x.astype(jnp.float32))
+    y, back = jax.vjp(ours, weight, x)
+    expected, back_expected = jax.vjp(whole, *wide)
+    for got, wanted in zip((y, *back(dy)), (expected, *back_expected(dy.astype(jnp.float32)))):
+        got, wanted = np.asarray(got, np.float32), np.asarray(wanted)
+        assert np.linalg.norm(got - wanted) < 6e-3 * np.linalg.norm(wanted)
+    text = ours.lower(weight, x).compile().as_text()
+    by_frame = re.search(r"dim_labels=\w*012", text) is None
+    assert by_frame == (channels <= blocks._FEW_CHANNELS)
+
+
+def test_attention_of_an_odd_number_of_tokens_has_a_gradient():
+    q = jax.random.normal(jax.random.key(0), (2, 35, 1, 64), jnp.bfloat16)
+
+    def total(q):
+        return jnp.sum(attention(q, q, q).astype(jnp.float32) ** 2)
+
+    got = np.asarray(jax.jit(jax.grad(total))(q), np.float32)
+    with jax.default_matmul_precision("highest"):
+        wanted = np.asarray(jax.grad(total)(q.astype(jnp.float32)))
+    assert np.linalg.norm(got - wanted) < 2e-2 * np.linalg.norm(wanted)
