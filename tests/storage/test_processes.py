@@ -79,9 +79,6 @@ def test_a_run_gets_through_bad_days(faulty, cached, tmp_path, monkeypatch):
     assert_as_on_a_disk(cached, there, tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the others wait in Orbax, for 20 minutes, for the part that failed"
-)
 @pytest.mark.parametrize("kind", [faults.REFUSE, faults.STALL])
 def test_a_storage_that_is_lost_ends_all_and_they_go_on(faulty, cached, tmp_path, kind):
     """From some save on, what one process writes is refused; or nothing is answered to any."""

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,28 @@ def test_a_full_disk_leaves_the_state_before(tmp_path):
 def claim(root, checkpoint_=None, data="some data", **overrides):
     wanted = settings(tiny_run.config(**overrides), data)
     return checkpoint.acquire(root, wanted, MODEL, checkpoint_)
+
+
+def test_a_part_that_fails_is_known_while_it_waits_for_the_others(tmp_path, monkeypatch):
+    """Orbax has the error in its result only after all processes are there."""
+    others = threading.Event()
+
+    def fail(manager):
+        raise OSError("this part is lost")
+
+    manager = "orbax.checkpoint.checkpoint_manager.CheckpointManager"
+    monkeypatch.setattr(f"{manager}._wait_for_checkpointers", fail)
+    monkeypatch.setattr(f"{manager}._finalize_checkpoint", lambda *_: None)
+    _, its_plan, now = made()
+    states = Checkpoints(tmp_path, its_plan)
+    tracker = states._saved._manager._save_progress_tracker
+    monkeypatch.setattr(tracker, "set", lambda saving: saving or others.wait(60))
+    try:
+        states.save(1, now)
+        with pytest.raises(OSError, match="this part is lost"):
+            states.wait()
+    finally:
+        others.set()
 
 
 def test_a_folder_is_one_runs(tmp_path):
