@@ -11,8 +11,9 @@ from absl import flags
 from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
+from longlive_jax.checkpoints import networks
 from longlive_jax.config import TEMPORAL_COMPRESSION
-from longlive_jax.models import actions, dit, vae
+from longlive_jax.models import actions, dit
 from longlive_jax.prompts.embeddings import Embeddings
 from longlive_jax.sampling import cost, decode, memory, stream
 from longlive_jax.sampling.session import Engine, Session, Start
@@ -103,8 +104,8 @@ def _landmark(sampler, params, state, inputs):
 
 
 def decoder(cfg, mesh):
-    params = measure.random_params(vae.spec(cfg.vae), mesh, cfg.compute_dtype, seed=1)
-    del params["encoder"], params["conv1"]
+    _, spec = networks.spec("vae", cfg, networks.DECODER)
+    params = measure.random_params(spec, mesh, cfg.compute_dtype, seed=1)
     return decode.Decoder(cfg, params, mesh)
 
 

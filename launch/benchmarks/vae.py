@@ -44,11 +44,12 @@ def run(cfg: config_lib.Config) -> dict:
     state = vae.init_decode_state(cfg.vae, batch, *size, dtype, mesh)
     program = decode.decode_program(cfg.vae, mesh, False, decode.pictures)
     timed("decode", program, state, jax.device_put(latents, where), per_call)
-    shape = (batch, 4 * per_call, cfg.video.height, cfg.video.width, 3)
-    frames = jnp.tanh(jax.random.normal(jax.random.key(2), shape, dtype))
-    state = vae.init_encode_state(cfg.vae, batch, *size, dtype, mesh)
-    program = vae.encode_on_mesh(mesh, cfg.vae, False)
-    timed("encode", program, state, jax.device_put(frames, where), per_call)
+    if "encoder" in params:
+        shape = (batch, 4 * per_call, cfg.video.height, cfg.video.width, 3)
+        frames = jnp.tanh(jax.random.normal(jax.random.key(2), shape, dtype))
+        state = vae.init_encode_state(cfg.vae, batch, *size, dtype, mesh)
+        program = vae.encode_on_mesh(mesh, cfg.vae, False)
+        timed("encode", program, state, jax.device_put(frames, where), per_call)
     if cfg.vae == config_lib.VAE() and (cfg.video.height, cfg.video.width) == (704, 1280):
         for name, work in (("decode", DECODE_TFLOP), ("encode", ENCODE_TFLOP)):
             rate = work / figures[f"{name}_ms_per_latent"] * 1e3 * batch / cfg.mesh.size

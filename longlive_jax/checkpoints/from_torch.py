@@ -20,6 +20,7 @@ from longlive_jax.checkpoints import (
     peft,
     quantized,
     sources,
+    taehv,
 )
 from longlive_jax.checkpoints import parts as parts_lib
 from longlive_jax.checkpoints.tensor import Tensor, check_finite, promote
@@ -131,7 +132,9 @@ def open_part(
     if part == "dit":
         tensors = actions.collect(four_over_six.collect(tensors, path), path)
     spec = network.spec(section)
-    if part == "vae" and "encoder" not in (found := {k.partition(".")[0] for k in tensors}):
+    if part == "vae" and section.kind == "taehv":
+        tensors = taehv.decoder(tensors, layout.torch_shapes(spec))
+    elif part == "vae" and "encoder" not in (found := {k.partition(".")[0] for k in tensors}):
         # A decoder alone; conv1 belongs to the encoder, but some files keep it.
         spec = {k: v for k, v in spec.items() if k not in {"encoder", "conv1"} - found}
     _check(network, section, spec, tensors, path)
@@ -209,6 +212,8 @@ def _advice(network, section, spec, found: parts_lib.Shapes) -> str:
     if not settings:
         return f"Is it the right file for --{network.name}?"
     flags = " ".join(f"--config.{network.section}.{k}={v}" for k, v in settings.items())
+    if settings.get("kind") == "taehv":
+        found = {k: v for k, v in found.items() if k.startswith("decoder.")}
     with contextlib.suppress(InputError):  # no network has these sizes
         other = network.spec(dataclasses.replace(section, **settings))
         other = {k: v for k, v in other.items() if k in spec}

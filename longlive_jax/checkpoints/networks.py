@@ -183,9 +183,18 @@ def folders(checkpoint: str | None) -> list[str]:
 def spec(
     part: str, cfg: config_lib.Config, only: Sequence[str] = ()
 ) -> tuple[Any, params_lib.Tree]:
-    """A part's section of the config, and its parameter specs."""
+    """A part's section of the config, and its parameter specs.
+
+    Raises:
+      InputError: an encoder is asked for, and the config's VAE has none.
+    """
     section = PARTS[part].config(cfg)
     whole = PARTS[part].spec(section)
+    if part == "vae" and "encoder" in set(only) - set(whole):
+        raise InputError(
+            f"vae.kind={section.kind!r}: only decodes, and videos or pictures are to be encoded "
+            "here; give --config.vae.kind=wan, its sizes and its checkpoint"
+        )
     return section, {name: tree for name, tree in whole.items() if not only or name in only}
 
 

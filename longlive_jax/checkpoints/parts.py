@@ -20,12 +20,12 @@ class Part:
     name: str
     section: str
     spec: Callable[[Any], params_lib.Tree]
-    sizes: Callable[[Shapes], dict[str, int]]
+    sizes: Callable[[Shapes], dict[str, Any]]
 
     def config(self, config: config_lib.Config) -> Any:
         return getattr(config, self.section)
 
-    def overrides(self, found: Mapping[str, int], config: Any) -> dict[str, int]:
+    def overrides(self, found: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The changes that give `config`, a section, the sizes `found`; may be empty."""
         if self.name == "dit" and found.get("dim", config.dim) != config.dim:
             found = {**found, "num_heads": max(1, found["dim"] // _HEAD_DIM)}
@@ -45,8 +45,11 @@ def _dit_sizes(shapes: Shapes) -> dict[str, int]:
     )
 
 
-def _vae_sizes(shapes: Shapes) -> dict[str, int]:
+def _vae_sizes(shapes: Shapes) -> dict[str, Any]:
+    if last := _dim(shapes, "decoder.22.weight", 1):
+        return _known(kind="taehv", dec_dim=last, z_dim=_dim(shapes, "decoder.1.weight", 1))
     return _known(
+        kind="wan",
         dim=_dim(shapes, "encoder.conv1.weight", 0),
         dec_dim=_dim(shapes, "decoder.head.0.gamma", 0),
         z_dim=_dim(shapes, "conv2.weight", 0),
@@ -75,7 +78,7 @@ def _layers(shapes: Shapes) -> int | None:
     return len(layers) or None
 
 
-def _known(**sizes: int | None) -> dict[str, int]:
+def _known(**sizes: int | str | None) -> dict[str, Any]:
     return {k: v for k, v in sizes.items() if v}
 
 

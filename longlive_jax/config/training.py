@@ -107,6 +107,8 @@ def validate_vae_training(config: Config) -> None:
       InputError: the setting, its value, the limit and the way out.
     """
     t, v, mesh = config.train_vae, config.vae, config.mesh
+    if v.kind != "wan":
+        refuse(f"vae.kind={v.kind!r}", "is only decoded with; train one of vae.kind='wan'")
     if t.warmup_steps >= t.steps:
         refuse(
             f"train_vae.warmup_steps={t.warmup_steps}", f"must be below train_vae.steps={t.steps}"

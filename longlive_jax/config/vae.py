@@ -1,8 +1,9 @@
 """Settings of the VAE."""
 
 import dataclasses
+from typing import Annotated
 
-from longlive_jax.config.section import Count, Section, refuse
+from longlive_jax.config.section import Count, OneOf, Section, refuse
 
 SPATIAL_COMPRESSION = 16  # pixels a latent covers, each way
 TEMPORAL_COMPRESSION = 4  # frames a latent covers, after the first, which covers one
@@ -10,10 +11,14 @@ TEMPORAL_COMPRESSION = 4  # frames a latent covers, after the first, which cover
 
 @dataclasses.dataclass(frozen=True)
 class VAE(Section):
-    """The Wan2.2 VAE. `dim` and `dec_dim` are the base widths; LightVAE halves or quarters them."""
+    """The Wan2.2 VAE. `dim` and `dec_dim` are the base widths; LightVAE halves or quarters them.
+
+    kind: "taehv" is a small decoder of the same latents, for previews; its `dec_dim` is 64.
+    """
 
     NAME = "vae"
 
+    kind: Annotated[str, OneOf(("wan", "taehv"))] = "wan"
     dim: Count = 160
     dec_dim: Count = 256
     z_dim: Count = 48

@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
+from longlive_jax.models import taehv, vae_spec
 from longlive_jax.models import vae_blocks as blocks
-from longlive_jax.models import vae_spec
 from longlive_jax.models.vae_spec import (
     FOLD,
     FRAMES,
@@ -92,10 +92,15 @@ def decode(
             "decode the first latent on its own and the others after it, or call decode_video"
         )
     _check_calls("decode", "latents", latents.shape[1])
-    _check_state(state.conv_cache["conv1"], latents, latents.shape[2:4], "latents")
-    _check_params(params, "decode", "conv2", "decoder")
+    small = cfg.kind == "taehv"
+    before = state.conv_cache[taehv.INNERMOST if small else "conv1"]
+    _check_state(before, latents, latents.shape[2:4], "latents")
+    _check_params(params, "decode", *(["decoder"] if small else ["conv2", "decoder"]))
     c = _restart(state.conv_cache, latents, axis) if first else state.conv_cache
     axis = _sharded(axis)
+    if small:
+        caches, frames = taehv.decode(params, cfg, c, latents, first=first, axis=axis)
+        return DecodeState(caches), frames
     std, mean = _constant(cfg.latent_std), _constant(cfg.latent_mean)
     x = (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
     x = blocks.pointwise(params["conv2"], x)

@@ -109,7 +109,7 @@ def causal_conv(
     x = jnp.concatenate([conv_cache, x], axis=1)
     weight, bias = params["weight"].astype(x.dtype), params["bias"].astype(x.dtype)
     side_h, side_w = weight.shape[1] // 2, weight.shape[2] // 2
-    padded, pad_w = _width_padding(x, axis, side_w, side_w)
+    padded, pad_w = width_padding(x, axis, side_w, side_w)
     padding = ((side_h, side_h), pad_w)
     whole = functools.partial(_conv_3d, time_stride=time_stride, padding=padding)
     if time_stride > 1:
@@ -143,7 +143,7 @@ def _time_taps(weight, x, padding, dtype=None):
     """
     taps, *kernel, in_dim, out_dim = weight.shape
     together = jnp.moveaxis(weight, 0, -2).reshape(*kernel, in_dim, taps * out_dim)
-    y = _conv_2d(together, x.astype(dtype or x.dtype), 1, *padding)
+    y = conv_2d(together, x.astype(dtype or x.dtype), 1, *padding)
     frames = x.shape[1] - taps + 1
     by_tap = [
         y[:, t : t + frames, ..., t * out_dim : (t + 1) * out_dim].astype(jnp.float32)
@@ -152,7 +152,7 @@ def _time_taps(weight, x, padding, dtype=None):
     return sum(by_tap[1:], by_tap[0]).astype(x.dtype)
 
 
-def _conv_2d(weight, x, stride, pad_h, pad_w):
+def conv_2d(weight, x, stride, pad_h, pad_w):
     """A convolution of each frame: frames are batch."""
     y = lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]),
@@ -164,7 +164,7 @@ def _conv_2d(weight, x, stride, pad_h, pad_w):
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _width_padding(x, axis, left, right):
+def width_padding(x, axis, left, right):
     """Columns of the neighbours on both sides, and the zero padding left for the convolution."""
     if axis is None or left + right == 0:
         return x, (left, right)
@@ -240,8 +240,8 @@ def downsample(
 ) -> tuple[Tree, jax.Array]:
     """Halves height and width, then the frames where the block has a `time_conv`."""
     conv = params["resample"]["1"]
-    padded, pad_w = _width_padding(x, axis, 0, 1)
-    x = _conv_2d(conv["weight"], padded, 2, (0, 1), pad_w)
+    padded, pad_w = width_padding(x, axis, 0, 1)
+    x = conv_2d(conv["weight"], padded, 2, (0, 1), pad_w)
     x = x + conv["bias"].astype(x.dtype).reshape(1, 1, 1, 1, -1)
     if "time_conv" not in params:
         return {}, x
@@ -264,10 +264,10 @@ def upsample(
             new = {"time_conv": new}
             halves = x.reshape(*x.shape[:-1], 2, -1)  # channels: the even frame's, the odd frame's
             x = jnp.moveaxis(halves, 4, 2).reshape(x.shape[0], -1, *x.shape[2:4], halves.shape[-1])
-    return new, _upsample_space(params["resample"]["1"], x, axis)
+    return new, upsample_space(params["resample"]["1"], x, axis)
 
 
-def _upsample_space(params, x, axis):
+def upsample_space(params, x, axis):
     """Nearest x2 in height and width and a 3x3 convolution, as one 2x2 convolution.
 
     The three taps of an output row fall on two input rows only: rows i-1, i for output 2i and rows
@@ -279,15 +279,15 @@ def _upsample_space(params, x, axis):
     in_dim, out_dim = w.shape[-2:]
     w = w.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, in_dim, 4 * out_dim)
     batch, frames, height, width, _ = x.shape
-    padded, pad_w = _width_padding(x, axis, 1, 1)
-    y = _conv_2d(w, padded, 1, (1, 1), pad_w)  # one row and one column more than x
+    padded, pad_w = width_padding(x, axis, 1, 1)
+    y = conv_2d(w, padded, 1, (1, 1), pad_w)  # one row and one column more than x
     y = y.reshape(batch, frames, height + 1, width + 1, 2, 2, out_dim)
     rows = []
     for i in range(2):
         columns = [y[:, :, i : i + height, j : j + width, i, j] for j in range(2)]
         rows.append(jnp.stack(columns, axis=4))
     y = jnp.stack(rows, axis=3).reshape(batch, frames, 2 * height, 2 * width, out_dim)
-    return y + params["bias"].astype(x.dtype).reshape(1, 1, 1, 1, -1)
+    return y + params["bias"].astype(x.dtype).reshape(1, 1, 1, 1, -1) if "bias" in params else y
 
 
 def _fold_taps(w, axis):

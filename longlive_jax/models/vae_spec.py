@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
 from longlive_jax.errors import InputError
+from longlive_jax.models import taehv
 from longlive_jax.models import vae_blocks as blocks
 from longlive_jax.params import Tree
 
@@ -72,8 +73,10 @@ def spec(cfg: config_lib.VAE) -> Tree:
     """Parameters: {"encoder", "conv1"} are what `encode` needs, {"conv2", "decoder"} `decode`.
 
     Paths are the original's state-dict keys split at the dots. Convolutions are [time, height,
-    width, in, out] or [height, width, in, out], gammas [channel].
+    width, in, out] or [height, width, in, out], gammas [channel]. A "taehv" has a decoder alone.
     """
+    if cfg.kind == "taehv":
+        return taehv.spec(cfg)
     pixel = 3 * FOLD**2
 
     def stage(s: Stage, depth: int, time_out_dim: int) -> Tree:
@@ -129,6 +132,8 @@ def init_decode_state(
     """
     tree = spec(cfg)["decoder"]
     h, w = latent_height, latent_width
+    if cfg.kind == "taehv":
+        return DecodeState(_zeros(taehv.state_shapes(cfg, h, w), batch, w, dtype, mesh))
     shapes: dict[str, Any] = {
         "conv1": blocks.conv_cache_shapes({"conv1": tree["conv1"]}, h, w)["conv1"],
         "middle": blocks.conv_cache_shapes(tree["middle"], h, w),

@@ -40,15 +40,21 @@ def programs(
     return dict(
         [
             *_decoding(cfg, vae_mesh, batch, size),
-            *_encoding(cfg, vae_mesh, batch, size),
+            *(_encoding(cfg, vae_mesh, batch, size) if _encodes(cfg) else ()),
             *_stream(cfg, mesh, batch, size),
             *_text(cfg, mesh),
         ]
     )
 
 
+def _encodes(cfg: config_lib.Config) -> bool:
+    """Whether a stream may begin with a picture or a video."""
+    return "encoder" in vae.spec(cfg.vae)
+
+
 def _stream(cfg, mesh, batch, size) -> Iterator[tuple[str, Trace]]:
-    for pictured in (True,) if cfg.video.image_to_video else (False, True):
+    starts = (False, True) if _encodes(cfg) else (False,)
+    for pictured in (True,) if cfg.video.image_to_video else starts:
         video = dataclasses.replace(cfg.video, image_to_video=pictured)
         one = dataclasses.replace(cfg, video=video)
         sampler = stream.Sampler(one, mesh)

@@ -129,6 +129,13 @@ def test_programs_of_the_5b(sample, more):
     assert set(programs.programs(cfg, mesh, mesh, 1)) == ALWAYS | steps | set(more.split(","))
 
 
+def test_programs_of_a_decoder_alone():
+    cfg = config_lib.Config(vae=config_lib.VAE(kind="taehv", dec_dim=64))
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    expected = ALWAYS - {"encode first"} | STEPS | {"decode 2", "decode 1"}
+    assert set(programs.programs(cfg, mesh, mesh, 1)) == expected
+
+
 def test_a_damaged_entry_alone_is_compiled_anew(cache, tmp_path):
     own = tmp_path / "cache"
     shutil.copytree(cache, own)
