@@ -38,11 +38,11 @@ lock:
 demo: $(STAMP)
 	$(PYTHON) -m launch.demo --output=out/demo
 
-# Five processes on two cores: some tests wait for commands that they start, or for time to pass. In
+# Four processes on two cores: some tests wait for commands that they start, or for time to pass. In
 # tests/conftest.py's order: files of few tests are the longest here, and pytest-xdist would take them
 # last. Where a process dies, all end: with another in its place, pytest-xdist 3.8 waits for ever.
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 5 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
+	$(PYTHON) -m pytest -n 4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 test-slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow --timeout=3600

@@ -11,9 +11,8 @@ from absl import flags
 from launch.benchmarks import measure
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.checkpoints import networks
 from longlive_jax.config import TEMPORAL_COMPRESSION
-from longlive_jax.models import actions, dit
+from longlive_jax.models import actions, dit, vae
 from longlive_jax.prompts.embeddings import Embeddings
 from longlive_jax.sampling import cost, decode, memory, stream
 from longlive_jax.sampling.session import Engine, Session, Start
@@ -104,8 +103,9 @@ def _landmark(sampler, params, state, inputs):
 
 
 def decoder(cfg, mesh):
-    _, spec = networks.spec("vae", cfg, networks.DECODER)
-    params = measure.random_params(spec, mesh, cfg.compute_dtype, seed=1)
+    spec = vae.spec(cfg.vae)
+    decoding = {name: spec[name] for name in ("conv2", "decoder") if name in spec}
+    params = measure.random_params(decoding, mesh, cfg.compute_dtype, seed=1)
     return decode.Decoder(cfg, params, mesh)
 
 

@@ -18,7 +18,6 @@ class VAE(Section):
 
     NAME = "vae"
 
-    kind: Annotated[str, OneOf(("wan", "taehv"))] = "wan"
     dim: Count = 160
     dec_dim: Count = 256
     z_dim: Count = 48
@@ -36,6 +35,7 @@ class VAE(Section):
         0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
         0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     )  # fmt: skip
+    kind: Annotated[str, OneOf(("wan", "taehv"))] = "wan"
 
     def __post_init__(self):
         super().__post_init__()
