@@ -20,7 +20,7 @@ BENCHMARKS = (
 )  # fmt: skip
 
 flags.DEFINE_integer("chunks", 20, "Chunks, or training steps, to measure.", lower_bound=2)
-flags.DEFINE_string("checkpoint", None, "quality: trained weights instead of random ones.")
+flags.DEFINE_string("checkpoint", None, "quality, vae: trained weights instead of random ones.")
 flags.DEFINE_string("plot", None, "quality: a .png of the errors by layer and by chunk.")
 flags.DEFINE_string("profile", None, "Folder for a jax.profiler trace of the measured calls.")
 

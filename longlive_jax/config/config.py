@@ -11,7 +11,7 @@ from longlive_jax.config.mesh import Mesh
 from longlive_jax.config.model import Model
 from longlive_jax.config.quant import Quant
 from longlive_jax.config.sample import Sample
-from longlive_jax.config.section import OneOf, Section, divides
+from longlive_jax.config.section import OneOf, Section, divides, refuse
 from longlive_jax.config.text_encoder import UMT5
 from longlive_jax.config.train import Train
 from longlive_jax.config.train_vae import TrainVAE
@@ -53,6 +53,11 @@ class Config(Section):
         model, mesh = self.model, self.mesh
         self.sample.check(model)
         self.quant.check(model, mesh)
+        if self.quant.vae != "bf16" and self.vae.kind != "wan":
+            refuse(
+                f"quant.vae={self.quant.vae!r}",
+                f"is for vae.kind='wan', not {self.vae.kind!r}; set quant.vae='bf16'",
+            )
         divides("model.num_heads", model.num_heads, "mesh.seq", mesh.seq)
         divides("model.chunk_frames", model.chunk_frames, "mesh.seq", mesh.seq)
         divides("model.dim", model.dim, "mesh.fsdp * mesh.seq", mesh.fsdp * mesh.seq)

@@ -18,6 +18,7 @@ class Quant(Section):
     recipe: Annotated[str, OneOf(RECIPES)] = "bf16"  # of the blocks' linear layers
     kv: Annotated[str, OneOf(KV_FORMATS)] = "bf16"  # of the sampler's cache
     all_to_all: Annotated[str, OneOf(PAYLOADS)] = "bf16"  # of what devices exchange in sampling
+    vae: Annotated[str, OneOf(("bf16", "fp8"))] = "bf16"  # of the VAE's decoder in sampling
 
     def check(self, model: Model, mesh: Mesh) -> None:
         """Refuses sizes that the formats' blocks do not divide."""

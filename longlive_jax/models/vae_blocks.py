@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from longlive_jax import params as params_lib
+from longlive_jax.models import vae_fp8
 from longlive_jax.ops import attention as attention_lib
 from longlive_jax.ops import linear as linear_lib
 from longlive_jax.params import ParamSpec, Tree
@@ -124,13 +125,57 @@ def causal_conv(
     return x[:, -conv_cache.shape[1] :], y + bias.reshape(1, 1, 1, 1, -1)
 
 
-def _conv_3d(weight, x, time_stride, padding):
+def _conv_3d(weight, x, time_stride, padding, dtype=None):
     return lax.conv_general_dilated(
         x,
         weight,
         window_strides=(time_stride, 1, 1),
         padding=((0, 0), *padding),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        preferred_element_type=dtype,
+    )
+
+
+def _normed_conv(params, conv_cache, gamma, x, axis):
+    """Norm, SiLU and a causal convolution, in FP8 where the weights are: see `vae_fp8`.
+
+    The convolution's cache then has the codes' values, in x's dtype, which holds them exactly.
+    """
+    if "codes" not in params:
+        return causal_conv(params, conv_cache, norm_silu(gamma, x), axis)
+    step = vae_fp8.step(gamma)
+    codes = vae_fp8.codes(jax.nn.silu(norm(gamma, x)), step)
+    new = jnp.concatenate([conv_cache, codes.astype(x.dtype)], axis=1)[:, -conv_cache.shape[1] :]
+    codes = jnp.concatenate([conv_cache.astype(vae_fp8.FORMAT), codes], axis=1)
+    sums = _conv_codes(params["codes"], codes, x.dtype, axis)
+    y = sums.astype(jnp.float32) * (params["scale"] * step).reshape(1, 1, 1, 1, -1)
+    return new, (y + params["bias"].astype(jnp.float32).reshape(1, 1, 1, 1, -1)).astype(x.dtype)
+
+
+def _conv_codes(weight, codes, dtype, axis):
+    """The sums of products of codes, float32 on a CPU, else rounded to `dtype`.
+
+    cuDNN takes codes as they are: with no number multiplied onto its output (XLA gives it a scale
+    that its tensors of five axes do not fit), which therefore is `dtype` and no wider.
+    """
+    padded, pad_w = width_padding(codes, axis, 1, 1)
+    padding = ((1, 1), pad_w)
+
+    def wide(dtype, conv, weight, x):
+        return conv(weight.astype(dtype), x.astype(dtype)).astype(jnp.float32)
+
+    by_frame = functools.partial(_time_taps, padding=padding)
+    whole = functools.partial(_conv_3d, time_stride=1, padding=padding)
+
+    def on_gpu(weight, x):
+        return whole(weight, x, dtype=dtype).astype(jnp.float32)
+
+    return lax.platform_dependent(
+        weight,
+        padded,
+        cpu=functools.partial(wide, jnp.float32, by_frame),
+        cuda=on_gpu,
+        default=functools.partial(wide, dtype, whole),
     )
 
 
@@ -199,8 +244,8 @@ def residual(
 ) -> tuple[Tree, jax.Array]:
     """Twice norm, SiLU and 3x3x3 convolution, plus x or its projection."""
     p, c = params["residual"], conv_cache["residual"]
-    first, y = causal_conv(p["2"], c["2"], norm_silu(p["0"]["gamma"], x), axis)
-    second, y = causal_conv(p["6"], c["6"], norm_silu(p["3"]["gamma"], y), axis)
+    first, y = _normed_conv(p["2"], c["2"], p["0"]["gamma"], x, axis)
+    second, y = _normed_conv(p["6"], c["6"], p["3"]["gamma"], y, axis)
     if "shortcut" in params:
         x = pointwise(params["shortcut"], x)
     return {"residual": {"2": first, "6": second}}, x + y

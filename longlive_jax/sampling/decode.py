@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from longlive_jax import config as config_lib
 from longlive_jax import mesh as mesh_lib
-from longlive_jax.models import vae, vae_spec
+from longlive_jax.models import vae, vae_fp8, vae_spec
+from longlive_jax.params import Tree
 
 
 class Pictures(NamedTuple):
@@ -40,7 +41,8 @@ class Decoder:
 
     def __init__(self, cfg: config_lib.Config, params, mesh: jax.sharding.Mesh):
         self._cfg, self.mesh = cfg, mesh
-        self.params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        self.params = prepare(cfg, params)
 
     def __call__(
         self,
@@ -78,6 +80,14 @@ class Decoder:
         """The state before a video's first latents. `height`, `width`: of the latents."""
         cfg = self._cfg
         return vae.init_decode_state(cfg.vae, batch, height, width, cfg.compute_dtype, self.mesh)
+
+
+def prepare(cfg: config_lib.Config, params: Tree) -> Tree:
+    """The decoder's parameters as `decode_program` takes them: in FP8 by `quant.vae`."""
+    return params if cfg.quant.vae == "bf16" else _quantize(params)
+
+
+_quantize = jax.jit(vae_fp8.quantize)
 
 
 @functools.cache

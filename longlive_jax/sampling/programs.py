@@ -137,7 +137,12 @@ def _each_step(cfg, batch, picture) -> Any:
 
 
 def _decoding(cfg, mesh, batch, size):
-    params = _vae_params(cfg, mesh, "decoder", "conv2")
+    prepare = functools.partial(decode.prepare, cfg)
+    whole = jax.NamedSharding(mesh, jax.P())
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(prepare, _vae_params(cfg, mesh, "decoder", "conv2")),
+    )
     state = _vae_state(vae.init_decode_state, cfg, mesh, batch, size)
     for first, count in _calls(cfg, (1,)):
         latents = _placed(mesh, (batch, count, *size, cfg.vae.z_dim), cfg.compute_dtype)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.models import vae_blocks as blocks
+from longlive_jax.models import vae_fp8
 from longlive_jax.ops.attention import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
@@ -41,6 +42,28 @@ def test_a_causal_convolution_of_few_channels(channels):
     text = ours.lower(weight, x).compile().as_text()
     by_frame = re.search(r"dim_labels=\w*012", text) is None
     assert by_frame == (channels <= blocks._FEW_CHANNELS)
+
+
+def test_a_convolution_of_codes_is_cudnns():
+    """`vae_fp8`: the library multiplies the codes, and the sums are those of their values."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    codes = jax.random.normal(keys[0], (1, 4, 16, 24, 64)).astype(vae_fp8.FORMAT)
+    weight = jax.random.normal(keys[1], (3, 3, 3, 64, 64)).astype(vae_fp8.FORMAT)
+    scale = jnp.linspace(0.5, 1.5, 64, dtype=jnp.float32)
+
+    @jax.jit
+    def ours(weight, codes):
+        sums = blocks._conv_codes(weight, codes, jnp.bfloat16, None)
+        return sums * scale.reshape(1, 1, 1, 1, -1)
+
+    got = np.asarray(ours(weight, codes))
+    with jax.default_matmul_precision("highest"):
+        wide = (weight.astype(jnp.float32), codes.astype(jnp.float32))
+        sums = blocks._conv_3d(*wide, 1, ((1, 1), (1, 1)))
+        wanted = np.asarray(sums * scale.reshape(1, 1, 1, 1, -1))
+    assert np.linalg.norm(got - wanted) < 6e-3 * np.linalg.norm(wanted)
+    text = ours.lower(weight, codes).compile().as_text()
+    assert re.search(r"custom-call\(.*f8e4m3fn|cudnn\$convForwardGraph", text), text
 
 
 def test_attention_of_an_odd_number_of_tokens_has_a_gradient():
