@@ -92,15 +92,15 @@ def decode(
             "decode the first latent on its own and the others after it, or call decode_video"
         )
     _check_calls("decode", "latents", latents.shape[1])
-    small = cfg.kind == "taehv"
-    before = state.conv_cache[taehv.INNERMOST if small else "conv1"]
-    _check_state(before, latents, latents.shape[2:4], "latents")
-    _check_params(params, "decode", *(["decoder"] if small else ["conv2", "decoder"]))
+    inner, innermost, needed = _KINDS[cfg.kind]
+    _check_state(state.conv_cache[innermost], latents, latents.shape[2:4], "latents")
+    _check_params(params, "decode", *needed)
     c = _restart(state.conv_cache, latents, axis) if first else state.conv_cache
-    axis = _sharded(axis)
-    if small:
-        caches, frames = taehv.decode(params, cfg, c, latents, first=first, axis=axis)
-        return DecodeState(caches), frames
+    new, frames = inner(params, cfg, c, latents, first=first, axis=_sharded(axis))
+    return DecodeState(new), frames
+
+
+def _decode(params, cfg, c, latents, *, first, axis):
     std, mean = _constant(cfg.latent_std), _constant(cfg.latent_mean)
     x = (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
     x = blocks.pointwise(params["conv2"], x)
@@ -115,7 +115,15 @@ def decode(
         )
         new["upsamples"][str(i)] = {"upsamples": caches}
     new["head"], x = blocks.head(p["head"], c["head"], x, axis)
-    return DecodeState(new), _unfold(x)
+    return new, _unfold(x)
+
+
+# By `vae.kind`: from one conv_cache to the next and frames; the one of the latents' size, which the
+# checks look at; what of the parameters is needed.
+_KINDS = {
+    "wan": (_decode, "conv1", ("conv2", "decoder")),
+    "taehv": (taehv.decode, taehv.INNERMOST, ("decoder",)),
+}
 
 
 def _up_stage(stage, params, conv_cache, x, *, first, axis):

@@ -42,15 +42,19 @@ def _block(params: Tree) -> Tree:
 def _convolution(params: Tree) -> Tree:
     weight = params["weight"].astype(jnp.float32)
     inputs = tuple(range(weight.ndim - 1))
-    largest = jnp.max(jnp.abs(weight), axis=inputs, keepdims=True)
-    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / _LARGEST
+    scale = _scale(jnp.max(jnp.abs(weight), axis=inputs, keepdims=True))
     codes = (weight / scale).astype(FORMAT)
     return {"codes": codes, "scale": scale.reshape(-1), "bias": params["bias"]}
 
 
 def step(gamma: jax.Array) -> jax.Array:
     """What a code of 1 is worth after norm and SiLU, float32 []: no value exceeds the format."""
-    return jnp.max(jnp.abs(gamma.astype(jnp.float32))) * (math.sqrt(gamma.size) / _LARGEST)
+    return _scale(jnp.max(jnp.abs(gamma.astype(jnp.float32))) * math.sqrt(gamma.size))
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """What a code of 1 is worth, where the largest number becomes the largest code."""
+    return jnp.maximum(largest / _LARGEST, jnp.finfo(jnp.float32).tiny)  # all may be zero
 
 
 def codes(x: jax.Array, step: jax.Array) -> jax.Array:

@@ -17,16 +17,16 @@ from longlive_jax.ops.attention import attention
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_gpu")]
 
 
-@pytest.mark.parametrize("channels", [12, 32, 33])
-def test_a_causal_convolution_of_few_channels(channels):
+@pytest.mark.parametrize(("channels", "out"), [(12, 16), (32, 32), (33, 16), (12, 160)])
+def test_a_causal_convolution_of_few_channels(channels, out):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, 7, 16, 24, channels), jnp.bfloat16)
-    weight = jax.random.normal(keys[1], (3, 3, 3, channels, 16), jnp.bfloat16)
-    dy = jax.random.normal(keys[2], (2, 5, 16, 24, 16), jnp.bfloat16)
+    weight = jax.random.normal(keys[1], (3, 3, 3, channels, out), jnp.bfloat16)
+    dy = jax.random.normal(keys[2], (2, 5, 16, 24, out), jnp.bfloat16)
 
     @jax.jit
     def ours(weight, x):
-        params = {"weight": weight, "bias": jnp.zeros(16, x.dtype)}
+        params = {"weight": weight, "bias": jnp.zeros(out, x.dtype)}
         return blocks.causal_conv(params, x[:, :2], x[:, 2:], axis=None)[1]
 
     def whole(weight, x):
@@ -41,7 +41,7 @@ def test_a_causal_convolution_of_few_channels(channels):
         assert np.linalg.norm(got - wanted) < 6e-3 * np.linalg.norm(wanted)
     text = ours.lower(weight, x).compile().as_text()
     by_frame = re.search(r"dim_labels=\w*012", text) is None
-    assert by_frame == (channels <= blocks._FEW_CHANNELS)
+    assert by_frame == (max(channels, out) <= blocks._FEW_CHANNELS)
 
 
 def test_a_convolution_of_codes_is_cudnns():

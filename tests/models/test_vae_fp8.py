@@ -67,6 +67,15 @@ def test_an_activation_never_exceeds_the_format():
     assert float(jnp.max(jnp.abs(codes.astype(jnp.float32)))) > 400
 
 
+def test_what_is_zero_stays_zero():
+    zero = {"weight": jnp.zeros((3, 3, 3, 4, 4)), "bias": jnp.ones(4)}
+    x, cache = jnp.ones((1, 1, 2, 2, 4)), jnp.zeros((1, 2, 2, 2, 4))
+    for gamma in (jnp.zeros(4), jnp.ones(4)):
+        conv = vae_fp8._convolution(zero)
+        _, y = vae_blocks._normed_conv(conv, cache, gamma, x, None)
+        np.testing.assert_array_equal(y, 1.0)
+
+
 def test_a_convolution_is_its_oracle(params):
     block = params["decoder"]["upsamples"]["0"]["upsamples"]["0"]["residual"]
     conv, gamma = block["2"], block["0"]["gamma"]
